@@ -1,0 +1,4 @@
+//! The stored format and its engine.
+
+pub mod ids;
+pub mod postgres;
