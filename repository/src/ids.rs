@@ -111,7 +111,8 @@ impl FromStr for ClusterName {
 
     fn from_str(text: &str) -> Result<Self, IdError> {
         let first = text.bytes().next().is_some_and(|b| b.is_ascii_lowercase() || b.is_ascii_digit());
-        let rest = text.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || matches!(b, b'-' | b'_' | b'.'));
+        let rest =
+            text.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || matches!(b, b'-' | b'_' | b'.'));
         if first && rest && text.len() <= 63 {
             Ok(Self(text.to_owned()))
         } else {
