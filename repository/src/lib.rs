@@ -1,4 +1,16 @@
 //! The stored format and its engine.
 
+pub mod backup;
+pub mod cluster_log;
+pub mod crypto;
+pub mod format;
 pub mod ids;
+pub mod key_file;
+pub mod layout;
+pub mod open;
 pub mod postgres;
+pub mod recovery_window;
+pub mod signature;
+pub mod store;
+pub mod verify;
+pub mod wal_archive;

@@ -1,0 +1,13 @@
+//! Stored objects, one file each: bytes outside, checked values inside.
+//!
+//! Only these files name generated protobuf types.
+
+pub mod clear;
+pub mod file_map;
+pub mod log_entry;
+pub mod manifest;
+pub mod pack;
+pub mod reference;
+pub mod root;
+pub mod sealed;
+pub mod wal_segment;
