@@ -5,6 +5,7 @@ pub mod cli;
 pub mod config;
 pub mod daemon;
 pub mod doctor;
+pub mod durable;
 pub mod failure;
 pub mod identity;
 pub mod jobs;

@@ -1,0 +1,161 @@
+//! What an agent is asked to do, typed: the same orders whether a controller or a person at the host gives them.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use walfleet_repository::ids::{BackupId, ClusterName, JobId};
+use walfleet_repository::postgres::{Lsn, Timeline};
+
+/// One attempt of one job. Re-delivery of the same changes nothing.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct JobOrder {
+    pub job: JobId,
+    /// From 1.
+    pub attempt: u32,
+    /// Grows with every attempt of any job; an older one for the same job is refused.
+    pub fencing_token: u64,
+    pub cluster: ClusterName,
+    /// W3C trace context of the call that made the job.
+    pub traceparent: Option<String>,
+    pub work: WorkOrder,
+}
+
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum WorkOrder {
+    Backup(BackupOrder),
+    Restore(RestoreOrder),
+    Verify(VerifyOrder),
+}
+
+impl WorkOrder {
+    pub fn kind(&self) -> WorkKind {
+        match self {
+            WorkOrder::Backup(_) => WorkKind::Backup,
+            WorkOrder::Restore(_) => WorkKind::Restore,
+            WorkOrder::Verify(_) => WorkKind::Verify,
+        }
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum WorkKind {
+    Backup,
+    Restore,
+    Verify,
+}
+
+impl WorkKind {
+    pub const ALL: [WorkKind; 3] = [WorkKind::Backup, WorkKind::Restore, WorkKind::Verify];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            WorkKind::Backup => "backup",
+            WorkKind::Restore => "restore",
+            WorkKind::Verify => "verify",
+        }
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Checkpoint {
+    /// At once, as fast as the disks allow.
+    Fast,
+    /// Over half of checkpoint_timeout, sparing the server.
+    Spread,
+}
+
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct BackupOrder {
+    /// The repository's name in the desired state.
+    pub repository: String,
+    /// The scheduled run this serves; for a backup on demand, the job's id.
+    pub run: String,
+    pub checkpoint: Checkpoint,
+    /// zstd level, 1 to 19; `None`: the agent's default.
+    pub compression_level: Option<i32>,
+    pub processes: Option<u32>,
+}
+
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct RestoreOrder {
+    pub repository: String,
+    pub target: RecoveryTarget,
+    pub data_dir: PathBuf,
+    /// Old location (or oid) to new location.
+    pub tablespaces: BTreeMap<String, PathBuf>,
+    /// A given backup instead of the best one for the target.
+    pub backup: Option<BackupId>,
+    /// Start Postgres and wait until it stands at its target.
+    pub start: bool,
+    /// Leave archive_mode as it was at the source.
+    pub keep_archiving: bool,
+    /// For the started server; `None`: as in its configuration.
+    pub port: Option<u16>,
+    pub delta: bool,
+    pub standby: bool,
+    /// How far a standby stays behind.
+    pub apply_delay: Option<Duration>,
+    /// Answer with the plan and restore nothing.
+    pub plan_only: bool,
+}
+
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct VerifyOrder {
+    pub repository: String,
+    /// `None`: all that is live.
+    pub backup: Option<BackupId>,
+    /// Decrypt, decompress and check chunk ids, beyond comparing hashes of stored bytes.
+    pub deep: bool,
+}
+
+/// Where recovery is to stop, and what Postgres does there.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct RecoveryTarget {
+    pub point: TargetPoint,
+    /// Stop just before the point instead of just after it. Time, LSN and xid only.
+    pub exclusive: bool,
+    pub timeline: TargetTimeline,
+    pub action: TargetAction,
+}
+
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum TargetPoint {
+    Time(Timestamp),
+    Lsn(Lsn),
+    /// 64 bits as pg_current_xact_id() gives it, or the low 32.
+    Xid(u64),
+    /// A restore point made by pg_create_restore_point().
+    Name(String),
+    /// As soon as the backup is consistent.
+    Immediate,
+    /// The end of the WAL that the repository holds.
+    Latest,
+}
+
+impl TargetPoint {
+    /// Whether "just before" means anything here (recovery_target_inclusive, PostgreSQL's documentation).
+    pub fn can_be_exclusive(&self) -> bool {
+        matches!(self, TargetPoint::Time(_) | TargetPoint::Lsn(_) | TargetPoint::Xid(_))
+    }
+}
+
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+pub enum TargetTimeline {
+    #[default]
+    Latest,
+    /// The backup's own.
+    Current,
+    Number(Timeline),
+}
+
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+pub enum TargetAction {
+    #[default]
+    Promote,
+    Pause,
+    Shutdown,
+}

@@ -1,0 +1,112 @@
+//! What came of a piece of work: kept in the journal, sent to the controller, printed by the host's own commands.
+
+use std::path::PathBuf;
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use walfleet_repository::ids::{BackupId, ClusterName};
+use walfleet_repository::postgres::{Lsn, Timeline};
+
+use super::order::WorkKind;
+
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Report {
+    Backup(BackupReport),
+    Restore(RestoreReport),
+    Verify(VerifyReport),
+}
+
+impl Report {
+    pub fn kind(&self) -> WorkKind {
+        match self {
+            Report::Backup(_) => WorkKind::Backup,
+            Report::Restore(_) => WorkKind::Restore,
+            Report::Verify(_) => WorkKind::Verify,
+        }
+    }
+}
+
+/// A backup, as lists show it.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct BackupReport {
+    pub id: BackupId,
+    pub cluster: ClusterName,
+    pub system_identifier: u64,
+    pub server_version_num: u32,
+    pub timeline: Timeline,
+    pub start_lsn: Lsn,
+    pub stop_lsn: Lsn,
+    pub started_at: Timestamp,
+    pub finished_at: Timestamp,
+    /// The agent it was taken by.
+    pub member: String,
+    pub parents: Vec<BackupId>,
+    pub cluster_bytes: u64,
+    pub read_bytes: u64,
+    pub new_bytes: u64,
+    pub stored_bytes: u64,
+    /// Pages whose checksum did not fit, after reading them again.
+    pub damaged_pages: u64,
+    pub state: BackupState,
+    pub store_requests: u64,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum BackupState {
+    Committed,
+    Expired,
+}
+
+impl BackupState {
+    pub fn name(self) -> &'static str {
+        match self {
+            BackupState::Committed => "committed",
+            BackupState::Expired => "expired",
+        }
+    }
+}
+
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct RestoreReport {
+    pub data_dir: PathBuf,
+    pub backup: BackupId,
+    pub cluster_bytes: u64,
+    pub fetched_bytes: u64,
+    pub store_requests: u64,
+    /// WAL that replay needs, [from, to).
+    pub wal_from_lsn: Lsn,
+    pub wal_to_lsn: Lsn,
+    pub timeline: Timeline,
+    /// Where the started server stands; `None` if it was not started.
+    pub reached_lsn: Option<Lsn>,
+    pub reached_commit: Option<Timestamp>,
+    /// "running (promoted)", "running (paused at target)", "shut down at target", "prepared", "planned".
+    pub server_state: String,
+    /// For psql, when started.
+    pub connection: Option<String>,
+    pub copy_seconds: f64,
+    pub replay_seconds: f64,
+    /// What restoring will cost, when only planned.
+    pub estimated_seconds: f64,
+    /// Settings changed and things to know, one a line.
+    pub notes: Vec<String>,
+}
+
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct VerifyReport {
+    pub packs: u64,
+    pub segments: u64,
+    pub bytes: u64,
+    pub findings: Vec<VerifyFinding>,
+}
+
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct VerifyFinding {
+    /// The object's key.
+    pub object: String,
+    pub problem: String,
+    /// Backups that cannot be restored whole because of it.
+    pub backups: Vec<BackupId>,
+}
