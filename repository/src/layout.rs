@@ -1,1 +1,263 @@
-//! To be filled.
+//! Every key of a repository, built and read back here and nowhere else.
+//!
+//! | key | what | written by | ever overwritten |
+//! |---|---|---|---|
+//! | `walfleet-repository` | format version, repository id, root of trust, order of appends | `repository init` | never |
+//! | `keys/<domain>/<version>/<recipient>` | a domain key, wrapped for one recipient | whoever has the domain key | never; a recipient is added as a new object |
+//! | `clusters/<cluster>/log/<sequence>` | one entry of the cluster's log | agents and keeper | never, and never deleted |
+//! | `clusters/<cluster>/log/<sequence>.checkpoint` | the log folded up to there | keeper | never, and never deleted |
+//! | `clusters/<cluster>/packs/<session>/<pack>` | frames of chunks; the name is BLAKE3 of the stored bytes | the session's agent | never; the keeper deletes |
+//! | `clusters/<cluster>/backups/<backup>` | the manifest, sealed | the session's agent | never; the keeper deletes |
+//! | `clusters/<cluster>/backups/<backup>.refs` | its reference part, in clear and signed | the session's agent | never |
+//! | `clusters/<cluster>/wal/<system id>/<timeline>-<branch>/<segment>` | one WAL segment, sealed | any member's agent | never; the keeper deletes |
+//! | `clusters/<cluster>/wal/<system id>/<timeline>-<branch>/history` | the timeline's history file, sealed | any member's agent | never |
+//! | `clusters/<cluster>/wal/<system id>/catalog/<range>.<n>` | a cache of what the archive holds | keeper | never; the newest `n` wins |
+//! | `tails/<cluster>/<system id>/<timeline>-<branch>/<segment>/<from>-<to>.<member>` | `[from, to)` of an unfinished segment | the member's agent | never; the keeper deletes in batches |
+//! | `probe/<random>` | what the store probe tried | `repository init`, daily probe | never; litter, for a lifecycle rule to expire |
+//!
+//! `<sequence>` has 20 decimal digits, `<timeline>` 8 hexadecimal ones in upper case as in PostgreSQL's own names,
+//! `<branch>` 16 in lower case. Ids and names are checked when they are made ([`crate::ids`]), so no key escapes its folder.
+
+use object_store::path::Path;
+
+use crate::ids::{BackupId, ClusterName, DomainId, PackId, RecipientId};
+use crate::postgres::{Branch, Segment, SegmentSize, SystemId, Timeline, WalBranch};
+
+const HISTORY: &str = "history";
+const REFERENCE_SUFFIX: &str = ".refs";
+const CHECKPOINT_SUFFIX: &str = ".checkpoint";
+
+pub fn root() -> Path {
+    Path::from("walfleet-repository")
+}
+
+pub fn domain_key(domain: DomainId, version: u32, recipient: RecipientId) -> Path {
+    domain_keys(domain).join(version.to_string()).join(recipient.to_string())
+}
+
+/// Below it lie all versions of a domain's key, for all recipients.
+pub fn domain_keys(domain: DomainId) -> Path {
+    Path::from("keys").join(domain.to_string())
+}
+
+/// Below it lies one folder per cluster.
+pub fn clusters() -> Path {
+    Path::from("clusters")
+}
+
+pub fn cluster(cluster: &ClusterName) -> Path {
+    clusters().join(cluster.as_str())
+}
+
+pub fn log(cluster: &ClusterName) -> Path {
+    self::cluster(cluster).join("log")
+}
+
+pub fn log_entry(cluster: &ClusterName, sequence: u64) -> Path {
+    log(cluster).join(format!("{sequence:020}"))
+}
+
+pub fn checkpoint(cluster: &ClusterName, sequence: u64) -> Path {
+    log(cluster).join(format!("{sequence:020}{CHECKPOINT_SUFFIX}"))
+}
+
+/// Below it lies one folder per session.
+pub fn packs(cluster: &ClusterName) -> Path {
+    self::cluster(cluster).join("packs")
+}
+
+pub fn session_packs(cluster: &ClusterName, session: &BackupId) -> Path {
+    packs(cluster).join(session.as_str())
+}
+
+pub fn pack(cluster: &ClusterName, session: &BackupId, pack: PackId) -> Path {
+    session_packs(cluster, session).join(pack.to_string())
+}
+
+pub fn backups(cluster: &ClusterName) -> Path {
+    self::cluster(cluster).join("backups")
+}
+
+pub fn manifest(cluster: &ClusterName, backup: &BackupId) -> Path {
+    backups(cluster).join(backup.as_str())
+}
+
+pub fn reference(cluster: &ClusterName, backup: &BackupId) -> Path {
+    backups(cluster).join(format!("{backup}{REFERENCE_SUFFIX}"))
+}
+
+/// Below it lies one folder per system identifier.
+pub fn wal(cluster: &ClusterName) -> Path {
+    self::cluster(cluster).join("wal")
+}
+
+pub fn wal_system(cluster: &ClusterName, system_id: SystemId) -> Path {
+    wal(cluster).join(system_id.to_string())
+}
+
+pub fn wal_branch(cluster: &ClusterName, branch: &WalBranch) -> Path {
+    wal_system(cluster, branch.system_id).join(branch_folder(branch))
+}
+
+pub fn wal_segment(cluster: &ClusterName, branch: &WalBranch, segment: Segment, size: SegmentSize) -> Path {
+    wal_branch(cluster, branch).join(segment.file_name(size))
+}
+
+pub fn wal_history(cluster: &ClusterName, branch: &WalBranch) -> Path {
+    wal_branch(cluster, branch).join(HISTORY)
+}
+
+pub fn probe(run: &str) -> Path {
+    Path::from("probe").join(run)
+}
+
+fn branch_folder(branch: &WalBranch) -> String {
+    format!("{:08X}-{}", branch.timeline.0, branch.branch)
+}
+
+/// What lies in a WAL branch's folder.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum WalObject {
+    Segment(Segment),
+    History,
+}
+
+/// The cluster of a folder below [`clusters`].
+pub fn parse_cluster(key: &Path) -> Option<ClusterName> {
+    let [name] = parts_below(&clusters(), key)?;
+    name.parse().ok()
+}
+
+/// The number of a log entry; `None` for checkpoints and strangers.
+pub fn parse_log_entry(cluster: &ClusterName, key: &Path) -> Option<u64> {
+    let [name] = parts_below(&log(cluster), key)?;
+    if name.len() == 20 && name.bytes().all(|byte| byte.is_ascii_digit()) { name.parse().ok() } else { None }
+}
+
+/// The session of a folder below [`packs`].
+pub fn parse_session(cluster: &ClusterName, key: &Path) -> Option<BackupId> {
+    let [session] = parts_below(&packs(cluster), key)?;
+    session.parse().ok()
+}
+
+pub fn parse_pack(cluster: &ClusterName, key: &Path) -> Option<(BackupId, PackId)> {
+    let [session, pack] = parts_below(&packs(cluster), key)?;
+    Some((session.parse().ok()?, pack.parse().ok()?))
+}
+
+pub fn parse_domain_key(key: &Path) -> Option<(DomainId, u32, RecipientId)> {
+    let [domain, version, recipient] = parts_below(&Path::from("keys"), key)?;
+    let number: u32 = version.parse().ok()?;
+    let canonical = number.to_string() == version;
+    Some((domain.parse().ok()?, number, recipient.parse().ok()?)).filter(|_| canonical)
+}
+
+/// The system identifier of a folder below [`wal`].
+pub fn parse_wal_system(cluster: &ClusterName, key: &Path) -> Option<SystemId> {
+    let [system_id] = parts_below(&wal(cluster), key)?;
+    parse_system_id(&system_id)
+}
+
+/// The branch of a folder below [`wal_system`].
+pub fn parse_wal_branch(cluster: &ClusterName, key: &Path) -> Option<WalBranch> {
+    let [system_id, folder] = parts_below(&wal(cluster), key)?;
+    parse_branch_folder(&system_id, &folder)
+}
+
+/// A segment or history file. `size` is the cluster's segment size, by which names are read.
+pub fn parse_wal_object(cluster: &ClusterName, key: &Path, size: SegmentSize) -> Option<(WalBranch, WalObject)> {
+    let [system_id, folder, name] = parts_below(&wal(cluster), key)?;
+    let branch = parse_branch_folder(&system_id, &folder)?;
+    if name == HISTORY {
+        return Some((branch, WalObject::History));
+    }
+    let segment = Segment::from_file_name(&name, size).ok()?;
+    Some((branch, WalObject::Segment(segment))).filter(|_| segment.timeline == branch.timeline)
+}
+
+fn parse_system_id(text: &str) -> Option<SystemId> {
+    let number: u64 = text.parse().ok()?;
+    Some(SystemId(number)).filter(|id| id.to_string() == text)
+}
+
+fn parse_branch_folder(system_id: &str, folder: &str) -> Option<WalBranch> {
+    let (timeline, branch) = folder.split_once('-')?;
+    let number = u32::from_str_radix(timeline, 16).ok()?;
+    let parsed = WalBranch {
+        system_id: parse_system_id(system_id)?,
+        timeline: Timeline::new(number).ok()?,
+        branch: branch.parse::<Branch>().ok()?,
+    };
+    Some(parsed).filter(|parsed| branch_folder(parsed) == folder)
+}
+
+/// The parts of a key below a prefix, if there are exactly `N`.
+fn parts_below<const N: usize>(prefix: &Path, key: &Path) -> Option<[String; N]> {
+    let parts: Vec<String> = key.prefix_match(prefix)?.map(|part| part.as_ref().to_owned()).collect();
+    parts.try_into().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn orders() -> ClusterName {
+        "orders".parse().unwrap()
+    }
+
+    #[test]
+    fn keys_are_as_the_format_says() {
+        let branch = WalBranch { system_id: SystemId(7412), timeline: Timeline(10), branch: Branch([0xAB; 8]) };
+        let segment = Segment { timeline: Timeline(10), number: 257 };
+        let backup: BackupId = "bk_1".parse().unwrap();
+        let name = |path: Path| path.to_string();
+        assert_eq!(name(log_entry(&orders(), 42)), "clusters/orders/log/00000000000000000042");
+        assert_eq!(name(checkpoint(&orders(), 42)), "clusters/orders/log/00000000000000000042.checkpoint");
+        assert_eq!(name(reference(&orders(), &backup)), "clusters/orders/backups/bk_1.refs");
+        assert_eq!(
+            name(wal_segment(&orders(), &branch, segment, SegmentSize::DEFAULT)),
+            "clusters/orders/wal/7412/0000000A-abababababababab/0000000A0000000100000001"
+        );
+        let recipient = RecipientId([1; 32]);
+        assert_eq!(
+            name(domain_key(DomainId([2; 16]), 3, recipient)),
+            format!("keys/{}/3/{}", "02".repeat(16), "01".repeat(32))
+        );
+    }
+
+    #[test]
+    fn what_is_built_is_read_back() {
+        let (size, cluster) = (SegmentSize::DEFAULT, orders());
+        let branch = WalBranch { system_id: SystemId(u64::MAX), timeline: Timeline(2), branch: Branch([7; 8]) };
+        let segment = Segment { timeline: Timeline(2), number: 9 };
+        let (backup, pack_id): (BackupId, _) = (BackupId::generate(), PackId([9; 32]));
+        let key = wal_segment(&cluster, &branch, segment, size);
+        assert_eq!(parse_wal_object(&cluster, &key, size), Some((branch, WalObject::Segment(segment))));
+        let key = wal_history(&cluster, &branch);
+        assert_eq!(parse_wal_object(&cluster, &key, size), Some((branch, WalObject::History)));
+        assert_eq!(parse_wal_branch(&cluster, &wal_branch(&cluster, &branch)), Some(branch));
+        assert_eq!(parse_wal_system(&cluster, &wal_system(&cluster, branch.system_id)), Some(branch.system_id));
+        assert_eq!(parse_pack(&cluster, &pack(&cluster, &backup, pack_id)), Some((backup.clone(), pack_id)));
+        assert_eq!(parse_session(&cluster, &session_packs(&cluster, &backup)), Some(backup));
+        assert_eq!(parse_log_entry(&cluster, &log_entry(&cluster, 7)), Some(7));
+        assert_eq!(parse_cluster(&self::cluster(&cluster)), Some(cluster));
+        let key = domain_key(DomainId([2; 16]), 3, RecipientId([1; 32]));
+        assert_eq!(parse_domain_key(&key), Some((DomainId([2; 16]), 3, RecipientId([1; 32]))));
+    }
+
+    #[test]
+    fn strangers_are_not_taken_for_ours() {
+        let (cluster, size) = (orders(), SegmentSize::DEFAULT);
+        assert_eq!(parse_log_entry(&cluster, &checkpoint(&cluster, 7)), None);
+        for key in [
+            "clusters/orders/wal/7412/00000002-0707070707070707/000000010000000000000009",
+            "clusters/orders/wal/7412/00000002-0707070707070707/000000020000000000000009.partial",
+            "clusters/orders/wal/07412/00000002-0707070707070707/history",
+            "clusters/orders/wal/7412/0000000a-0707070707070707/history",
+            "clusters/other/wal/7412/00000002-0707070707070707/history",
+            "clusters/orders/wal/7412/catalog/1.1",
+        ] {
+            assert_eq!(parse_wal_object(&cluster, &Path::from(key), size), None, "{key}");
+        }
+    }
+}

@@ -1,1 +1,317 @@
-//! To be filled.
+//! The object store as the rest of the crate sees it: a few operations on keys, with retries, deadlines and counters.
+//!
+//! Owns what a reply means: every ambiguous outcome of a create is settled here by reading back. Never overwrites and
+//! never deletes; whoever may delete (the keeper) gets a module of its own.
+
+mod address;
+mod attempt;
+mod counters;
+mod error;
+pub mod faulty;
+pub mod probe;
+
+use std::fmt;
+use std::ops::Range;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use futures::TryStreamExt;
+use object_store::path::Path;
+use object_store::{GetOptions, GetRange, GetResult, ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload};
+
+pub use address::{Folder, StoreOptions};
+pub use attempt::RetryPolicy;
+pub use counters::{Counters, CountersSnapshot};
+pub use error::{Operation, StoreError, StoreErrorKind};
+
+use attempt::Attempts;
+
+/// What became of a create.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[must_use = "who did not create the object must look at what lies there"]
+pub enum Creation {
+    /// The object lies there with exactly these bytes, durably.
+    Created,
+    /// The object lies there with other bytes: someone else was first.
+    AlreadyThere,
+}
+
+/// One object of a listing.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Listed {
+    pub key: Path,
+    pub size: u64,
+    /// The store's clock, microseconds since the Unix epoch. Decides nothing.
+    pub last_modified_us: i64,
+}
+
+/// The objects and the folders directly below a prefix.
+#[derive(Clone, Default, PartialEq, Eq, Debug)]
+pub struct ListedLevel {
+    pub folders: Vec<Path>,
+    pub objects: Vec<Listed>,
+}
+
+/// A repository's place, opened. Cloning is cheap; clones share counters.
+///
+/// Dropping a pending future of a `create` leaves its outcome unknown: the object may or may not appear.
+#[derive(Clone)]
+pub struct Store {
+    inner: Arc<dyn ObjectStore>,
+    /// As people name it; without secrets.
+    url: Arc<str>,
+    /// Set for a store in a folder: a settled create must be made durable there before it may be believed.
+    folder: Option<Arc<std::path::Path>>,
+    retry: RetryPolicy,
+    counters: Arc<Counters>,
+}
+
+impl fmt::Debug for Store {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Store").field("url", &self.url).finish_non_exhaustive()
+    }
+}
+
+impl fmt::Display for Store {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.url)
+    }
+}
+
+impl Store {
+    /// Opens `file:///path` or `s3://bucket/prefix`. Nothing is read yet.
+    pub fn open(url: &str, options: &StoreOptions) -> Result<Store, StoreError> {
+        let backend = address::open(url, options)?;
+        let folder = backend.folder.map(Arc::from);
+        let (url, retry) = (Arc::from(url), options.retry);
+        Ok(Store { inner: backend.store, url, folder, retry, counters: Arc::default() })
+    }
+
+    /// Wraps a store that the caller made, a faulty one for instance. `url` is only its name.
+    pub fn wrap(inner: Arc<dyn ObjectStore>, url: &str, retry: RetryPolicy) -> Store {
+        Store { inner, url: Arc::from(url), folder: None, retry, counters: Arc::default() }
+    }
+
+    /// An empty store that lasts as long as its handle.
+    pub fn in_memory() -> Store {
+        Store::wrap(Arc::new(object_store::memory::InMemory::new()), "memory:///", RetryPolicy::default())
+    }
+
+    /// As people name it; without secrets.
+    pub fn url(&self) -> &str {
+        &self.url
+    }
+
+    /// Requests and bytes since the store was opened.
+    pub fn counters(&self) -> CountersSnapshot {
+        self.counters.snapshot()
+    }
+
+    /// The whole object.
+    pub async fn get(&self, key: &Path) -> Result<Bytes, StoreError> {
+        let (bytes, _) = self.fetch(Operation::Get, key, None).await?;
+        Ok(bytes)
+    }
+
+    /// Exactly the bytes `[start, end)`; an object that ends before `end` is an error.
+    pub async fn get_range(&self, key: &Path, range: Range<u64>) -> Result<Bytes, StoreError> {
+        if range.is_empty() {
+            return Ok(Bytes::new());
+        }
+        let (bytes, size) = self.fetch(Operation::GetRange, key, Some(GetRange::Bounded(range.clone()))).await?;
+        if bytes.len() as u64 == range.end - range.start {
+            Ok(bytes)
+        } else {
+            let kind = StoreErrorKind::OutOfRange { start: range.start, end: range.end, size };
+            Err(StoreError::new(Operation::GetRange, key, kind))
+        }
+    }
+
+    /// The last `count` bytes, or all of a smaller object, and the object's whole size.
+    pub async fn get_suffix(&self, key: &Path, count: u64) -> Result<(Bytes, u64), StoreError> {
+        self.fetch(Operation::GetRange, key, Some(GetRange::Suffix(count))).await
+    }
+
+    /// The object's size.
+    pub async fn head(&self, key: &Path) -> Result<u64, StoreError> {
+        let mut attempts = Attempts::new(Operation::Head, key, &self.retry);
+        loop {
+            self.counters.head();
+            match attempts.limit(0, self.inner.head(key)).await {
+                Ok(meta) => return Ok(meta.size),
+                Err(error) => self.again(&mut attempts, error).await?,
+            }
+        }
+    }
+
+    /// Whether the object lies there. Liveness is never concluded from this.
+    pub async fn exists(&self, key: &Path) -> Result<bool, StoreError> {
+        match self.head(key).await {
+            Ok(_) => Ok(true),
+            Err(error) if error.is_not_found() => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Creates the object unless one lies there, atomically, and says which.
+    ///
+    /// A lost reply, and the conflict that S3 may answer though nothing was written (409, which object_store maps to
+    /// `AlreadyExists`), are settled by reading back: the same bytes mean created, other bytes mean that someone else
+    /// was first, and absence means to try again. So bytes that two writers could both have must carry a nonce.
+    pub async fn create(&self, key: &Path, bytes: Bytes) -> Result<Creation, StoreError> {
+        let mut attempts = Attempts::new(Operation::Create, key, &self.retry);
+        loop {
+            let error = match self.try_create(&mut attempts, key, &bytes).await {
+                Ok(()) => return Ok(Creation::Created),
+                Err(error) => error,
+            };
+            if error.kind() == &StoreErrorKind::AlreadyExists || error.is_retryable() {
+                // Only a definite refusal or an absence seen after it allows another attempt: an attempt whose reply
+                // was lost may still arrive, but then the retry meets it and reads it back.
+                match self.settle(key, &bytes).await {
+                    Ok(Some(creation)) => return Ok(creation),
+                    Ok(None) => {}
+                    Err(unreadable) if unreadable.is_retryable() => {}
+                    Err(unreadable) => return Err(unreadable),
+                }
+            }
+            self.again(&mut attempts, error.assume_retryable_conflict()).await?;
+        }
+    }
+
+    /// Stores an object whose name is unique or the hash of its content. Finding the same bytes there is success.
+    pub async fn put_new(&self, key: &Path, bytes: Bytes) -> Result<(), StoreError> {
+        match self.create(key, bytes).await? {
+            Creation::Created => Ok(()),
+            Creation::AlreadyThere => Err(StoreError::new(Operation::Create, key, StoreErrorKind::AlreadyExists)),
+        }
+    }
+
+    /// Every object below `prefix`, in no promised order. A listing is for finding things, never for concluding that
+    /// something is gone.
+    pub async fn list(&self, prefix: &Path) -> Result<Vec<Listed>, StoreError> {
+        let mut attempts = Attempts::new(Operation::List, prefix, &self.retry);
+        loop {
+            self.counters.list();
+            let listing = self.inner.list(Some(prefix)).map_ok(Listed::from).try_collect::<Vec<_>>();
+            match attempts.limit_listing(listing).await {
+                Ok(listed) => return Ok(listed),
+                Err(error) => self.again(&mut attempts, error).await?,
+            }
+        }
+    }
+
+    /// The folders and objects directly below `prefix`.
+    pub async fn list_level(&self, prefix: &Path) -> Result<ListedLevel, StoreError> {
+        let mut attempts = Attempts::new(Operation::List, prefix, &self.retry);
+        loop {
+            self.counters.list();
+            match attempts.limit_listing(self.inner.list_with_delimiter(Some(prefix))).await {
+                Ok(level) => {
+                    let objects = level.objects.into_iter().map(Listed::from).collect();
+                    return Ok(ListedLevel { folders: level.common_prefixes, objects });
+                }
+                Err(error) => self.again(&mut attempts, error).await?,
+            }
+        }
+    }
+
+    /// Bytes of the range and the size of the whole object.
+    async fn fetch(
+        &self,
+        operation: Operation,
+        key: &Path,
+        range: Option<GetRange>,
+    ) -> Result<(Bytes, u64), StoreError> {
+        let mut attempts = Attempts::new(operation, key, &self.retry);
+        loop {
+            match self.try_fetch(&mut attempts, key, range.clone()).await {
+                Ok(fetched) => return Ok(fetched),
+                Err(error) => self.again(&mut attempts, error).await?,
+            }
+        }
+    }
+
+    async fn try_fetch(
+        &self,
+        attempts: &mut Attempts<'_>,
+        key: &Path,
+        range: Option<GetRange>,
+    ) -> Result<(Bytes, u64), StoreError> {
+        self.counters.get();
+        let options = GetOptions { range, ..GetOptions::default() };
+        let result = attempts.limit(0, self.inner.get_opts(key, options)).await?;
+        self.read_body(attempts, result).await
+    }
+
+    async fn read_body(&self, attempts: &Attempts<'_>, result: GetResult) -> Result<(Bytes, u64), StoreError> {
+        let (size, expected) = (result.meta.size, result.range.end.saturating_sub(result.range.start));
+        let bytes = attempts.limit(expected, result.bytes()).await?;
+        self.counters.read(bytes.len());
+        if bytes.len() as u64 != expected {
+            // A reply cut short that the HTTP client did not notice.
+            let kind = StoreErrorKind::Torn { expected, received: bytes.len() as u64 };
+            return Err(attempts.error(kind));
+        }
+        Ok((bytes, size))
+    }
+
+    async fn try_create(&self, attempts: &mut Attempts<'_>, key: &Path, bytes: &Bytes) -> Result<(), StoreError> {
+        self.counters.put(bytes.len());
+        let options = PutOptions { mode: PutMode::Create, ..PutOptions::default() };
+        let put = self.inner.put_opts(key, PutPayload::from(bytes.clone()), options);
+        attempts.limit(bytes.len() as u64, put).await.map(|_| ())
+    }
+
+    /// What lies under a key after a create whose outcome is not certain; `None`: nothing.
+    async fn settle(&self, key: &Path, bytes: &Bytes) -> Result<Option<Creation>, StoreError> {
+        let mut attempts = Attempts::new(Operation::Settle, key, &self.retry);
+        loop {
+            match self.try_settle(&mut attempts, key, bytes).await {
+                Ok(creation) => {
+                    self.make_durable(key).await?;
+                    return Ok(Some(creation));
+                }
+                Err(error) if error.is_not_found() => return Ok(None),
+                Err(error) => self.again(&mut attempts, error).await?,
+            }
+        }
+    }
+
+    async fn try_settle(&self, attempts: &mut Attempts<'_>, key: &Path, bytes: &Bytes) -> Result<Creation, StoreError> {
+        self.counters.get();
+        let result = attempts.limit(0, self.inner.get_opts(key, GetOptions::default())).await?;
+        if result.meta.size != bytes.len() as u64 {
+            return Ok(Creation::AlreadyThere);
+        }
+        let (stored, _) = self.read_body(attempts, result).await?;
+        Ok(if stored == *bytes { Creation::Created } else { Creation::AlreadyThere })
+    }
+
+    /// In a folder, an object that is visible may not be durable yet: its writer can have died, or failed, between
+    /// linking the name and syncing the directory. Whoever believes in it syncs it first.
+    async fn make_durable(&self, key: &Path) -> Result<(), StoreError> {
+        let Some(folder) = self.folder.clone() else { return Ok(()) };
+        let path = key.parts().fold(folder.to_path_buf(), |path, part| path.join(part.as_ref()));
+        let synced = tokio::task::spawn_blocking(move || {
+            std::fs::File::open(&path)?.sync_all()?;
+            let parents = path.ancestors().skip(1).take_while(|parent| parent.starts_with(&folder));
+            parents.into_iter().try_for_each(|parent| std::fs::File::open(parent)?.sync_all())
+        });
+        let outcome = synced.await.unwrap_or_else(|join| Err(std::io::Error::other(join)));
+        outcome.map_err(|source| StoreError::from_io(Operation::Settle, key, source))
+    }
+
+    /// Waits before the next attempt, or gives the error back if there is to be none.
+    async fn again(&self, attempts: &mut Attempts<'_>, error: StoreError) -> Result<(), StoreError> {
+        attempts.wait(error).await?;
+        self.counters.retry();
+        Ok(())
+    }
+}
+
+impl From<object_store::ObjectMeta> for Listed {
+    fn from(meta: object_store::ObjectMeta) -> Listed {
+        Listed { key: meta.location, size: meta.size, last_modified_us: meta.last_modified.timestamp_micros() }
+    }
+}
