@@ -50,7 +50,7 @@ fn io_error<'a>(operation: &'static str, path: &'a Path) -> impl FnOnce(io::Erro
 pub fn write<T: Serialize>(path: &Path, kind: FileKind, value: &T) -> Result<(), DurableError> {
     let body =
         serde_json::to_vec_pretty(value).map_err(|source| DurableError::Encode { path: path.to_owned(), source })?;
-    let mut bytes = format!("{MAGIC} {} {} {:08x}\n", kind.name, kind.version, crc32c::crc32c(&body)).into_bytes();
+    let mut bytes = format!("{MAGIC} {} {} {:08x}\n", kind.name, kind.version, checksum(kind, &body)).into_bytes();
     bytes.extend_from_slice(&body);
     bytes.push(b'\n');
 
@@ -95,15 +95,20 @@ pub fn read<T: DeserializeOwned>(path: &Path, kind: FileKind) -> Result<Option<T
     if *magic != MAGIC || *name != kind.name {
         return Err(damaged(format!("it begins with \"{magic} {name}\", not \"{MAGIC} {}\"", kind.name)));
     }
-    let version: u32 = version.parse().map_err(|_| damaged(format!("\"{version}\" is not a version")))?;
-    if version > kind.version {
-        return Err(DurableError::Newer { path: path.to_owned(), found: version, known: kind.version });
+    let stated: u32 = version.parse().map_err(|_| damaged(format!("\"{version}\" is not a version")))?;
+    if stated > kind.version {
+        return Err(DurableError::Newer { path: path.to_owned(), found: stated, known: kind.version });
     }
-    let computed = format!("{:08x}", crc32c::crc32c(body));
+    let computed = format!("{:08x}", self::checksum(FileKind { version: stated, ..kind }, body));
     if computed != *checksum {
         return Err(damaged(format!("its content has checksum {computed}, its header says {checksum}")));
     }
     serde_json::from_slice(body).map(Some).map_err(|error| damaged(error.to_string()))
+}
+
+/// CRC-32C over version and content, so that neither can change unnoticed.
+fn checksum(kind: FileKind, body: &[u8]) -> u32 {
+    crc32c::crc32c_append(crc32c::crc32c(&kind.version.to_le_bytes()), body)
 }
 
 /// Removes the file for good; nothing to do if it is not there.

@@ -1,0 +1,314 @@
+//! The sections of the configuration, their defaults with reasons, and their accepted ranges.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use walfleet_repository::ids::ClusterName;
+
+use super::{ConfigError, DEFAULT_STATE_DIR};
+
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// The agent's name in the fleet; the host's name if absent.
+    pub name: Option<String>,
+    /// Identity, job journal, desired state and spool. Survives reinstalling the agent.
+    pub state_dir: PathBuf,
+    /// Where `wal push` and `wal fetch` reach the agent; `<state_dir>/agent.sock` if absent.
+    pub socket: Option<PathBuf>,
+    pub controller: Option<ControllerConfig>,
+    pub instances: Vec<InstanceConfig>,
+    pub repository: Option<RepositoryConfig>,
+    pub backup: BackupConfig,
+    pub wal: WalConfig,
+    pub postgres: PostgresConfig,
+    pub labels: BTreeMap<String, String>,
+    pub metrics: MetricsConfig,
+    pub telemetry: TelemetryConfig,
+}
+
+/// Absent on a host without a controller.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ControllerConfig {
+    /// `https://host:port`
+    pub url: String,
+}
+
+/// A Postgres instance of this host and the cluster it is a member of.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct InstanceConfig {
+    pub cluster: ClusterName,
+    pub data_dir: PathBuf,
+    /// libpq-like: "host=/var/run/postgresql port=5432 user=walfleet". From postmaster.pid if absent.
+    #[serde(default)]
+    pub connection: Option<String>,
+}
+
+/// For hosts without a controller, which else names the repositories.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RepositoryConfig {
+    /// `file:///path` or `s3://bucket/prefix`
+    pub url: String,
+    /// "endpoint", "region", …; credentials come from the environment.
+    #[serde(default)]
+    pub options: BTreeMap<String, String>,
+    pub key_file: PathBuf,
+}
+
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct BackupConfig {
+    /// Threads that read, check, hash and compress.
+    pub processes: u32,
+    /// zstd level.
+    pub compression_level: i32,
+}
+
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct WalConfig {
+    /// Segments uploaded at the same time, per instance.
+    pub parallel_uploads: u32,
+    /// Segments taken from archive_status ahead of the one Postgres asks for, and fetched ahead in recovery.
+    pub read_ahead_segments: u32,
+}
+
+#[derive(Clone, Default, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct PostgresConfig {
+    /// Folders with `postgres` and `pg_ctl`, tried before the usual places.
+    pub bin_dirs: Vec<PathBuf>,
+}
+
+#[derive(Clone, Default, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct MetricsConfig {
+    /// Where Prometheus scrapes; nothing listens if absent.
+    pub listen: Option<SocketAddr>,
+}
+
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct TelemetryConfig {
+    /// A tracing filter: "info", "warn,walfleet_agent=debug".
+    pub log: String,
+    pub log_format: LogFormat,
+    /// OTLP over gRPC: "http://collector:4317"; no traces are sent if absent.
+    pub otlp_endpoint: Option<String>,
+}
+
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LogFormat {
+    #[default]
+    Text,
+    Json,
+}
+
+impl Default for Config {
+    fn default() -> Config {
+        Config {
+            name: None,
+            state_dir: PathBuf::from(DEFAULT_STATE_DIR),
+            socket: None,
+            controller: None,
+            instances: Vec::new(),
+            repository: None,
+            backup: BackupConfig::default(),
+            wal: WalConfig::default(),
+            postgres: PostgresConfig::default(),
+            labels: BTreeMap::new(),
+            metrics: MetricsConfig::default(),
+            telemetry: TelemetryConfig::default(),
+        }
+    }
+}
+
+impl Default for BackupConfig {
+    fn default() -> BackupConfig {
+        // Half of the cores are left to Postgres; zstd 3 compressed heap pages to 1/12 at 1 GB/s a core.
+        let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        BackupConfig { processes: u32::try_from(cores / 2).unwrap_or(1).clamp(1, 16), compression_level: 3 }
+    }
+}
+
+impl Default for WalConfig {
+    fn default() -> WalConfig {
+        // Four 16 MiB segments in flight hide a store's latency; sixteen ahead hide a burst of 256 MiB.
+        WalConfig { parallel_uploads: 4, read_ahead_segments: 16 }
+    }
+}
+
+impl Default for TelemetryConfig {
+    fn default() -> TelemetryConfig {
+        TelemetryConfig { log: "info".to_owned(), log_format: LogFormat::Text, otlp_endpoint: None }
+    }
+}
+
+/// Bytes of sun_path, less its final zero (sys/un.h on Linux).
+const SOCKET_PATH_MAX: usize = 107;
+
+impl Config {
+    pub fn socket_path(&self) -> PathBuf {
+        self.socket.clone().unwrap_or_else(|| default_socket(&self.state_dir))
+    }
+
+    /// The configured name, or the host's if it will do.
+    pub fn agent_name(&self) -> Result<String, ConfigError> {
+        let name = self.name.clone().unwrap_or_else(|| hostname().to_ascii_lowercase());
+        check_name("name", &name)?;
+        Ok(name)
+    }
+
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        if let Some(name) = &self.name {
+            check_name("name", name)?;
+        }
+        absolute("state_dir", &self.state_dir)?;
+        let socket = self.socket_path();
+        absolute("socket", &socket)?;
+        let length = socket.as_os_str().len();
+        if length > SOCKET_PATH_MAX {
+            return Err(value("socket", format!("a path of {length} bytes"), "one of at most 107 bytes"));
+        }
+        if let Some(controller) = &self.controller {
+            controller_url("controller.url", &controller.url)?;
+        }
+        self.validate_instances()?;
+        if let Some(repository) = &self.repository {
+            repository.validate("repository")?;
+        }
+        if self.controller.is_some() && self.repository.is_some() {
+            return Err(ConfigError::Conflict {
+                at: "repository".into(),
+                what: "there is a controller, which names the repositories".into(),
+                hint: "remove the repository section, or the controller section.".into(),
+            });
+        }
+        range("backup.processes", self.backup.processes.into(), 1, 64)?;
+        range("backup.compression_level", self.backup.compression_level.into(), 1, 19)?;
+        range("wal.parallel_uploads", self.wal.parallel_uploads.into(), 1, 64)?;
+        range("wal.read_ahead_segments", self.wal.read_ahead_segments.into(), 0, 1024)?;
+        for (index, folder) in self.postgres.bin_dirs.iter().enumerate() {
+            absolute(&format!("postgres.bin_dirs[{index}]"), folder)?;
+        }
+        for (key, text) in &self.labels {
+            let fits = |text: &str| (1..=63).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_graphic());
+            if !fits(key) || !fits(text) {
+                return Err(value(format!("labels.{key}"), format!("{text:?}"), "1 to 63 printable characters"));
+            }
+        }
+        Ok(())
+    }
+
+    fn validate_instances(&self) -> Result<(), ConfigError> {
+        let mut folders = BTreeSet::new();
+        for (index, instance) in self.instances.iter().enumerate() {
+            let at = format!("instances[{index}]");
+            absolute(&format!("{at}.data_dir"), &instance.data_dir)?;
+            // Components, so that a trailing slash does not hide a repetition.
+            if !folders.insert(instance.data_dir.components().collect::<PathBuf>()) {
+                return Err(ConfigError::Conflict {
+                    at: format!("{at}.data_dir"),
+                    what: format!("{} is named twice", instance.data_dir.display()),
+                    hint: "an instance is a member of one cluster; remove one of the two.".into(),
+                });
+            }
+            if let Some(connection) = &instance.connection
+                && let Err(error) = connection.parse::<tokio_postgres::Config>()
+            {
+                // The text itself may hold a password and is not repeated.
+                let expected = "\"host=/var/run/postgresql port=5432 user=postgres\" or the like";
+                return Err(value(format!("{at}.connection"), format!("the given text ({error})"), expected));
+            }
+        }
+        Ok(())
+    }
+
+    /// Every option present: what the sample is held against.
+    #[cfg(test)]
+    pub(super) fn with_every_option() -> Config {
+        Config {
+            name: Some("db1".into()),
+            socket: Some("/run/walfleet/agent.sock".into()),
+            controller: Some(ControllerConfig { url: "https://controller:7443".into() }),
+            instances: vec![InstanceConfig {
+                cluster: "orders".parse().unwrap(),
+                data_dir: "/data".into(),
+                connection: Some("port=5432".into()),
+            }],
+            repository: Some(RepositoryConfig {
+                url: "file:///srv/walfleet".into(),
+                options: BTreeMap::new(),
+                key_file: "/key".into(),
+            }),
+            ..Config::default()
+        }
+    }
+}
+
+impl RepositoryConfig {
+    pub fn validate(&self, at: &str) -> Result<(), ConfigError> {
+        let known = ["file:///", "s3://"].iter().any(|scheme| {
+            self.url
+                .strip_prefix(scheme)
+                .is_some_and(|rest| !rest.is_empty() && rest.bytes().all(|b| b.is_ascii_graphic()))
+        });
+        if !known {
+            return Err(value(
+                format!("{at}.url"),
+                format!("{:?}", self.url),
+                "\"file:///path\" or \"s3://bucket/prefix\"",
+            ));
+        }
+        Ok(())
+    }
+}
+
+pub fn default_socket(state_dir: &Path) -> PathBuf {
+    state_dir.join("agent.sock")
+}
+
+pub(super) fn check_name(at: &str, name: &str) -> Result<(), ConfigError> {
+    let allowed = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || matches!(b, b'-' | b'.' | b'_');
+    if (1..=63).contains(&name.len()) && name.bytes().all(allowed) {
+        Ok(())
+    } else {
+        Err(value(at, format!("{name:?}"), "1 to 63 of a-z, 0-9, '-', '.' and '_'"))
+    }
+}
+
+/// `https`, a host, a port, and nothing after.
+fn controller_url(at: &str, url: &str) -> Result<(), ConfigError> {
+    let parsed = url.parse::<tonic::transport::Uri>().ok();
+    let good = parsed.is_some_and(|uri| {
+        uri.scheme_str() == Some("https") && uri.port_u16().is_some() && matches!(uri.path(), "" | "/")
+    });
+    if good { Ok(()) } else { Err(value(at, format!("{url:?}"), "\"https://host:port\"")) }
+}
+
+fn absolute(at: &str, path: &Path) -> Result<(), ConfigError> {
+    if path.is_absolute() { Ok(()) } else { Err(value(at, format!("{:?}", path.display()), "an absolute path")) }
+}
+
+fn range(at: &str, found: i64, least: i64, most: i64) -> Result<(), ConfigError> {
+    if (least..=most).contains(&found) {
+        Ok(())
+    } else {
+        Err(value(at, found.to_string(), format!("a number from {least} to {most}")))
+    }
+}
+
+fn value(at: impl Into<String>, found: impl Into<String>, expected: impl Into<String>) -> ConfigError {
+    ConfigError::Value { at: at.into(), found: found.into(), expected: expected.into() }
+}
+
+pub fn hostname() -> String {
+    std::fs::read_to_string("/proc/sys/kernel/hostname")
+        .map_or_else(|_| "localhost".to_owned(), |name| name.trim().to_owned())
+}
