@@ -3,6 +3,7 @@
 //! Only these files name generated protobuf types.
 
 pub mod clear;
+pub mod domain_key;
 pub mod file_map;
 pub mod log_entry;
 pub mod manifest;

@@ -6,6 +6,7 @@ pub mod crypto;
 pub mod format;
 pub mod ids;
 pub mod key_file;
+pub mod keyring;
 pub mod layout;
 pub mod open;
 pub mod postgres;

@@ -1,1 +1,362 @@
-//! To be filled.
+//! WAL segments and timeline histories as stored: sealed content with what can be known without reading it.
+
+use bytes::Bytes;
+use prost::Message;
+use walfleet_proto::repository::v1 as wire;
+
+use crate::crypto::DomainKey;
+use crate::format::clear::ObjectKind;
+use crate::format::manifest::{ManifestError, branch_from_wire};
+use crate::format::sealed::{Compressor, FramePlace, SealedError, SealedObject, SealedWriter};
+use crate::ids::ChunkId;
+use crate::postgres::{Lsn, Segment, SegmentSize, SystemId, Timeline, WalBranch};
+
+/// Content is sealed in frames of this size, so that a 1 GiB segment can be opened in parallel and in little memory.
+pub const CONTENT_FRAME_BYTES: u32 = 1 << 20;
+
+/// Commits closer together than this are thinned; the first and the last of a segment always stay.
+const COMMIT_RESOLUTION_US: i64 = 100_000;
+
+/// A commit (or abort) record: the end of the record, and the time in it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct CommitPoint {
+    pub lsn: Lsn,
+    /// Microseconds since the Unix epoch.
+    pub at_us: i64,
+}
+
+/// A record of pg_create_restore_point.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct RestorePoint {
+    pub name: String,
+    pub point: CommitPoint,
+}
+
+/// What decoding a segment's records told.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct SegmentFacts {
+    /// Up to the end of the last valid record; what lies behind is stale or zero.
+    pub valid_bytes: u32,
+    /// In WAL order.
+    pub commits: Vec<CommitPoint>,
+    pub restore_points: Vec<RestorePoint>,
+}
+
+/// The directory of a stored segment.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct SegmentDirectory {
+    pub wal: WalBranch,
+    pub segment: Segment,
+    pub segment_size: SegmentSize,
+    pub valid_bytes: u32,
+    /// Keyed hash of the valid bytes: two writers compare by it.
+    pub content_id: ChunkId,
+    pub predecessor: Option<ChunkId>,
+    pub content: Vec<FramePlace>,
+    pub commit_times: Option<FramePlace>,
+    pub member: String,
+    pub shipped_at_us: i64,
+    pub first_commit: Option<CommitPoint>,
+    pub last_commit: Option<CommitPoint>,
+}
+
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum SegmentError {
+    #[error("wal segment: {0}")]
+    Sealed(#[from] SealedError),
+    #[error("wal segment: its directory does not read: {0}")]
+    Directory(String),
+    #[error("wal segment holds {found}, expected {expected}")]
+    Identity { found: String, expected: String },
+    #[error("wal segment: its content does not match its content id")]
+    Content,
+    #[error("{bytes} valid bytes do not fit a segment of {size}")]
+    ValidBytes { bytes: u32, size: u32 },
+}
+
+/// What the writer of a segment knows.
+pub struct SegmentUpload<'a> {
+    pub wal: WalBranch,
+    pub segment: Segment,
+    pub segment_size: SegmentSize,
+    /// The whole segment file.
+    pub content: &'a [u8],
+    pub facts: &'a SegmentFacts,
+    pub predecessor: Option<ChunkId>,
+    pub member: &'a str,
+    pub shipped_at_us: i64,
+}
+
+impl SegmentUpload<'_> {
+    fn valid(&self) -> Result<&[u8], SegmentError> {
+        let bad = SegmentError::ValidBytes { bytes: self.facts.valid_bytes, size: self.segment_size.bytes() };
+        self.content.get(..self.facts.valid_bytes as usize).ok_or(bad)
+    }
+
+    pub fn content_id(&self, domain: &DomainKey) -> Result<ChunkId, SegmentError> {
+        Ok(domain.chunk_id(self.valid()?))
+    }
+
+    /// The object's bytes and its directory. `key` is the object's key in the repository.
+    pub fn seal(
+        &self,
+        domain: &DomainKey,
+        key: &str,
+        zstd: &mut Compressor,
+    ) -> Result<(Bytes, SegmentDirectory), SegmentError> {
+        let valid = self.valid()?;
+        let mut writer = SealedWriter::new(domain, ObjectKind::Segment, Some(key), valid.len() / 2 + 4096)?;
+        let frames = valid.chunks(CONTENT_FRAME_BYTES as usize);
+        let content = frames.map(|frame| writer.push(frame, zstd)).collect::<Result<Vec<_>, _>>()?;
+        let times = encode_commit_times(self.segment.start(self.segment_size), self.facts);
+        let commit_times = times.map(|times| writer.push(&times, zstd)).transpose()?;
+        let directory = SegmentDirectory {
+            wal: self.wal,
+            segment: self.segment,
+            segment_size: self.segment_size,
+            valid_bytes: self.facts.valid_bytes,
+            content_id: domain.chunk_id(valid),
+            predecessor: self.predecessor,
+            content,
+            commit_times,
+            member: self.member.to_owned(),
+            shipped_at_us: self.shipped_at_us,
+            first_commit: self.facts.commits.first().copied(),
+            last_commit: self.facts.commits.last().copied(),
+        };
+        let bytes = writer.finish(&directory.to_wire().encode_to_vec(), zstd)?;
+        Ok((bytes, directory))
+    }
+}
+
+impl SegmentDirectory {
+    fn to_wire(&self) -> wire::SegmentDirectory {
+        let point = |p: &CommitPoint| wire::CommitPoint { lsn: p.lsn.0, at_us: p.at_us };
+        wire::SegmentDirectory {
+            system_identifier: self.wal.system_id.0,
+            timeline: self.wal.timeline.0,
+            branch: Bytes::copy_from_slice(&self.wal.branch.0),
+            start_lsn: self.segment.start(self.segment_size).0,
+            segment_bytes: self.segment_size.bytes(),
+            valid_bytes: self.valid_bytes,
+            content_id: Bytes::copy_from_slice(&self.content_id.0),
+            predecessor_content_id: self.predecessor.map_or_else(Bytes::new, |id| Bytes::copy_from_slice(&id.0)),
+            content: self.content.iter().map(frame_to_wire).collect(),
+            content_frame_bytes: CONTENT_FRAME_BYTES,
+            commit_times: self.commit_times.as_ref().map(frame_to_wire),
+            changed_blocks: None,
+            member: self.member.clone(),
+            shipped_at_us: self.shipped_at_us,
+            first_commit: self.first_commit.as_ref().map(point),
+            last_commit: self.last_commit.as_ref().map(point),
+        }
+    }
+
+    /// Decodes a directory and checks that it is the one expected under its name.
+    pub fn decode(bytes: &[u8], wal: WalBranch, segment: Segment) -> Result<SegmentDirectory, SegmentError> {
+        let bad = |reason: String| SegmentError::Directory(reason);
+        let d = wire::SegmentDirectory::decode(bytes).map_err(|e| bad(e.to_string()))?;
+        let segment_size = SegmentSize::new(u64::from(d.segment_bytes)).map_err(|e| bad(e.to_string()))?;
+        let found = WalBranch {
+            system_id: SystemId(d.system_identifier),
+            timeline: Timeline::new(d.timeline).map_err(|e| bad(e.to_string()))?,
+            branch: branch_from_wire(&d.branch).map_err(|e: ManifestError| bad(e.to_string()))?,
+        };
+        let at =
+            |wal: WalBranch, lsn: Lsn| format!("{}-{} at {lsn} of system {}", wal.timeline, wal.branch, wal.system_id);
+        let expected_start = segment.start(segment_size);
+        if found != wal || segment.timeline != wal.timeline || expected_start != Lsn(d.start_lsn) {
+            return Err(SegmentError::Identity {
+                found: at(found, Lsn(d.start_lsn)),
+                expected: at(wal, expected_start),
+            });
+        }
+        if d.valid_bytes > segment_size.bytes() {
+            return Err(SegmentError::ValidBytes { bytes: d.valid_bytes, size: segment_size.bytes() });
+        }
+        let id = |bytes: &[u8]| ChunkId::from_slice(bytes).map_err(|e| bad(e.to_string()));
+        let point = |p: wire::CommitPoint| CommitPoint { lsn: Lsn(p.lsn), at_us: p.at_us };
+        let content: Vec<FramePlace> = d.content.iter().map(frame_from_wire).collect();
+        if content.iter().map(|frame| u64::from(frame.raw_len)).sum::<u64>() != u64::from(d.valid_bytes) {
+            return Err(bad("its frames do not add up to its valid bytes".into()));
+        }
+        Ok(SegmentDirectory {
+            wal,
+            segment,
+            segment_size,
+            valid_bytes: d.valid_bytes,
+            content_id: id(&d.content_id)?,
+            predecessor: (!d.predecessor_content_id.is_empty()).then(|| id(&d.predecessor_content_id)).transpose()?,
+            content,
+            commit_times: d.commit_times.as_ref().map(frame_from_wire),
+            member: d.member,
+            shipped_at_us: d.shipped_at_us,
+            first_commit: d.first_commit.map(point),
+            last_commit: d.last_commit.map(point),
+        })
+    }
+}
+
+/// Opens a whole segment object: its directory and its content, padded with zeros to the segment's size.
+pub fn open_segment(
+    bytes: Bytes,
+    domain: &DomainKey,
+    key: &str,
+    wal: WalBranch,
+    segment: Segment,
+) -> Result<(SegmentDirectory, Vec<u8>), SegmentError> {
+    let object = SealedObject::open(bytes, domain, ObjectKind::Segment, Some(key))?;
+    let directory = SegmentDirectory::decode(&object.directory, wal, segment)?;
+    let mut content = Vec::with_capacity(directory.segment_size.bytes() as usize);
+    for frame in &directory.content {
+        content.extend_from_slice(&object.frame(*frame)?);
+    }
+    if domain.chunk_id(&content) != directory.content_id {
+        return Err(SegmentError::Content);
+    }
+    content.resize(directory.segment_size.bytes() as usize, 0);
+    Ok((directory, content))
+}
+
+fn frame_to_wire(frame: &FramePlace) -> wire::Frame {
+    wire::Frame { offset: frame.offset, stored_len: frame.stored_len, raw_len: frame.raw_len }
+}
+
+fn frame_from_wire(frame: &wire::Frame) -> FramePlace {
+    FramePlace { offset: frame.offset, stored_len: frame.stored_len, raw_len: frame.raw_len }
+}
+
+/// Nothing if there is neither a commit nor a restore point.
+fn encode_commit_times(start: Lsn, facts: &SegmentFacts) -> Option<Vec<u8>> {
+    if facts.commits.is_empty() && facts.restore_points.is_empty() {
+        return None;
+    }
+    let mut times = wire::CommitTimes::default();
+    let (mut last_lsn, mut last_us) = (start.0, 0i64);
+    let end = facts.commits.len().saturating_sub(1);
+    for (index, commit) in facts.commits.iter().enumerate() {
+        let near = commit.at_us.abs_diff(last_us) < COMMIT_RESOLUTION_US.unsigned_abs();
+        if near && index != 0 && index != end {
+            continue;
+        }
+        let Ok(delta) = u32::try_from(commit.lsn.0.saturating_sub(last_lsn)) else { continue };
+        times.lsn_deltas.push(delta);
+        times.time_deltas_us.push(commit.at_us.wrapping_sub(last_us));
+        (last_lsn, last_us) = (commit.lsn.0, commit.at_us);
+    }
+    times.restore_points = facts
+        .restore_points
+        .iter()
+        .map(|r| wire::RestorePoint {
+            name: r.name.clone(),
+            point: Some(wire::CommitPoint { lsn: r.point.lsn.0, at_us: r.point.at_us }),
+        })
+        .collect();
+    Some(times.encode_to_vec())
+}
+
+/// Decodes the commit-times sidecar of the segment that starts at `start`.
+pub fn decode_commit_times(start: Lsn, bytes: &[u8]) -> Result<(Vec<CommitPoint>, Vec<RestorePoint>), SegmentError> {
+    let times = wire::CommitTimes::decode(bytes).map_err(|e| SegmentError::Directory(e.to_string()))?;
+    let (mut lsn, mut at_us) = (start.0, 0i64);
+    let commits = times
+        .lsn_deltas
+        .iter()
+        .zip(&times.time_deltas_us)
+        .map(|(lsn_delta, time_delta)| {
+            lsn = lsn.saturating_add(u64::from(*lsn_delta));
+            at_us = at_us.wrapping_add(*time_delta);
+            CommitPoint { lsn: Lsn(lsn), at_us }
+        })
+        .collect();
+    let points = times
+        .restore_points
+        .into_iter()
+        .map(|r| {
+            let point = r.point.unwrap_or_default();
+            RestorePoint { name: r.name, point: CommitPoint { lsn: Lsn(point.lsn), at_us: point.at_us } }
+        })
+        .collect();
+    Ok((commits, points))
+}
+
+/// Seals a timeline history file.
+pub fn seal_history(
+    domain: &DomainKey,
+    key: &str,
+    wal: WalBranch,
+    content: &[u8],
+    member: &str,
+    shipped_at_us: i64,
+) -> Result<Bytes, SegmentError> {
+    let writer = SealedWriter::new(domain, ObjectKind::History, Some(key), 1024)?;
+    let message = wire::TimelineHistory {
+        system_identifier: wal.system_id.0,
+        timeline: wal.timeline.0,
+        content: Bytes::copy_from_slice(content),
+        member: member.to_owned(),
+        shipped_at_us,
+    };
+    Ok(writer.finish(&message.encode_to_vec(), &mut Compressor::new(3))?)
+}
+
+/// The history file as Postgres wrote it.
+pub fn open_history(bytes: Bytes, domain: &DomainKey, key: &str, wal: WalBranch) -> Result<Bytes, SegmentError> {
+    let object = SealedObject::open(bytes, domain, ObjectKind::History, Some(key))?;
+    let message =
+        wire::TimelineHistory::decode(&object.directory[..]).map_err(|e| SegmentError::Directory(e.to_string()))?;
+    if message.system_identifier != wal.system_id.0 || message.timeline != wal.timeline.0 {
+        return Err(SegmentError::Identity {
+            found: format!("timeline {} of system {}", message.timeline, message.system_identifier),
+            expected: format!("timeline {} of system {}", wal.timeline, wal.system_id),
+        });
+    }
+    Ok(message.content)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::postgres::Branch;
+
+    fn commit(lsn: u64, at_us: i64) -> CommitPoint {
+        CommitPoint { lsn: Lsn(lsn), at_us }
+    }
+
+    #[test]
+    fn a_segment_comes_back_whole_with_its_times() {
+        let key = DomainKey::generate().unwrap();
+        let wal = WalBranch { system_id: SystemId(9), timeline: Timeline(1), branch: Branch::ROOT };
+        let size = SegmentSize::new(1 << 20).unwrap();
+        let segment = Segment { timeline: Timeline(1), number: 3 };
+        let mut content = vec![0xAB; 1 << 20];
+        content[700_000..].fill(0x77);
+        let start = segment.start(size).0;
+        let facts = SegmentFacts {
+            valid_bytes: 700_000,
+            commits: vec![commit(start + 10, 1_000_000), commit(start + 20, 1_050_000), commit(start + 30, 1_060_000)],
+            restore_points: vec![RestorePoint { name: "before".into(), point: commit(start + 25, 1_055_000) }],
+        };
+        let upload = SegmentUpload {
+            wal,
+            segment,
+            segment_size: size,
+            content: &content,
+            facts: &facts,
+            predecessor: None,
+            member: "pg1",
+            shipped_at_us: 5,
+        };
+        let (bytes, directory) = upload.seal(&key, "k", &mut Compressor::new(3)).unwrap();
+        let (read, restored) = open_segment(bytes.clone(), &key, "k", wal, segment).unwrap();
+        assert_eq!(read, directory);
+        assert_eq!(&restored[..700_000], &content[..700_000]);
+        assert!(restored[700_000..].iter().all(|b| *b == 0), "stale bytes do not travel");
+        let object = SealedObject::open(bytes.clone(), &key, ObjectKind::Segment, Some("k")).unwrap();
+        let times = object.frame(directory.commit_times.unwrap()).unwrap();
+        let (commits, points) = decode_commit_times(segment.start(size), &times).unwrap();
+        assert_eq!(commits, [facts.commits[0], facts.commits[2]], "thinned, but first and last stay");
+        assert_eq!(points, facts.restore_points);
+        assert!(open_segment(bytes, &key, "k", wal, segment.next()).is_err(), "not under another number");
+    }
+}

@@ -1,0 +1,326 @@
+//! The write side of a session: chunks in, uploaded packs out.
+//!
+//! Many threads write at once, each into a pack of its own, so nothing is locked while compressing. A full pack goes to
+//! the uploader over a short channel: when the store is slow, the threads wait there, and memory stays bounded by
+//! (threads + uploads in flight) packs.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+use tokio::sync::{Semaphore, mpsc};
+use tokio::task::JoinHandle;
+
+use crate::crypto::DomainKey;
+use crate::format::file_map::{ChunkPlace, ShortId};
+use crate::format::pack::{FinishedPack, PackWriter};
+use crate::format::sealed::{Compressor, FramePlace, SealedError};
+use crate::ids::{BackupId, ClusterName, PackId};
+use crate::layout;
+use crate::store::{Store, StoreError};
+
+/// Packs being uploaded at once: enough to keep a store with latency busy, each costs 32 MiB of memory.
+const UPLOADS_IN_FLIGHT: usize = 2;
+
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum WriteError {
+    #[error("store pack: {0}")]
+    Store(Arc<StoreError>),
+    #[error("seal pack: {0}")]
+    Seal(#[from] SealedError),
+    #[error("the uploads of this backup have ended")]
+    Closed,
+    #[error("chunk refers to a pack that was never finished")]
+    UnfinishedPack,
+    #[error("a parent's file does not read: {0}")]
+    Parent(String),
+}
+
+/// A pack by its number in this session, since a pack has no id before it is finished.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct PackNumber(u32);
+
+/// A chunk that has its place, though its pack may not have its name yet.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Placed {
+    pub pack: PackNumber,
+    pub frame: FramePlace,
+    pub id: ShortId,
+}
+
+/// What became of a slot's content.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum PlacedSlot {
+    /// All zero; nothing was stored.
+    Zero,
+    Chunk(Placed),
+}
+
+/// A pack that a parent brings along.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct ParentPack {
+    pub pack: PackId,
+    pub session: BackupId,
+    pub stored_bytes: u64,
+}
+
+/// One pack that the finished backup needs.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct UsedPack {
+    pub pack: PackId,
+    /// Where it lies.
+    pub session: BackupId,
+    pub stored_bytes: u64,
+    pub used_bytes: u64,
+}
+
+struct PackRow {
+    id: Option<PackId>,
+    session: BackupId,
+    stored_bytes: u64,
+    used_bytes: u64,
+}
+
+#[derive(Default)]
+struct PackRows {
+    rows: Vec<PackRow>,
+    parents: HashMap<PackId, PackNumber>,
+}
+
+/// What all writing threads of a session share.
+pub struct PackSession {
+    domain: Arc<DomainKey>,
+    session: BackupId,
+    level: i32,
+    packs: Mutex<PackRows>,
+    parent_packs: HashMap<PackId, (BackupId, u64)>,
+    uploads: Mutex<Option<mpsc::Sender<FinishedPack>>>,
+    uploader: Mutex<Option<JoinHandle<()>>>,
+    failure: Arc<OnceLock<WriteError>>,
+    new_bytes: AtomicU64,
+    stored_bytes: AtomicU64,
+    new_packs: AtomicU64,
+}
+
+impl PackSession {
+    /// Starts the session's uploader; must be called within a tokio runtime.
+    pub fn begin(
+        store: Store,
+        cluster: ClusterName,
+        session: BackupId,
+        domain: Arc<DomainKey>,
+        level: i32,
+        parents: impl IntoIterator<Item = ParentPack>,
+    ) -> Arc<PackSession> {
+        // One waiting pack: the thread that filled it goes on while both uploads are busy, the next one waits.
+        let (sender, receiver) = mpsc::channel(1);
+        let failure = Arc::new(OnceLock::new());
+        let uploader = tokio::spawn(upload_all(store, cluster, session.clone(), receiver, failure.clone()));
+        Arc::new(PackSession {
+            domain,
+            session,
+            level,
+            packs: Mutex::default(),
+            parent_packs: parents.into_iter().map(|p| (p.pack, (p.session, p.stored_bytes))).collect(),
+            uploads: Mutex::new(Some(sender)),
+            uploader: Mutex::new(Some(uploader)),
+            failure,
+            new_bytes: AtomicU64::new(0),
+            stored_bytes: AtomicU64::new(0),
+            new_packs: AtomicU64::new(0),
+        })
+    }
+
+    /// A writer for one thread.
+    pub fn writer(self: &Arc<Self>) -> ChunkWriter {
+        ChunkWriter { session: self.clone(), zstd: Compressor::new(self.level), pack: None }
+    }
+
+    pub fn domain(&self) -> &DomainKey {
+        &self.domain
+    }
+
+    /// Plain bytes no parent had, bytes of new packs, and how many packs.
+    pub fn written(&self) -> (u64, u64, u64) {
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        (read(&self.new_bytes), read(&self.stored_bytes), read(&self.new_packs))
+    }
+
+    /// Grows whenever a pack gets its name.
+    pub(crate) fn finished_packs(&self) -> u64 {
+        self.new_packs.load(Ordering::Relaxed)
+    }
+
+    /// The first failure of an upload, if there was one.
+    pub fn failure(&self) -> Option<WriteError> {
+        self.failure.get().cloned()
+    }
+
+    fn rows(&self) -> std::sync::MutexGuard<'_, PackRows> {
+        self.packs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn open_pack(&self) -> PackNumber {
+        let mut packs = self.rows();
+        packs.rows.push(PackRow { id: None, session: self.session.clone(), stored_bytes: 0, used_bytes: 0 });
+        PackNumber((packs.rows.len() - 1) as u32)
+    }
+
+    /// The number of a parent's pack; `None` if no parent has it, so that it may not be referred to.
+    fn parent_pack(&self, pack: &PackId) -> Option<PackNumber> {
+        let mut packs = self.rows();
+        if let Some(number) = packs.parents.get(pack) {
+            return Some(*number);
+        }
+        let (session, stored_bytes) = self.parent_packs.get(pack)?.clone();
+        packs.rows.push(PackRow { id: Some(*pack), session, stored_bytes, used_bytes: 0 });
+        let number = PackNumber((packs.rows.len() - 1) as u32);
+        packs.parents.insert(*pack, number);
+        Some(number)
+    }
+
+    /// A parent's chunk as this session refers to it; `None` if its pack is not a parent's.
+    pub fn adopt(&self, place: &ChunkPlace) -> Option<Placed> {
+        self.parent_pack(&place.pack).map(|pack| Placed { pack, frame: place.frame, id: place.id })
+    }
+
+    /// The chunk's final place; `None` while its pack is still open.
+    pub fn resolve(&self, placed: &Placed) -> Option<ChunkPlace> {
+        let pack = self.rows().rows.get(placed.pack.0 as usize)?.id?;
+        Some(ChunkPlace { pack, frame: placed.frame, id: placed.id })
+    }
+
+    /// Notes that the backup needs these frames.
+    pub fn count_use<'a>(&self, placed: impl IntoIterator<Item = &'a Placed>) {
+        let mut packs = self.rows();
+        for chunk in placed {
+            if let Some(row) = packs.rows.get_mut(chunk.pack.0 as usize) {
+                row.used_bytes += u64::from(chunk.frame.stored_len);
+            }
+        }
+    }
+
+    fn upload(&self, number: PackNumber, pack: FinishedPack) -> Result<(), WriteError> {
+        let bytes = pack.bytes.len() as u64;
+        if let Some(row) = self.rows().rows.get_mut(number.0 as usize) {
+            row.id = Some(pack.id);
+            row.stored_bytes = bytes;
+        }
+        self.stored_bytes.fetch_add(bytes, Ordering::Relaxed);
+        self.new_packs.fetch_add(1, Ordering::Relaxed);
+        let sender = self.uploads.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let sent = sender.ok_or(WriteError::Closed).and_then(|s| s.blocking_send(pack).map_err(|_| WriteError::Closed));
+        sent.map_err(|closed| self.failure().unwrap_or(closed))
+    }
+
+    /// Waits until every pack is durable. All writers must have been flushed.
+    pub async fn finish(&self) -> Result<Vec<UsedPack>, WriteError> {
+        drop(self.uploads.lock().unwrap_or_else(PoisonError::into_inner).take());
+        let uploader = self.uploader.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(uploader) = uploader {
+            uploader.await.map_err(|_| self.failure().unwrap_or(WriteError::Closed))?;
+        }
+        if let Some(failure) = self.failure() {
+            return Err(failure);
+        }
+        let packs = self.rows();
+        let used = packs.rows.iter().filter(|row| row.used_bytes > 0);
+        used.map(|row| {
+            Ok(UsedPack {
+                pack: row.id.ok_or(WriteError::UnfinishedPack)?,
+                session: row.session.clone(),
+                stored_bytes: row.stored_bytes,
+                used_bytes: row.used_bytes,
+            })
+        })
+        .collect()
+    }
+}
+
+/// Uploads packs as they come, a few at once, until the channel closes or one fails.
+async fn upload_all(
+    store: Store,
+    cluster: ClusterName,
+    session: BackupId,
+    mut packs: mpsc::Receiver<FinishedPack>,
+    failure: Arc<OnceLock<WriteError>>,
+) {
+    let slots = Arc::new(Semaphore::new(UPLOADS_IN_FLIGHT));
+    let mut uploads = tokio::task::JoinSet::new();
+    loop {
+        // A slot first, then a pack: a pack that waits for a slot stays in the channel, where writers feel it.
+        let Ok(slot) = slots.clone().acquire_owned().await else { break };
+        if failure.get().is_some() {
+            break;
+        }
+        let Some(pack) = packs.recv().await else { break };
+        let (store, failure) = (store.clone(), failure.clone());
+        let key = layout::pack(&cluster, &session, pack.id);
+        uploads.spawn(async move {
+            if let Err(error) = store.put_new(&key, pack.bytes).await {
+                let _ = failure.set(WriteError::Store(Arc::new(error)));
+            }
+            drop(slot);
+        });
+    }
+    while uploads.join_next().await.is_some() {}
+}
+
+/// Writes chunks into packs; one per thread. Dropping it unflushed loses its open pack, which nothing refers to then.
+pub struct ChunkWriter {
+    session: Arc<PackSession>,
+    zstd: Compressor,
+    pack: Option<(PackNumber, PackWriter)>,
+}
+
+impl ChunkWriter {
+    /// Places a slot: as zero, as the parent's chunk if that is the same, or as a new chunk. Blocks while the store is
+    /// behind.
+    pub fn store_slot(&mut self, plain: &[u8], parent: Option<&ChunkPlace>) -> Result<PlacedSlot, WriteError> {
+        if is_zero(plain) {
+            return Ok(PlacedSlot::Zero);
+        }
+        self.store(plain, parent).map(PlacedSlot::Chunk)
+    }
+
+    /// Places content that is kept even if it is all zero.
+    pub fn store(&mut self, plain: &[u8], parent: Option<&ChunkPlace>) -> Result<Placed, WriteError> {
+        let chunk = self.session.domain.chunk_id(plain);
+        let id = ShortId::from(&chunk);
+        let same = parent.filter(|place| place.id == id && place.frame.raw_len as usize == plain.len());
+        if let Some(placed) = same.and_then(|place| self.session.adopt(place)) {
+            return Ok(placed);
+        }
+        let (number, writer) = match &mut self.pack {
+            Some(open) => open,
+            None => {
+                let writer = PackWriter::new(&self.session.domain)?;
+                self.pack.insert((self.session.open_pack(), writer))
+            }
+        };
+        let placed = Placed { pack: *number, frame: writer.add(&chunk, plain, &mut self.zstd)?, id };
+        self.session.new_bytes.fetch_add(plain.len() as u64, Ordering::Relaxed);
+        if writer.is_full() {
+            self.flush()?;
+        }
+        Ok(placed)
+    }
+
+    /// Finishes the open pack, so that all chunks placed so far have their names.
+    pub fn flush(&mut self) -> Result<(), WriteError> {
+        match self.pack.take() {
+            Some((number, writer)) if !writer.is_empty() => {
+                let pack = writer.finish(&mut self.zstd)?;
+                self.session.upload(number, pack)
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Whether all bytes are zero; compares 64 bytes at a time, which the compiler vectorises.
+pub fn is_zero(bytes: &[u8]) -> bool {
+    let blocks = bytes.chunks_exact(64);
+    blocks.remainder().iter().all(|b| *b == 0)
+        && bytes.chunks_exact(64).all(|block| block.iter().fold(0, |acc, b| acc | b) == 0)
+}
