@@ -98,11 +98,8 @@ impl Embedded {
             Err(other) => return Err(error(other.into())),
         };
         let (revision, lengths) = prepare(&database).map_err(error)?;
-        let revision = revision.map_err(|found| StateError::Format {
-            place: path.display().to_string(),
-            found,
-            known: FORMAT,
-        })?;
+        let revision =
+            revision.map_err(|found| StateError::Format { place: path.display().to_string(), found, known: FORMAT })?;
         let leases = Mutex::new(Leases::restored(lengths));
         let committed = watch::Sender::new(revision);
         let shared = Arc::new(Shared { database, place: path.to_owned(), leases, committed });

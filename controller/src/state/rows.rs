@@ -55,12 +55,7 @@ pub fn decode<T: DeserializeOwned>(entry: &KeyValue) -> Result<Row<T>, RowError>
         kind: std::any::type_name::<T>(),
         source,
     })?;
-    Ok(Row {
-        key: entry.key.clone(),
-        value,
-        create_revision: entry.create_revision,
-        mod_revision: entry.mod_revision,
-    })
+    Ok(Row { key: entry.key.clone(), value, create_revision: entry.create_revision, mod_revision: entry.mod_revision })
 }
 
 /// The operation that writes a row, for use in transactions over several.

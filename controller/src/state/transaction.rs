@@ -46,7 +46,9 @@ impl Compare {
 
     pub fn key(&self) -> &str {
         match self {
-            Self::Absent { key } | Self::Exists { key } | Self::ModRevision { key, .. } | Self::Value { key, .. } => key,
+            Self::Absent { key } | Self::Exists { key } | Self::ModRevision { key, .. } | Self::Value { key, .. } => {
+                key
+            }
         }
     }
 

@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Weak};
 
-use redb::{ReadableDatabase, ReadableTable};
+use redb::ReadableDatabase;
 use tokio::sync::{mpsc, watch};
 
 use super::{LOG, META, Shared, record};

@@ -1,7 +1,7 @@
 //! The one thread that writes: it gathers what waits, applies it in order, commits once, and answers.
 
-use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use redb::{Durability, ReadableTable, Table, WriteTransaction};
@@ -102,12 +102,7 @@ impl Writer {
     }
 
     /// One redb transaction: all requests in order, each change with its own revision.
-    fn write(
-        &self,
-        group: Vec<Request>,
-        ended: &[LeaseId],
-        answers: &mut Vec<Answered>,
-    ) -> Result<u64, Box<redb::Error>> {
+    fn write(&self, group: Vec<Request>, ended: &[LeaseId], answers: &mut Vec<Answered>) -> Result<u64, redb::Error> {
         let mut group = group.into_iter();
         let result = self.apply_all(&mut group, ended, answers);
         // Requests the failure kept us from still want their answer.
@@ -118,7 +113,7 @@ impl Writer {
                 Request::Revoke { reply, .. } | Request::Compact { reply, .. } => Answered::Done(reply, Ok(())),
             });
         }
-        result.map_err(Box::new)
+        result
     }
 
     fn apply_all(
