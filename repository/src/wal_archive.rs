@@ -1,1 +1,399 @@
-//! To be filled.
+//! The WAL archive of one cluster: segments and histories in, whole segments and what is known of them out.
+//!
+//! A segment is created once. Whoever finds it there already compares by content: the same records are the same segment,
+//! however its stale tail differs; other records under the same name are never taken for it and never overwritten.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use bytes::Bytes;
+
+use crate::format::clear::ObjectKind;
+use crate::format::sealed::{Compressor, Header, Opener, SealedError, TRAILER_LEN, Trailer};
+use crate::format::wal_segment::{
+    self, CommitPoint, RestorePoint, SegmentDirectory, SegmentError, SegmentUpload,
+};
+use crate::ids::{ChunkId, ClusterName};
+use crate::keyring::Keyring;
+use crate::layout::{self, WalObject};
+use crate::postgres::{Branch, HistoryError, Segment, SegmentSize, SystemId, Timeline, TimelineHistory, WalBranch};
+use crate::store::{Creation, Store, StoreError};
+
+/// Read from the end of a segment object in one request: trailer, directory and nearly always the commit times.
+const TAIL_READ_BYTES: u64 = 16 << 10;
+
+#[derive(Debug, thiserror::Error)]
+pub enum ArchiveError {
+    #[error("wal archive: {0}")]
+    Store(#[from] StoreError),
+    #[error("{key}: {source}")]
+    Segment { key: String, source: SegmentError },
+    #[error(
+        "{name} is already in the repository with other content: {stored_by} shipped records that differ from these\nHINT: two servers write the same timeline of one cluster; find out which is the primary before you go on. Nothing was overwritten."
+    )]
+    Diverged { name: String, stored_by: String },
+    #[error("history of timeline {timeline}: {source}")]
+    History { timeline: Timeline, source: HistoryError },
+    #[error(
+        "timeline {timeline} has {count} branches in the repository\nHINT: two promotions took the same number; say which one by its branch."
+    )]
+    Ambiguous { timeline: Timeline, count: usize },
+}
+
+impl ArchiveError {
+    pub fn is_not_found(&self) -> bool {
+        matches!(self, ArchiveError::Store(error) if error.is_not_found())
+    }
+
+    pub fn is_retryable(&self) -> bool {
+        matches!(self, ArchiveError::Store(error) if error.is_retryable())
+    }
+}
+
+/// How a segment came to lie in the archive.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Archived {
+    Stored { stored_bytes: u64 },
+    /// The same records were there already.
+    AlreadyThere,
+}
+
+/// One timeline branch's segments.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct BranchListing {
+    /// Ascending.
+    pub segments: Vec<Segment>,
+    pub has_history: bool,
+    pub stored_bytes: u64,
+}
+
+/// The archive of one cluster. Cheap to clone.
+#[derive(Clone)]
+pub struct WalArchive {
+    store: Store,
+    cluster: ClusterName,
+    keys: Arc<Keyring>,
+    level: i32,
+    /// Compressors that are not in use, kept since making one costs more than using it.
+    compressors: Arc<Mutex<Vec<Compressor>>>,
+}
+
+impl WalArchive {
+    pub fn new(store: Store, cluster: ClusterName, keys: Arc<Keyring>, level: i32) -> WalArchive {
+        WalArchive { store, cluster, keys, level, compressors: Arc::default() }
+    }
+
+    pub fn store(&self) -> &Store {
+        &self.store
+    }
+
+    pub fn content_id(&self, upload: &SegmentUpload<'_>) -> Result<ChunkId, SegmentError> {
+        upload.content_id(self.keys.newest())
+    }
+
+    /// Seals and stores a segment; returns once it is durable. Sealing runs on the calling task's blocking pool.
+    pub async fn put_segment(&self, upload: OwnedSegment) -> Result<Archived, ArchiveError> {
+        let (segment, size, wal) = (upload.segment, upload.segment_size, upload.wal);
+        let key = layout::wal_segment(&self.cluster, &wal, segment, size);
+        let named = |source| ArchiveError::Segment { key: key.to_string(), source };
+        let archive = self.clone();
+        let name = key.to_string();
+        let sealed = tokio::task::spawn_blocking(move || archive.seal(&upload, &name));
+        let (bytes, directory) = sealed.await.map_err(|_| named(SegmentError::Content))?.map_err(named)?;
+        let stored_bytes = bytes.len() as u64;
+        if self.store.create(&key, bytes).await? == Creation::Created {
+            return Ok(Archived::Stored { stored_bytes });
+        }
+        let existing = self.directory(wal, segment, size).await?;
+        if existing.content_id == directory.content_id && existing.valid_bytes == directory.valid_bytes {
+            return Ok(Archived::AlreadyThere);
+        }
+        Err(ArchiveError::Diverged { name: segment.file_name(size), stored_by: existing.member })
+    }
+
+    fn seal(&self, upload: &OwnedSegment, key: &str) -> Result<(Bytes, SegmentDirectory), SegmentError> {
+        let pool = || self.compressors.lock().unwrap_or_else(PoisonError::into_inner);
+        let reused = pool().pop();
+        let mut zstd = reused.unwrap_or_else(|| Compressor::new(self.level));
+        let sealed = upload.borrow().seal(self.keys.newest(), key, &mut zstd);
+        pool().push(zstd);
+        sealed
+    }
+
+    /// The whole segment, padded with zeros to its size; `None` if the archive does not hold it.
+    pub async fn get_segment(
+        &self,
+        wal: WalBranch,
+        segment: Segment,
+        size: SegmentSize,
+    ) -> Result<Option<(SegmentDirectory, Vec<u8>)>, ArchiveError> {
+        let key = layout::wal_segment(&self.cluster, &wal, segment, size);
+        let bytes = match self.store.get(&key).await {
+            Ok(bytes) => bytes,
+            Err(error) if error.is_not_found() => return Ok(None),
+            Err(error) => return Err(error.into()),
+        };
+        let keys = self.keys.clone();
+        let name = key.to_string();
+        let opened = tokio::task::spawn_blocking(move || {
+            let domain = domain_for(&bytes, &keys, ObjectKind::Segment)?;
+            wal_segment::open_segment(bytes, domain, &name, wal, segment)
+        });
+        let opened = opened.await.unwrap_or(Err(SegmentError::Content));
+        opened.map(Some).map_err(|source| ArchiveError::Segment { key: key.to_string(), source })
+    }
+
+    /// What is known of a segment without reading its content.
+    pub async fn directory(
+        &self,
+        wal: WalBranch,
+        segment: Segment,
+        size: SegmentSize,
+    ) -> Result<SegmentDirectory, ArchiveError> {
+        self.ends(wal, segment, size).await.map(|(directory, ..)| directory)
+    }
+
+    /// The commits and restore points that end in a segment.
+    pub async fn commit_times(
+        &self,
+        wal: WalBranch,
+        segment: Segment,
+        size: SegmentSize,
+    ) -> Result<(Vec<CommitPoint>, Vec<RestorePoint>), ArchiveError> {
+        let key = layout::wal_segment(&self.cluster, &wal, segment, size);
+        let named = |source: SegmentError| ArchiveError::Segment { key: key.to_string(), source };
+        let (directory, opener, tail, tail_start) = self.ends(wal, segment, size).await?;
+        let Some(frame) = directory.commit_times else { return Ok((Vec::new(), Vec::new())) };
+        let start = u64::from(frame.offset).checked_sub(tail_start);
+        let cached = start.and_then(|start| tail.get(start as usize..start as usize + frame.stored_len as usize));
+        let mut stored = match cached {
+            Some(bytes) => bytes.to_vec(),
+            None => self.store.get_range(&key, u64::from(frame.offset)..frame.end()).await?.to_vec(),
+        };
+        let plain = opener.open(frame, &mut stored).map_err(|source| named(source.into()))?;
+        wal_segment::decode_commit_times(segment.start(size), &plain).map_err(named)
+    }
+
+    /// Header and directory by two small reads: the directory, what opens frames, the bytes read and where they begin.
+    async fn ends(
+        &self,
+        wal: WalBranch,
+        segment: Segment,
+        size: SegmentSize,
+    ) -> Result<(SegmentDirectory, Opener, Bytes, u64), ArchiveError> {
+        let key = layout::wal_segment(&self.cluster, &wal, segment, size);
+        let named = |source: SegmentError| ArchiveError::Segment { key: key.to_string(), source };
+        let kind = ObjectKind::Segment;
+        let (tail, total) = self.store.get_suffix(&key, TAIL_READ_BYTES).await?;
+        let header = if tail.len() as u64 == total {
+            tail.clone()
+        } else {
+            self.store.get_range(&key, 0..crate::format::sealed::HEADER_LEN as u64).await?
+        };
+        let header = Header::parse(&header, kind).map_err(|source| named(source.into()))?;
+        let domain = self.keys.version(header.key_version);
+        let missing = SealedError::KeyVersion { what: kind.name(), found: header.key_version };
+        let domain = domain.ok_or_else(|| named(missing.into()))?;
+        let opener = Opener::new(&header, domain, kind, Some(key.as_ref())).map_err(|source| named(source.into()))?;
+        let trailer = Trailer::parse(&tail, total, kind).map_err(|source| named(source.into()))?;
+        let (tail, start) = self.widen(&key, tail, total, u64::from(trailer.directory.offset)).await?;
+        let from = (u64::from(trailer.directory.offset) - start) as usize;
+        let to = tail.len().saturating_sub(TRAILER_LEN);
+        let mut stored = tail.get(from..to).unwrap_or_default().to_vec();
+        let plain = opener.open(trailer.directory, &mut stored).map_err(|source| named(source.into()))?;
+        let directory = SegmentDirectory::decode(&plain, wal, segment).map_err(named)?;
+        Ok((directory, opener, tail, start))
+    }
+
+    /// The object's end from `offset` at the latest, and where it begins.
+    async fn widen(
+        &self,
+        key: &object_store::path::Path,
+        tail: Bytes,
+        total: u64,
+        offset: u64,
+    ) -> Result<(Bytes, u64), StoreError> {
+        let start = total - tail.len() as u64;
+        if offset >= start {
+            return Ok((tail, start));
+        }
+        let (tail, total) = self.store.get_suffix(key, total - offset).await?;
+        Ok((tail.clone(), total - tail.len() as u64))
+    }
+
+    /// Stores a timeline history file under the branch that its content makes.
+    pub async fn put_history(
+        &self,
+        system_id: SystemId,
+        timeline: Timeline,
+        content: &[u8],
+        member: &str,
+        shipped_at_us: i64,
+    ) -> Result<Archived, ArchiveError> {
+        TimelineHistory::parse(timeline, content).map_err(|source| ArchiveError::History { timeline, source })?;
+        let wal = WalBranch { system_id, timeline, branch: Branch::of_history(content) };
+        let key = layout::wal_history(&self.cluster, &wal);
+        let domain = self.keys.newest();
+        let sealed = wal_segment::seal_history(domain, key.as_ref(), wal, content, member, shipped_at_us);
+        let bytes = sealed.map_err(|source| ArchiveError::Segment { key: key.to_string(), source })?;
+        let stored_bytes = bytes.len() as u64;
+        match self.store.create(&key, bytes).await? {
+            Creation::Created => Ok(Archived::Stored { stored_bytes }),
+            // The name holds the content's hash, so whatever lies there is this file; read it to be sure it opens.
+            Creation::AlreadyThere => self.history(wal).await.map(|_| Archived::AlreadyThere),
+        }
+    }
+
+    /// The history file of a branch as Postgres wrote it; `None` if the archive does not hold it.
+    pub async fn history(&self, wal: WalBranch) -> Result<Option<Bytes>, ArchiveError> {
+        let key = layout::wal_history(&self.cluster, &wal);
+        let named = |source| ArchiveError::Segment { key: key.to_string(), source };
+        let bytes = match self.store.get(&key).await {
+            Ok(bytes) => bytes,
+            Err(error) if error.is_not_found() => return Ok(None),
+            Err(error) => return Err(error.into()),
+        };
+        let domain = domain_for(&bytes, &self.keys, ObjectKind::History).map_err(named)?;
+        wal_segment::open_history(bytes.clone(), domain, key.as_ref(), wal).map(Some).map_err(named)
+    }
+
+    /// Everything the archive holds of one system. What a listing does not show is not proven absent.
+    pub async fn list(
+        &self,
+        system_id: SystemId,
+        size: SegmentSize,
+    ) -> Result<BTreeMap<WalBranch, BranchListing>, ArchiveError> {
+        let mut branches: BTreeMap<WalBranch, BranchListing> = BTreeMap::new();
+        for object in self.store.list(&layout::wal_system(&self.cluster, system_id)).await? {
+            let Some((wal, found)) = layout::parse_wal_object(&self.cluster, &object.key, size) else { continue };
+            let listing = branches.entry(wal).or_default();
+            listing.stored_bytes += object.size;
+            match found {
+                WalObject::Segment(segment) => listing.segments.push(segment),
+                WalObject::History => listing.has_history = true,
+            }
+        }
+        branches.values_mut().for_each(|listing| listing.segments.sort_unstable());
+        Ok(branches)
+    }
+
+    /// The branches of a system, without their segments.
+    pub async fn branches(&self, system_id: SystemId) -> Result<Vec<WalBranch>, ArchiveError> {
+        let level = self.store.list_level(&layout::wal_system(&self.cluster, system_id)).await?;
+        Ok(level.folders.iter().filter_map(|folder| layout::parse_wal_branch(&self.cluster, folder)).collect())
+    }
+
+    /// The one branch of a timeline; `None` if the archive knows none.
+    pub async fn branch_of(&self, system_id: SystemId, timeline: Timeline) -> Result<Option<WalBranch>, ArchiveError> {
+        if timeline == Timeline::FIRST {
+            return Ok(Some(WalBranch { system_id, timeline, branch: Branch::ROOT }));
+        }
+        let branches = self.branches(system_id).await?;
+        let mut found: Vec<_> = branches.into_iter().filter(|wal| wal.timeline == timeline).collect();
+        match found.len() {
+            0 | 1 => Ok(found.pop()),
+            count => Err(ArchiveError::Ambiguous { timeline, count }),
+        }
+    }
+}
+
+/// The version of the domain key that an object was sealed with.
+fn domain_for<'a>(
+    bytes: &[u8],
+    keys: &'a Keyring,
+    kind: ObjectKind,
+) -> Result<&'a crate::crypto::DomainKey, SegmentError> {
+    let header = Header::parse(bytes, kind)?;
+    let missing = SealedError::KeyVersion { what: kind.name(), found: header.key_version };
+    keys.version(header.key_version).ok_or(missing.into())
+}
+
+/// A segment on its way into the archive, owning its content.
+pub struct OwnedSegment {
+    pub wal: WalBranch,
+    pub segment: Segment,
+    pub segment_size: SegmentSize,
+    pub content: Vec<u8>,
+    pub facts: wal_segment::SegmentFacts,
+    pub predecessor: Option<ChunkId>,
+    pub member: String,
+    pub shipped_at_us: i64,
+}
+
+impl OwnedSegment {
+    fn borrow(&self) -> SegmentUpload<'_> {
+        SegmentUpload {
+            wal: self.wal,
+            segment: self.segment,
+            segment_size: self.segment_size,
+            content: &self.content,
+            facts: &self.facts,
+            predecessor: self.predecessor,
+            member: &self.member,
+            shipped_at_us: self.shipped_at_us,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::crypto::DomainKey;
+    use crate::format::wal_segment::SegmentFacts;
+    use crate::postgres::Lsn;
+
+    fn archive(store: &Store) -> WalArchive {
+        let keys = Keyring::of(DomainKey::generate().unwrap());
+        WalArchive::new(store.clone(), "orders".parse().unwrap(), Arc::new(keys), 3)
+    }
+
+    fn segment(fill: u8, stale: u8) -> OwnedSegment {
+        let size = SegmentSize::new(1 << 20).unwrap();
+        let mut content = vec![fill; 1 << 20];
+        content[900_000..].fill(stale);
+        let commits = (0..5).map(|i| CommitPoint { lsn: Lsn((2 << 20) + i * 100), at_us: i as i64 * 1_000_000 }).collect();
+        OwnedSegment {
+            wal: WalBranch { system_id: SystemId(5), timeline: Timeline(1), branch: Branch::ROOT },
+            segment: Segment { timeline: Timeline(1), number: 2 },
+            segment_size: size,
+            content,
+            facts: SegmentFacts { valid_bytes: 900_000, commits, restore_points: Vec::new() },
+            predecessor: None,
+            member: "pg1".into(),
+            shipped_at_us: 0,
+        }
+    }
+
+    #[tokio::test]
+    async fn a_segment_is_stored_once_and_another_never_takes_its_name() {
+        let archive = archive(&Store::in_memory());
+        let (wal, number, size) = (segment(1, 0).wal, segment(1, 0).segment, segment(1, 0).segment_size);
+        assert!(matches!(archive.put_segment(segment(1, 7)).await, Ok(Archived::Stored { .. })));
+        assert!(matches!(archive.put_segment(segment(1, 9)).await, Ok(Archived::AlreadyThere)), "stale tails differ");
+        let diverged = archive.put_segment(segment(2, 7)).await;
+        assert!(matches!(diverged, Err(ArchiveError::Diverged { ref stored_by, .. }) if stored_by == "pg1"), "{diverged:?}");
+        let (directory, content) = archive.get_segment(wal, number, size).await.unwrap().unwrap();
+        assert_eq!(directory.last_commit.unwrap().at_us, 4_000_000);
+        assert!(content[..900_000].iter().all(|b| *b == 1) && content[900_000..].iter().all(|b| *b == 0));
+        assert_eq!(archive.get_segment(wal, number.next(), size).await.unwrap(), None);
+        assert_eq!(archive.commit_times(wal, number, size).await.unwrap().0.len(), 5);
+        let listed = archive.list(SystemId(5), size).await.unwrap();
+        assert_eq!(listed[&wal].segments, [number]);
+    }
+
+    #[tokio::test]
+    async fn a_history_lies_under_the_branch_its_content_makes() {
+        let archive = archive(&Store::in_memory());
+        let text = b"1\t0/3000000\tno recovery target specified\n";
+        let stored = archive.put_history(SystemId(5), Timeline(2), text, "pg1", 0).await.unwrap();
+        assert!(matches!(stored, Archived::Stored { .. }));
+        assert_eq!(archive.put_history(SystemId(5), Timeline(2), text, "pg2", 1).await.unwrap(), Archived::AlreadyThere);
+        let wal = archive.branch_of(SystemId(5), Timeline(2)).await.unwrap().unwrap();
+        assert_eq!(wal.branch, Branch::of_history(text));
+        assert_eq!(archive.history(wal).await.unwrap().unwrap(), &text[..]);
+        let other = b"1\t0/4000000\tno recovery target specified\n";
+        archive.put_history(SystemId(5), Timeline(2), other, "pg2", 1).await.unwrap();
+        assert!(matches!(archive.branch_of(SystemId(5), Timeline(2)).await, Err(ArchiveError::Ambiguous { .. })));
+        assert!(archive.put_history(SystemId(5), Timeline(3), b"rubbish", "pg1", 0).await.is_err());
+    }
+}
