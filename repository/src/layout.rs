@@ -11,6 +11,8 @@
 //! | `clusters/<cluster>/backups/<backup>.refs` | its reference part, in clear and signed | the session's agent | never |
 //! | `clusters/<cluster>/wal/<system id>/<timeline>-<branch>/<segment>` | one WAL segment, sealed | any member's agent | never; the keeper deletes |
 //! | `clusters/<cluster>/wal/<system id>/<timeline>-<branch>/history` | the timeline's history file, sealed | any member's agent | never |
+//! | `clusters/<cluster>/wal/<system id>/<timeline>-<branch>/<segment>.partial` | the last segment of a timeline that a promotion left unfinished, sealed | any member's agent | never; the keeper deletes |
+//! | `clusters/<cluster>/wal/<system id>/<timeline>-<branch>/<segment>.<offset>.backup` | a backup history file, sealed | any member's agent | never; the keeper deletes |
 //! | `clusters/<cluster>/wal/<system id>/catalog/<range>.<n>` | a cache of what the archive holds | keeper | never; the newest `n` wins |
 //! | `tails/<cluster>/<system id>/<timeline>-<branch>/<segment>/<from>-<to>.<member>` | `[from, to)` of an unfinished segment | the member's agent | never; the keeper deletes in batches |
 //! | `probe/<random>` | what the store probe tried | `repository init`, daily probe | never; litter, for a lifecycle rule to expire |
@@ -105,6 +107,22 @@ pub fn wal_segment(cluster: &ClusterName, branch: &WalBranch, segment: Segment, 
 
 pub fn wal_history(cluster: &ClusterName, branch: &WalBranch) -> Path {
     wal_branch(cluster, branch).join(HISTORY)
+}
+
+/// The unfinished last segment of a timeline.
+pub fn wal_partial(cluster: &ClusterName, branch: &WalBranch, segment: Segment, size: SegmentSize) -> Path {
+    wal_branch(cluster, branch).join(format!("{}.partial", segment.file_name(size)))
+}
+
+/// A backup history file (BackupHistoryFileName, src/include/access/xlog_internal.h).
+pub fn wal_backup_history(
+    cluster: &ClusterName,
+    branch: &WalBranch,
+    segment: Segment,
+    size: SegmentSize,
+    offset: u32,
+) -> Path {
+    wal_branch(cluster, branch).join(format!("{}.{offset:08X}.backup", segment.file_name(size)))
 }
 
 pub fn probe(run: &str) -> Path {

@@ -7,12 +7,11 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
+use object_store::path::Path;
 
 use crate::format::clear::ObjectKind;
 use crate::format::sealed::{Compressor, Header, Opener, SealedError, TRAILER_LEN, Trailer};
-use crate::format::wal_segment::{
-    self, CommitPoint, RestorePoint, SegmentDirectory, SegmentError, SegmentUpload,
-};
+use crate::format::wal_segment::{self, CommitPoint, RestorePoint, SegmentDirectory, SegmentError, SegmentUpload};
 use crate::ids::{ChunkId, ClusterName};
 use crate::keyring::Keyring;
 use crate::layout::{self, WalObject};
@@ -50,10 +49,21 @@ impl ArchiveError {
     }
 }
 
+/// Which object of a segment's name is meant.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum SegmentForm {
+    /// Finished: its last record ends with it or continues in the next.
+    Whole,
+    /// The last of its timeline, which a promotion left unfinished (`.partial`).
+    Partial,
+}
+
 /// How a segment came to lie in the archive.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Archived {
-    Stored { stored_bytes: u64 },
+    Stored {
+        stored_bytes: u64,
+    },
     /// The same records were there already.
     AlreadyThere,
 }
@@ -92,9 +102,9 @@ impl WalArchive {
     }
 
     /// Seals and stores a segment; returns once it is durable. Sealing runs on the calling task's blocking pool.
-    pub async fn put_segment(&self, upload: OwnedSegment) -> Result<Archived, ArchiveError> {
+    pub async fn put_segment(&self, upload: OwnedSegment, form: SegmentForm) -> Result<Archived, ArchiveError> {
         let (segment, size, wal) = (upload.segment, upload.segment_size, upload.wal);
-        let key = layout::wal_segment(&self.cluster, &wal, segment, size);
+        let key = self.key(wal, segment, size, form);
         let named = |source| ArchiveError::Segment { key: key.to_string(), source };
         let archive = self.clone();
         let name = key.to_string();
@@ -104,11 +114,18 @@ impl WalArchive {
         if self.store.create(&key, bytes).await? == Creation::Created {
             return Ok(Archived::Stored { stored_bytes });
         }
-        let existing = self.directory(wal, segment, size).await?;
+        let existing = self.directory(wal, segment, size, form).await?;
         if existing.content_id == directory.content_id && existing.valid_bytes == directory.valid_bytes {
             return Ok(Archived::AlreadyThere);
         }
         Err(ArchiveError::Diverged { name: segment.file_name(size), stored_by: existing.member })
+    }
+
+    fn key(&self, wal: WalBranch, segment: Segment, size: SegmentSize, form: SegmentForm) -> Path {
+        match form {
+            SegmentForm::Whole => layout::wal_segment(&self.cluster, &wal, segment, size),
+            SegmentForm::Partial => layout::wal_partial(&self.cluster, &wal, segment, size),
+        }
     }
 
     fn seal(&self, upload: &OwnedSegment, key: &str) -> Result<(Bytes, SegmentDirectory), SegmentError> {
@@ -126,8 +143,9 @@ impl WalArchive {
         wal: WalBranch,
         segment: Segment,
         size: SegmentSize,
+        form: SegmentForm,
     ) -> Result<Option<(SegmentDirectory, Vec<u8>)>, ArchiveError> {
-        let key = layout::wal_segment(&self.cluster, &wal, segment, size);
+        let key = self.key(wal, segment, size, form);
         let bytes = match self.store.get(&key).await {
             Ok(bytes) => bytes,
             Err(error) if error.is_not_found() => return Ok(None),
@@ -149,8 +167,9 @@ impl WalArchive {
         wal: WalBranch,
         segment: Segment,
         size: SegmentSize,
+        form: SegmentForm,
     ) -> Result<SegmentDirectory, ArchiveError> {
-        self.ends(wal, segment, size).await.map(|(directory, ..)| directory)
+        self.ends(wal, segment, &self.key(wal, segment, size, form)).await.map(|(directory, ..)| directory)
     }
 
     /// The commits and restore points that end in a segment.
@@ -162,7 +181,7 @@ impl WalArchive {
     ) -> Result<(Vec<CommitPoint>, Vec<RestorePoint>), ArchiveError> {
         let key = layout::wal_segment(&self.cluster, &wal, segment, size);
         let named = |source: SegmentError| ArchiveError::Segment { key: key.to_string(), source };
-        let (directory, opener, tail, tail_start) = self.ends(wal, segment, size).await?;
+        let (directory, opener, tail, tail_start) = self.ends(wal, segment, &key).await?;
         let Some(frame) = directory.commit_times else { return Ok((Vec::new(), Vec::new())) };
         let start = u64::from(frame.offset).checked_sub(tail_start);
         let cached = start.and_then(|start| tail.get(start as usize..start as usize + frame.stored_len as usize));
@@ -179,16 +198,15 @@ impl WalArchive {
         &self,
         wal: WalBranch,
         segment: Segment,
-        size: SegmentSize,
+        key: &Path,
     ) -> Result<(SegmentDirectory, Opener, Bytes, u64), ArchiveError> {
-        let key = layout::wal_segment(&self.cluster, &wal, segment, size);
         let named = |source: SegmentError| ArchiveError::Segment { key: key.to_string(), source };
         let kind = ObjectKind::Segment;
-        let (tail, total) = self.store.get_suffix(&key, TAIL_READ_BYTES).await?;
+        let (tail, total) = self.store.get_suffix(key, TAIL_READ_BYTES).await?;
         let header = if tail.len() as u64 == total {
             tail.clone()
         } else {
-            self.store.get_range(&key, 0..crate::format::sealed::HEADER_LEN as u64).await?
+            self.store.get_range(key, 0..crate::format::sealed::HEADER_LEN as u64).await?
         };
         let header = Header::parse(&header, kind).map_err(|source| named(source.into()))?;
         let domain = self.keys.version(header.key_version);
@@ -196,7 +214,7 @@ impl WalArchive {
         let domain = domain.ok_or_else(|| named(missing.into()))?;
         let opener = Opener::new(&header, domain, kind, Some(key.as_ref())).map_err(|source| named(source.into()))?;
         let trailer = Trailer::parse(&tail, total, kind).map_err(|source| named(source.into()))?;
-        let (tail, start) = self.widen(&key, tail, total, u64::from(trailer.directory.offset)).await?;
+        let (tail, start) = self.widen(key, tail, total, u64::from(trailer.directory.offset)).await?;
         let from = (u64::from(trailer.directory.offset) - start) as usize;
         let to = tail.len().saturating_sub(TRAILER_LEN);
         let mut stored = tail.get(from..to).unwrap_or_default().to_vec();
@@ -206,13 +224,7 @@ impl WalArchive {
     }
 
     /// The object's end from `offset` at the latest, and where it begins.
-    async fn widen(
-        &self,
-        key: &object_store::path::Path,
-        tail: Bytes,
-        total: u64,
-        offset: u64,
-    ) -> Result<(Bytes, u64), StoreError> {
+    async fn widen(&self, key: &Path, tail: Bytes, total: u64, offset: u64) -> Result<(Bytes, u64), StoreError> {
         let start = total - tail.len() as u64;
         if offset >= start {
             return Ok((tail, start));
@@ -242,6 +254,26 @@ impl WalArchive {
             // The name holds the content's hash, so whatever lies there is this file; read it to be sure it opens.
             Creation::AlreadyThere => self.history(wal).await.map(|_| Archived::AlreadyThere),
         }
+    }
+
+    /// Stores a backup history file. It is never needed for a restore; it is kept because Postgres asked for it.
+    pub async fn put_backup_history(
+        &self,
+        wal: WalBranch,
+        (segment, size, offset): (Segment, SegmentSize, u32),
+        content: &[u8],
+        member: &str,
+        shipped_at_us: i64,
+    ) -> Result<Archived, ArchiveError> {
+        let key = layout::wal_backup_history(&self.cluster, &wal, segment, size, offset);
+        let domain = self.keys.newest();
+        let sealed = wal_segment::seal_history(domain, key.as_ref(), wal, content, member, shipped_at_us);
+        let bytes = sealed.map_err(|source| ArchiveError::Segment { key: key.to_string(), source })?;
+        let stored_bytes = bytes.len() as u64;
+        Ok(match self.store.create(&key, bytes).await? {
+            Creation::Created => Archived::Stored { stored_bytes },
+            Creation::AlreadyThere => Archived::AlreadyThere,
+        })
     }
 
     /// The history file of a branch as Postgres wrote it; `None` if the archive does not hold it.
@@ -351,7 +383,8 @@ mod tests {
         let size = SegmentSize::new(1 << 20).unwrap();
         let mut content = vec![fill; 1 << 20];
         content[900_000..].fill(stale);
-        let commits = (0..5).map(|i| CommitPoint { lsn: Lsn((2 << 20) + i * 100), at_us: i as i64 * 1_000_000 }).collect();
+        let commits =
+            (0..5).map(|i| CommitPoint { lsn: Lsn((2 << 20) + i * 100), at_us: i as i64 * 1_000_000 }).collect();
         OwnedSegment {
             wal: WalBranch { system_id: SystemId(5), timeline: Timeline(1), branch: Branch::ROOT },
             segment: Segment { timeline: Timeline(1), number: 2 },
@@ -368,14 +401,20 @@ mod tests {
     async fn a_segment_is_stored_once_and_another_never_takes_its_name() {
         let archive = archive(&Store::in_memory());
         let (wal, number, size) = (segment(1, 0).wal, segment(1, 0).segment, segment(1, 0).segment_size);
-        assert!(matches!(archive.put_segment(segment(1, 7)).await, Ok(Archived::Stored { .. })));
-        assert!(matches!(archive.put_segment(segment(1, 9)).await, Ok(Archived::AlreadyThere)), "stale tails differ");
-        let diverged = archive.put_segment(segment(2, 7)).await;
-        assert!(matches!(diverged, Err(ArchiveError::Diverged { ref stored_by, .. }) if stored_by == "pg1"), "{diverged:?}");
-        let (directory, content) = archive.get_segment(wal, number, size).await.unwrap().unwrap();
+        assert!(matches!(archive.put_segment(segment(1, 7), SegmentForm::Whole).await, Ok(Archived::Stored { .. })));
+        assert!(
+            matches!(archive.put_segment(segment(1, 9), SegmentForm::Whole).await, Ok(Archived::AlreadyThere)),
+            "stale tails differ"
+        );
+        let diverged = archive.put_segment(segment(2, 7), SegmentForm::Whole).await;
+        assert!(
+            matches!(diverged, Err(ArchiveError::Diverged { ref stored_by, .. }) if stored_by == "pg1"),
+            "{diverged:?}"
+        );
+        let (directory, content) = archive.get_segment(wal, number, size, SegmentForm::Whole).await.unwrap().unwrap();
         assert_eq!(directory.last_commit.unwrap().at_us, 4_000_000);
         assert!(content[..900_000].iter().all(|b| *b == 1) && content[900_000..].iter().all(|b| *b == 0));
-        assert_eq!(archive.get_segment(wal, number.next(), size).await.unwrap(), None);
+        assert_eq!(archive.get_segment(wal, number.next(), size, SegmentForm::Whole).await.unwrap(), None);
         assert_eq!(archive.commit_times(wal, number, size).await.unwrap().0.len(), 5);
         let listed = archive.list(SystemId(5), size).await.unwrap();
         assert_eq!(listed[&wal].segments, [number]);
@@ -387,7 +426,10 @@ mod tests {
         let text = b"1\t0/3000000\tno recovery target specified\n";
         let stored = archive.put_history(SystemId(5), Timeline(2), text, "pg1", 0).await.unwrap();
         assert!(matches!(stored, Archived::Stored { .. }));
-        assert_eq!(archive.put_history(SystemId(5), Timeline(2), text, "pg2", 1).await.unwrap(), Archived::AlreadyThere);
+        assert_eq!(
+            archive.put_history(SystemId(5), Timeline(2), text, "pg2", 1).await.unwrap(),
+            Archived::AlreadyThere
+        );
         let wal = archive.branch_of(SystemId(5), Timeline(2)).await.unwrap().unwrap();
         assert_eq!(wal.branch, Branch::of_history(text));
         assert_eq!(archive.history(wal).await.unwrap().unwrap(), &text[..]);
