@@ -15,6 +15,7 @@ pub mod os_user;
 pub mod ports;
 pub mod postgres;
 pub mod process;
+pub mod s3;
 pub mod scratch;
 
 use std::future::Future;

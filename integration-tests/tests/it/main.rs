@@ -2,3 +2,4 @@
 
 mod barrier;
 mod servers;
+mod store;
