@@ -3,4 +3,5 @@
 //! Everything read here is foreign: files may be torn, servers may lie or vanish, and each such case has its own error.
 
 mod bytes;
+pub mod relation;
 pub mod wal_record;
