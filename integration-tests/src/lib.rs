@@ -10,8 +10,10 @@
 //! ([`postgres::judge`]) say whether files and indexes are sound; [`log_watch`] fails a test on any complaint of our
 //! programs that it did not announce.
 
+pub mod binaries;
 pub mod log_watch;
 pub mod os_user;
+pub mod output;
 pub mod ports;
 pub mod postgres;
 pub mod process;
