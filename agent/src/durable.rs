@@ -68,8 +68,13 @@ pub fn write<T: Serialize>(path: &Path, kind: FileKind, value: &T) -> Result<(),
     file.write_all(&bytes).map_err(io_error("write", &temporary))?;
     file.sync_all().map_err(io_error("sync", &temporary))?;
     drop(file);
-    fs::rename(&temporary, path).map_err(io_error("rename", path))?;
-    sync_folder(folder)
+    rename(&temporary, path)
+}
+
+/// Moves a synced file to its final name, durably.
+pub fn rename(from: &Path, to: &Path) -> Result<(), DurableError> {
+    fs::rename(from, to).map_err(io_error("rename", to))?;
+    sync_folder(to.parent().unwrap_or(Path::new(".")))
 }
 
 /// `None` if there is no such file.

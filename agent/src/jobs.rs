@@ -161,6 +161,11 @@ impl Jobs {
         self.journal.unsettled()
     }
 
+    /// How the latest attempt of a job ended, acknowledged or not.
+    pub fn outcome(&self, job: &JobId) -> Option<JobOutcome> {
+        self.journal.get(job).and_then(|record| record.outcome())
+    }
+
     pub fn now_running(&self) -> Vec<RunningJob> {
         let view = |running: &Running| RunningJob {
             job: running.record.job.clone(),

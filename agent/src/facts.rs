@@ -1,0 +1,174 @@
+//! What this host's instances are and do, as last seen: told to the controller, and shown by metrics.
+
+use std::path::PathBuf;
+
+use jiff::Timestamp;
+use walfleet_repository::ids::ClusterName;
+use walfleet_repository::postgres::{Branch, Lsn, Timeline};
+
+use crate::jobs::report::BackupReport;
+
+#[derive(Clone, PartialEq, Debug)]
+pub struct Facts {
+    pub at: Timestamp,
+    pub instances: Vec<InstanceFacts>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum InstanceRole {
+    Primary,
+    Standby,
+    /// Found, but it does not answer.
+    Down,
+}
+
+#[derive(Clone, PartialEq, Debug)]
+pub struct InstanceFacts {
+    /// `None`: found but not enrolled.
+    pub cluster: Option<ClusterName>,
+    /// 0: not known.
+    pub system_identifier: u64,
+    pub server_version_num: u32,
+    pub role: InstanceRole,
+    pub data_dir: PathBuf,
+    pub port: u16,
+    /// 0: not known.
+    pub timeline: u32,
+    /// Where the server is, on a standby what it has replayed.
+    pub current_lsn: Option<Lsn>,
+    pub cluster_bytes: u64,
+    pub data_checksums: bool,
+    pub archive: ArchiveFacts,
+    /// What the repository holds of this cluster, as this agent last computed it.
+    pub windows: Vec<RecoveryWindow>,
+    pub backups: Vec<BackupReport>,
+    /// Why it does not answer, or what doctor would say.
+    pub problems: Vec<String>,
+    pub tablespaces: Vec<TablespaceFacts>,
+}
+
+#[derive(Clone, Default, PartialEq, Debug)]
+pub struct ArchiveFacts {
+    /// The newest segment the repository confirmed, its end, and when.
+    pub last_segment: Option<String>,
+    pub durable_lsn: Option<Lsn>,
+    pub durable_at: Option<Timestamp>,
+    /// Segments waiting in archive_status.
+    pub ready_segments: u64,
+    /// pg_stat_archiver.
+    pub failed_count: u64,
+    pub last_error: Option<String>,
+    pub pg_wal_bytes: u64,
+    pub pg_wal_free_bytes: u64,
+    pub archive_command_set: bool,
+}
+
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct TablespaceFacts {
+    pub oid: u32,
+    pub name: String,
+    pub location: PathBuf,
+}
+
+/// What one repository can give back of one cluster.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct RecoveryWindow {
+    pub repository: String,
+    pub as_of: Timestamp,
+    pub ranges: Vec<RecoveryRange>,
+    pub gaps: Vec<WalGap>,
+    pub newest_commit: Option<Timestamp>,
+    pub newest_lsn: Option<Lsn>,
+    pub newest_timeline: Option<Timeline>,
+}
+
+/// Any second (any LSN) between the two can be restored.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct RecoveryRange {
+    pub from: Option<Timestamp>,
+    pub to: Option<Timestamp>,
+    pub from_lsn: Lsn,
+    pub to_lsn: Lsn,
+    pub timeline: Timeline,
+    pub branch: Branch,
+}
+
+/// WAL that should be there and is not: [from, to).
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct WalGap {
+    pub timeline: Timeline,
+    pub branch: Branch,
+    pub from_lsn: Lsn,
+    pub to_lsn: Lsn,
+    pub acknowledged: bool,
+}
+
+impl Facts {
+    pub fn none() -> Facts {
+        Facts { at: Timestamp::UNIX_EPOCH, instances: Vec::new() }
+    }
+
+    /// Whether something changed that the controller should not wait for: positions, sizes and counts that move all
+    /// the time do not count.
+    pub fn differs_materially(&self, other: &Facts) -> bool {
+        let steady = |facts: &Facts| -> Vec<InstanceFacts> {
+            facts
+                .instances
+                .iter()
+                .map(|instance| InstanceFacts {
+                    current_lsn: None,
+                    cluster_bytes: 0,
+                    windows: Vec::new(),
+                    archive: ArchiveFacts {
+                        archive_command_set: instance.archive.archive_command_set,
+                        failed_count: instance.archive.failed_count,
+                        last_error: instance.archive.last_error.clone(),
+                        ..ArchiveFacts::default()
+                    },
+                    ..instance.clone()
+                })
+                .collect()
+        };
+        steady(self) != steady(other)
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    pub(crate) fn down(cluster: &str) -> InstanceFacts {
+        InstanceFacts {
+            cluster: Some(cluster.parse().unwrap()),
+            system_identifier: 0,
+            server_version_num: 0,
+            role: InstanceRole::Down,
+            data_dir: "/data".into(),
+            port: 5432,
+            timeline: 0,
+            current_lsn: None,
+            cluster_bytes: 0,
+            data_checksums: false,
+            archive: ArchiveFacts::default(),
+            windows: Vec::new(),
+            backups: Vec::new(),
+            problems: vec!["it does not answer".into()],
+            tablespaces: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn moving_positions_are_not_news_but_roles_and_failures_are() {
+        let facts = |change: &dyn Fn(&mut InstanceFacts)| {
+            let mut instance = down("orders");
+            change(&mut instance);
+            Facts { at: Timestamp::UNIX_EPOCH, instances: vec![instance] }
+        };
+        let before = facts(&|_| {});
+        assert!(!before.differs_materially(&facts(&|instance| instance.current_lsn = Some(Lsn(5)))));
+        assert!(!before.differs_materially(&facts(&|instance| instance.archive.ready_segments = 5)));
+        assert!(before.differs_materially(&facts(&|instance| instance.role = InstanceRole::Primary)));
+        assert!(before.differs_materially(&facts(&|instance| instance.archive.failed_count = 1)));
+        assert!(before.differs_materially(&Facts::none()));
+    }
+}
