@@ -1,1 +1,249 @@
-//! To be filled.
+//! A repository, made or opened: its root object, its trust, and from there its clusters and backups.
+
+use std::fmt;
+use std::sync::Arc;
+
+use futures::StreamExt;
+
+use crate::cluster_log::{ClusterLog, Committed, LogError, SessionState};
+use crate::format::reference::{ReferenceError, ReferencePart};
+use crate::format::root::{AppendMode, RepositoryRoot, RootError};
+use crate::ids::{BackupId, ClusterName, RecipientId, RepositoryId};
+use crate::layout;
+use crate::signature::{PublicKey, TrustRoot, Writer};
+use crate::store::probe::{ProbeReport, probe};
+use crate::store::{Creation, Store, StoreError};
+
+/// Reference parts read at once: small objects, so latency counts.
+const REFERENCE_READS: usize = 16;
+
+/// What a repository is to be made with.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct RepositorySpec {
+    /// At the root of every signature: the recovery key's.
+    pub root_public_key: PublicKey,
+    /// For whom every domain key is wrapped.
+    pub recovery_recipient: RecipientId,
+}
+
+/// A repository that could not be made, opened or read.
+#[derive(Debug, thiserror::Error)]
+pub enum RepositoryError {
+    #[error("repository {store}: {source}")]
+    Store { store: String, source: StoreError },
+    #[error(
+        "{store} holds no repository\nHINT: check the URL and its prefix, or make one with \"walfleet repository init\"."
+    )]
+    Absent { store: String, source: StoreError },
+    #[error("repository {store}: its root object does not read: {source}")]
+    Root { store: String, source: RootError },
+    #[error(
+        "{store} holds repository {found} already, which was made with another recovery key ({found_key}, not {wanted_key})\nHINT: use another folder or prefix, or the recovery key of that repository."
+    )]
+    Taken { store: String, found: RepositoryId, found_key: PublicKey, wanted_key: PublicKey },
+    #[error(
+        "repository {store}: its root key is {found}, and this host was told {expected}\nHINT: this is another repository, or a forged one; nothing was read from it."
+    )]
+    ForeignRoot { store: String, expected: PublicKey, found: PublicKey },
+    #[error(transparent)]
+    Log(#[from] LogError),
+    #[error(transparent)]
+    Reference(#[from] ReferenceError),
+}
+
+/// What `init` did.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Initialised {
+    Made {
+        probe: ProbeReport,
+    },
+    /// The same repository was there; nothing was changed.
+    WasThere,
+}
+
+/// An open repository. Cloning is cheap.
+#[derive(Clone)]
+pub struct Repository {
+    store: Store,
+    root: Arc<RepositoryRoot>,
+}
+
+impl fmt::Debug for Repository {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Repository").field("store", &self.store).field("id", &self.root.repository_id).finish()
+    }
+}
+
+/// A committed backup that is not purged.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct CommittedBackup {
+    pub reference: ReferencePart,
+    pub commit: Committed,
+    pub life: BackupLife,
+    /// Who signed the reference part.
+    pub writer: Writer,
+}
+
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum BackupLife {
+    Live,
+    /// In the trash, and why.
+    Expired {
+        reason: String,
+    },
+}
+
+/// A cluster's backups as one prefix of its log has them.
+#[derive(Debug, Default)]
+pub struct CommittedBackups {
+    /// In the order of their commits.
+    pub readable: Vec<CommittedBackup>,
+    /// Committed, but their reference part is damaged, missing or not believed.
+    pub unreadable: Vec<(BackupId, RepositoryError)>,
+}
+
+impl Repository {
+    /// Makes a repository, after proving what the store promises. Doing it again with the same keys changes nothing.
+    pub async fn init(store: Store, spec: RepositorySpec) -> Result<(Repository, Initialised), RepositoryError> {
+        if let Some(there) = Repository::find(&store).await? {
+            return Ok((there.made_with(spec)?, Initialised::WasThere));
+        }
+        let report = probe(&store).await.map_err(|source| store_error(&store, source))?;
+        let root = RepositoryRoot {
+            repository_id: RepositoryId(rand::random()),
+            root_public_key: spec.root_public_key,
+            recovery_recipient: spec.recovery_recipient,
+            append_mode: if report.is_atomic() { AppendMode::AtomicCreate } else { AppendMode::Sequenced },
+            created_at_us: now_us(),
+            probe_creates: report.creates,
+            probe_winners: report.winners,
+        };
+        // A random repository id is the nonce that tells our object from one that another init made at the same time.
+        match store.create(&layout::root(), root.encode()).await.map_err(|source| store_error(&store, source))? {
+            Creation::Created => {
+                tracing::info!(%store, repository = %root.repository_id, "repository made");
+                Ok((Repository { store, root: Arc::new(root) }, Initialised::Made { probe: report }))
+            }
+            Creation::AlreadyThere => {
+                let there = Repository::open(store, None).await?;
+                Ok((there.made_with(spec)?, Initialised::WasThere))
+            }
+        }
+    }
+
+    /// Opens a repository. With `expected_root`, any other's is refused: whoever can write to the store can put a
+    /// repository of his own there.
+    pub async fn open(store: Store, expected_root: Option<PublicKey>) -> Result<Repository, RepositoryError> {
+        let bytes = match store.get(&layout::root()).await {
+            Ok(bytes) => bytes,
+            Err(source) if source.is_not_found() => {
+                return Err(RepositoryError::Absent { store: store.to_string(), source });
+            }
+            Err(source) => return Err(store_error(&store, source)),
+        };
+        let root = RepositoryRoot::decode(&bytes)
+            .map_err(|source| RepositoryError::Root { store: store.to_string(), source })?;
+        if let Some(expected) = expected_root.filter(|expected| *expected != root.root_public_key) {
+            let (store, found) = (store.to_string(), root.root_public_key);
+            return Err(RepositoryError::ForeignRoot { store, expected, found });
+        }
+        Ok(Repository { store, root: Arc::new(root) })
+    }
+
+    async fn find(store: &Store) -> Result<Option<Repository>, RepositoryError> {
+        match Repository::open(store.clone(), None).await {
+            Ok(repository) => Ok(Some(repository)),
+            Err(RepositoryError::Absent { .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn made_with(self, spec: RepositorySpec) -> Result<Repository, RepositoryError> {
+        let root = &self.root;
+        if root.root_public_key == spec.root_public_key && root.recovery_recipient == spec.recovery_recipient {
+            return Ok(self);
+        }
+        Err(RepositoryError::Taken {
+            store: self.store.to_string(),
+            found: root.repository_id,
+            found_key: root.root_public_key,
+            wanted_key: spec.root_public_key,
+        })
+    }
+
+    pub fn store(&self) -> &Store {
+        &self.store
+    }
+
+    pub fn root(&self) -> &RepositoryRoot {
+        &self.root
+    }
+
+    pub fn id(&self) -> RepositoryId {
+        self.root.repository_id
+    }
+
+    pub fn trust(&self) -> TrustRoot {
+        self.root.trust()
+    }
+
+    /// A handle on a cluster's log, at its beginning; nothing is read yet.
+    pub fn cluster_log(&self, cluster: &ClusterName) -> ClusterLog {
+        ClusterLog::new(self.store.clone(), self.trust(), self.root.append_mode, cluster.clone())
+    }
+
+    /// Clusters that have something in the repository, by name.
+    pub async fn list_clusters(&self) -> Result<Vec<ClusterName>, RepositoryError> {
+        let level = self.store.list_level(&layout::clusters()).await;
+        let level = level.map_err(|source| store_error(&self.store, source))?;
+        let mut clusters: Vec<_> = level.folders.iter().filter_map(layout::parse_cluster).collect();
+        clusters.sort();
+        Ok(clusters)
+    }
+
+    /// Every committed backup of a cluster that is not purged, with its reference part checked against the log's digest
+    /// and its signature. A bad one does not hide the others.
+    pub async fn backups(&self, log: &ClusterLog) -> CommittedBackups {
+        let committed = log.state().backups();
+        let reads = committed.into_iter().map(|(session, committed)| async move {
+            let life = match &session.state {
+                SessionState::Expired(_, reason) => BackupLife::Expired { reason: reason.clone() },
+                _ => BackupLife::Live,
+            };
+            let read = self.reference(log.cluster(), session.id(), committed).await;
+            let read =
+                read.map(|(reference, writer)| CommittedBackup { reference, commit: committed.clone(), life, writer });
+            (session.id().clone(), read)
+        });
+        let read: Vec<_> = futures::stream::iter(reads).buffered(REFERENCE_READS).collect().await;
+        let mut backups = CommittedBackups::default();
+        for (id, read) in read {
+            match read {
+                Ok(backup) => backups.readable.push(backup),
+                Err(error) => backups.unreadable.push((id, error)),
+            }
+        }
+        backups
+    }
+
+    /// The reference part of one committed backup.
+    pub async fn reference(
+        &self,
+        cluster: &ClusterName,
+        backup: &BackupId,
+        committed: &Committed,
+    ) -> Result<(ReferencePart, Writer), RepositoryError> {
+        let object = self.store.get(&layout::reference(cluster, backup)).await;
+        let object = object.map_err(|source| store_error(&self.store, source))?;
+        Ok(ReferencePart::open(&self.trust(), cluster, backup, committed.reference_digest, &object)?)
+    }
+}
+
+fn store_error(store: &Store, source: StoreError) -> RepositoryError {
+    RepositoryError::Store { store: store.to_string(), source }
+}
+
+fn now_us() -> i64 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(since.as_micros()).unwrap_or(i64::MAX)
+}

@@ -158,24 +158,27 @@ impl Store {
     /// A lost reply, and the conflict that S3 may answer though nothing was written (409, which object_store maps to
     /// `AlreadyExists`), are settled by reading back: the same bytes mean created, other bytes mean that someone else
     /// was first, and absence means to try again. So bytes that two writers could both have must carry a nonce.
+    /// After a retryable error the outcome is unknown: the object may appear later.
     pub async fn create(&self, key: &Path, bytes: Bytes) -> Result<Creation, StoreError> {
         let mut attempts = Attempts::new(Operation::Create, key, &self.retry);
         loop {
+            // An attempt whose reply was lost may still arrive: then the next one meets it and reads it back.
             let error = match self.try_create(&mut attempts, key, &bytes).await {
                 Ok(()) => return Ok(Creation::Created),
+                Err(error) if *error.kind() == StoreErrorKind::AlreadyExists => {
+                    if let Some(creation) = self.settle(key, &bytes).await? {
+                        return Ok(creation);
+                    }
+                    error.into_passing_conflict()
+                }
                 Err(error) => error,
             };
-            if error.kind() == &StoreErrorKind::AlreadyExists || error.is_retryable() {
-                // Only a definite refusal or an absence seen after it allows another attempt: an attempt whose reply
-                // was lost may still arrive, but then the retry meets it and reads it back.
-                match self.settle(key, &bytes).await {
-                    Ok(Some(creation)) => return Ok(creation),
-                    Ok(None) => {}
-                    Err(unreadable) if unreadable.is_retryable() => {}
-                    Err(unreadable) => return Err(unreadable),
-                }
+            if let Err(last) = self.again(&mut attempts, error).await {
+                // Time is up, but one look may still tell what became of it.
+                let seen = self.try_settle(&mut attempts, key, &bytes).await;
+                let ours = last.is_retryable() && seen.is_ok_and(|creation| creation == Creation::Created);
+                return if ours { self.make_durable(key).await.map(|()| Creation::Created) } else { Err(last) };
             }
-            self.again(&mut attempts, error.assume_retryable_conflict()).await?;
         }
     }
 
@@ -315,3 +318,6 @@ impl From<object_store::ObjectMeta> for Listed {
         Listed { key: meta.location, size: meta.size, last_modified_us: meta.last_modified.timestamp_micros() }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -131,7 +131,7 @@ impl StoreError {
     }
 
     /// A conflict under which nothing lies is S3's 409: concurrent creates met, and none is said to have won.
-    pub(super) fn assume_retryable_conflict(mut self) -> Self {
+    pub(super) fn into_passing_conflict(mut self) -> Self {
         if self.kind == StoreErrorKind::AlreadyExists {
             self.kind = StoreErrorKind::Unreachable;
         }
