@@ -6,9 +6,10 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use crate::cluster_log::DomainKeys;
 use crate::crypto::{CryptoError, DomainKey, RecipientSecret};
 use crate::format::domain_key::{self, DomainKeyError};
-use crate::ids::{DomainId, RecipientId};
+use crate::ids::RecipientId;
 use crate::layout;
 use crate::store::{Store, StoreError};
 
@@ -28,13 +29,6 @@ pub enum KeyringError {
     Commitment { version: u32 },
     #[error("the cluster's log names no domain key")]
     Empty,
-}
-
-/// What a cluster's log says of its domain: the commitment to each version of the key.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct DomainCommitments {
-    pub domain: DomainId,
-    pub versions: BTreeMap<u32, [u8; 32]>,
 }
 
 /// All versions of a domain's key.
@@ -62,11 +56,11 @@ impl Keyring {
     /// Opens every version that the log commits to.
     pub async fn open(
         store: &Store,
-        domain: &DomainCommitments,
+        domain: &DomainKeys,
         recipient: &RecipientSecret,
     ) -> Result<Keyring, KeyringError> {
         let mut versions = BTreeMap::new();
-        for (version, commitment) in &domain.versions {
+        for (version, commitment) in &domain.commitments {
             let object = match store.get(&layout::domain_key(domain.domain, *version, recipient.id())).await {
                 Ok(object) => object,
                 Err(error) if error.is_not_found() => {
@@ -117,7 +111,7 @@ mod tests {
         let store = Store::in_memory();
         let key = DomainKey::generate().unwrap();
         let (alice, bob) = (RecipientSecret::generate().unwrap(), RecipientSecret::generate().unwrap());
-        let log = DomainCommitments { domain: key.domain, versions: BTreeMap::from([(1, key.commitment())]) };
+        let log = DomainKeys { domain: key.domain, commitments: BTreeMap::from([(1, key.commitment())]) };
         store_wrapped(&store, &key, alice.id(), "alice").await.unwrap();
         let ring = Keyring::open(&store, &log, &alice).await.unwrap();
         assert!(matches!(Keyring::open(&store, &log, &bob).await, Err(KeyringError::NotGranted { .. })));

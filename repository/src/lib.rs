@@ -1,6 +1,7 @@
 //! The stored format and its engine.
 
 pub mod backup;
+pub mod cluster;
 pub mod cluster_log;
 pub mod crypto;
 pub mod format;

@@ -1,1 +1,295 @@
-//! To be filled.
+//! A backup session in the cluster's log: opened before anything is written, committed after everything is durable.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use crate::backup::read::BackupReader;
+use crate::backup::write::{ParentPack, UsedPack};
+use crate::cluster::{ClusterError, OpenCluster};
+use crate::cluster_log::{AppendError, Author, ClusterLog, Decision, LogError, SessionState};
+use crate::format::log_entry::{Action, Open};
+use crate::format::manifest::Manifest;
+use crate::format::reference::{PackUse, ReferencePart, SessionPacks};
+use crate::format::sealed::{Compressor, SealedError};
+use crate::ids::{BackupId, Digest};
+use crate::layout;
+use crate::open::CommittedBackup;
+use crate::postgres::{Lsn, WalBranch};
+use crate::signature::Signer;
+use crate::store::StoreError;
+
+#[derive(Debug, thiserror::Error)]
+pub enum SessionError {
+    #[error(transparent)]
+    Cluster(#[from] ClusterError),
+    #[error(transparent)]
+    Log(#[from] LogError),
+    #[error("run \"{run}\" is already served by backup {backup}, which {by} took")]
+    RunServed { run: String, backup: BackupId, by: String },
+    #[error("run \"{run}\" is being served by session {session} of {by}\nHINT: wait for it, or cancel its job.")]
+    RunOpen { run: String, session: BackupId, by: String },
+    #[error(
+        "session {0} was aborted in the cluster's log; nothing of it counts\nHINT: the keeper took it for dead, or another attempt began; take the backup again."
+    )]
+    Aborted(BackupId),
+    #[error("store {what} of {backup}: {source}")]
+    Store { what: &'static str, backup: BackupId, source: StoreError },
+    #[error("seal manifest of {backup}: {source}")]
+    Seal { backup: BackupId, source: SealedError },
+    #[error("the manifest that lies under {0} is another than the one just written")]
+    Taken(BackupId),
+}
+
+impl SessionError {
+    pub fn is_retryable(&self) -> bool {
+        match self {
+            SessionError::Cluster(error) => error.is_retryable(),
+            SessionError::Log(error) => error.is_retryable(),
+            SessionError::Store { source, .. } => source.is_retryable(),
+            SessionError::Aborted(_) | SessionError::RunOpen { .. } => true,
+            SessionError::RunServed { .. } | SessionError::Seal { .. } | SessionError::Taken(_) => false,
+        }
+    }
+}
+
+/// What a session is opened for.
+#[derive(Clone, Debug)]
+pub struct SessionSpec {
+    /// The scheduled run it serves: no run is served twice.
+    pub run: Option<String>,
+    pub wal: WalBranch,
+    /// No WAL from here on may be trimmed while the session is open.
+    pub wal_floor: Lsn,
+}
+
+/// A backup that this session may refer to, opened.
+pub struct Parent {
+    pub backup: CommittedBackup,
+    pub reader: Arc<BackupReader>,
+}
+
+/// An open session.
+pub struct BackupSession {
+    cluster: OpenCluster,
+    log: ClusterLog,
+    signer: Arc<Signer>,
+    id: BackupId,
+    parents: Vec<BackupId>,
+}
+
+impl BackupSession {
+    /// Opens a session whose parent is the newest live backup of the same system, if there is one that reads.
+    ///
+    /// An open session of the same run and the same writer is a dead attempt of its own and is aborted first.
+    pub async fn open(
+        cluster: OpenCluster,
+        signer: Arc<Signer>,
+        member: &str,
+        spec: SessionSpec,
+    ) -> Result<(BackupSession, Option<Parent>), SessionError> {
+        let mut log = cluster.log().await?;
+        if let Some(run) = &spec.run {
+            clear_run(&mut log, &signer, run, member).await?;
+        }
+        let parent = newest_parent(&cluster, &log, spec.wal).await;
+        let id = BackupId::generate();
+        let parents: Vec<BackupId> = parent.iter().map(|parent| parent.backup.reference.backup.clone()).collect();
+        let open = |parents: &[BackupId]| {
+            Action::Open(Open {
+                session: id.clone(),
+                parents: parents.to_vec(),
+                run: spec.run.clone(),
+                wal: spec.wal,
+                wal_floor: spec.wal_floor,
+            })
+        };
+        let mut named = parents.clone();
+        let appended = log.append(Author::host(&signer), |state| {
+            if let Some(error) = spec.run.as_ref().and_then(|run| served(state, run, None)) {
+                return Decision::Refuse(error);
+            }
+            // A parent that expired meanwhile is left out; the backup is then whole by itself.
+            named = parents.iter().filter(|id| state.session(id).is_some_and(|s| s.is_live())).cloned().collect();
+            Decision::Append(open(&named))
+        });
+        appended.await.map_err(unwrap_append)?;
+        let parent = parent.filter(|_| !named.is_empty());
+        Ok((BackupSession { cluster, log, signer, id, parents: named }, parent))
+    }
+
+    pub fn id(&self) -> &BackupId {
+        &self.id
+    }
+
+    pub fn parents(&self) -> &[BackupId] {
+        &self.parents
+    }
+
+    pub fn cluster(&self) -> &OpenCluster {
+        &self.cluster
+    }
+
+    /// Publishes the backup. Every pack named must be durable, and WAL up to the stop position sealed.
+    ///
+    /// Bottom-up: manifest and reference part first, each under a name of its own, then the log entry that makes them
+    /// count. A crash before it leaves objects that nothing refers to; a crash after it leaves a backup.
+    pub async fn commit(
+        mut self,
+        manifest: &Manifest,
+        packs: Vec<UsedPack>,
+        damaged_page_count: u64,
+    ) -> Result<CommittedBackup, SessionError> {
+        let (name, id) = (self.cluster.name().clone(), self.id.clone());
+        let key = layout::manifest(&name, &id);
+        let domain = self.cluster.keys().newest().clone();
+        let sealed = manifest
+            .seal(&domain, key.as_ref(), &mut Compressor::new(3))
+            .map_err(|source| SessionError::Seal { backup: id.clone(), source })?;
+        let reference = ReferencePart {
+            backup: id.clone(),
+            cluster: name.clone(),
+            domain: domain.domain,
+            key_version: domain.version,
+            server_version_num: manifest.server_version_num,
+            wal: manifest.wal,
+            start_lsn: manifest.start_lsn,
+            stop_lsn: manifest.stop_lsn,
+            started_at_us: manifest.started_at_us,
+            stopped_at_us: manifest.stopped_at_us,
+            member: manifest.member.clone(),
+            parents: self.parents.clone(),
+            counters: manifest.counters,
+            damaged_page_count,
+            segment_size: manifest.segment_size,
+            sessions: by_session(packs),
+        };
+        let refs = reference.seal(&self.signer, self.cluster.repository().id());
+        let digest = |bytes: &Bytes| Digest(*blake3::hash(bytes).as_bytes());
+        let (manifest_digest, reference_digest) = (digest(&sealed), digest(&refs));
+        self.put("manifest", &key, sealed).await?;
+        self.put("reference part", &layout::reference(&name, &id), refs).await?;
+        let commit = Action::Commit { session: id.clone(), manifest_digest, reference_digest };
+        let appended =
+            self.log.append(Author::host(&self.signer), |state| match state.session(&id).map(|s| &s.state) {
+                Some(SessionState::Open) => Decision::Append(commit.clone()),
+                Some(_) if state.session(&id).and_then(|s| s.committed()).is_some() => Decision::Nothing,
+                _ => Decision::Refuse(SessionError::Aborted(id.clone())),
+            });
+        appended.await.map_err(unwrap_append)?;
+        let committed = self.log.state().session(&id).and_then(|session| session.committed().cloned());
+        let committed = committed.ok_or_else(|| SessionError::Aborted(id.clone()))?;
+        let found = self.cluster.repository().reference(&name, &id, &committed).await.map_err(ClusterError::from)?;
+        let (reference, writer) = found;
+        Ok(CommittedBackup { reference, commit: committed, life: crate::open::BackupLife::Live, writer })
+    }
+
+    /// Gives the session up. Its packs become garbage that no later session can refer to.
+    pub async fn abort(mut self, reason: &str) -> Result<(), SessionError> {
+        let id = self.id.clone();
+        abort_session(&mut self.log, &self.signer, &id, reason).await
+    }
+
+    async fn put(&self, what: &'static str, key: &object_store::path::Path, bytes: Bytes) -> Result<(), SessionError> {
+        let stored = self.cluster.repository().store().put_new(key, bytes).await;
+        stored.map_err(|source| SessionError::Store { what, backup: self.id.clone(), source })
+    }
+}
+
+/// The packs that a session with this parent may refer to.
+pub fn parent_packs(parent: &CommittedBackup) -> Vec<ParentPack> {
+    let sessions = parent.reference.sessions.iter().filter(|session| session.cluster.is_none());
+    sessions
+        .flat_map(|session| {
+            session.packs.iter().map(|used| ParentPack {
+                pack: used.pack,
+                session: session.session.clone(),
+                stored_bytes: used.stored_bytes,
+            })
+        })
+        .collect()
+}
+
+fn by_session(packs: Vec<UsedPack>) -> Vec<SessionPacks> {
+    let mut sessions: std::collections::BTreeMap<BackupId, Vec<PackUse>> = Default::default();
+    for pack in packs {
+        let used = PackUse { pack: pack.pack, stored_bytes: pack.stored_bytes, used_bytes: pack.used_bytes };
+        sessions.entry(pack.session).or_default().push(used);
+    }
+    sessions
+        .into_iter()
+        .map(|(session, mut packs)| {
+            packs.sort_by_key(|used| used.pack);
+            SessionPacks { session, cluster: None, packs }
+        })
+        .collect()
+}
+
+/// The newest live backup of the system that can be opened. One that cannot is passed over: the next one, or none,
+/// costs space, never correctness.
+async fn newest_parent(cluster: &OpenCluster, log: &ClusterLog, wal: WalBranch) -> Option<Parent> {
+    for session in log.state().live_parents_for(wal.system_id) {
+        let committed = session.committed()?;
+        let read = cluster.repository().reference(cluster.name(), session.id(), committed).await;
+        let opened = match read {
+            Ok((reference, writer)) => {
+                let life = crate::open::BackupLife::Live;
+                let backup = CommittedBackup { reference, commit: committed.clone(), life, writer };
+                let reader = cluster.open_backup(&backup, log.state()).await;
+                reader.map(|reader| Parent { backup, reader: Arc::new(reader) })
+            }
+            Err(error) => Err(error.into()),
+        };
+        match opened {
+            Ok(parent) => return Some(parent),
+            Err(error) => tracing::warn!(backup = %session.id(), "cannot serve as a parent: {error}"),
+        }
+    }
+    None
+}
+
+/// Who serves the run in this state. With `own`, that writer's open session does not count.
+fn served(state: &crate::cluster_log::ClusterState, run: &str, own: Option<&str>) -> Option<SessionError> {
+    let session = state.serving(run)?;
+    let (run, by) = (run.to_owned(), session.opened.by.clone());
+    if session.is_open() {
+        let id = session.id().clone();
+        return (own != Some(&by)).then_some(SessionError::RunOpen { run, session: id, by });
+    }
+    Some(SessionError::RunServed { run, backup: session.id().clone(), by })
+}
+
+async fn clear_run(log: &mut ClusterLog, signer: &Signer, run: &str, member: &str) -> Result<(), SessionError> {
+    let own = log.state().serving(run).map(|session| session.opened.by.clone());
+    if let Some(error) = served(log.state(), run, own.as_deref().filter(|by| *by == member || *by == "recovery key")) {
+        return Err(error);
+    }
+    let dead = log.state().serving(run).filter(|session| session.is_open()).map(|session| session.id().clone());
+    match dead {
+        Some(session) => abort_session(log, signer, &session, "a new attempt of the same run began").await,
+        None => Ok(()),
+    }
+}
+
+async fn abort_session(
+    log: &mut ClusterLog,
+    signer: &Signer,
+    session: &BackupId,
+    reason: &str,
+) -> Result<(), SessionError> {
+    let abort = Action::Abort { session: session.clone(), reason: reason.to_owned() };
+    let appended = log.append::<SessionError>(Author::host(signer), |state| {
+        match state.session(session).is_some_and(|session| session.is_open()) {
+            true => Decision::Append(abort.clone()),
+            false => Decision::Nothing,
+        }
+    });
+    appended.await.map(|_| ()).map_err(unwrap_append)
+}
+
+fn unwrap_append(error: AppendError<SessionError>) -> SessionError {
+    match error {
+        AppendError::Log(error) => error.into(),
+        AppendError::Refused(error) => error,
+    }
+}

@@ -319,9 +319,7 @@ fn open_piece(
     stored.clear();
     stored.extend_from_slice(content);
     let from = plain.len();
-    opener
-        .open_into(frame, stored, plain, zstd)
-        .map_err(|source| ReadError::Sealed { object: object(), source })?;
+    opener.open_into(frame, stored, plain, zstd).map_err(|source| ReadError::Sealed { object: object(), source })?;
     let opened = plain.get(from..).unwrap_or_default();
     if domain.chunk_id(opened).0[..16] != piece.place.id.0 {
         return Err(ReadError::Content { object: object() }.into());

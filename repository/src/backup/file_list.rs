@@ -192,7 +192,7 @@ struct Resolved {
 }
 
 /// The entry with final places; `None` while a pack it needs is open. Counts its chunks as used once it succeeds.
-pub(crate) fn resolve_entry(session: &PackSession, file: &PlacedFile) -> Option<FileEntry> {
+pub fn resolve_entry(session: &PackSession, file: &PlacedFile) -> Option<FileEntry> {
     resolve(session, file).map(|resolved| resolved.entry)
 }
 

@@ -31,7 +31,9 @@ pub enum ReadError {
     Map(#[from] MapError),
     #[error("the backup's reference part does not name pack {0}, which its files need")]
     UnknownPack(PackId),
-    #[error("{object}: the content is not what its id says\nHINT: the pack is damaged or was sealed on a host with faulty memory; verify the backup.")]
+    #[error(
+        "{object}: the content is not what its id says\nHINT: the pack is damaged or was sealed on a host with faulty memory; verify the backup."
+    )]
     Content { object: String },
 }
 
@@ -98,9 +100,9 @@ impl BackupReader {
             return Ok(found.clone());
         }
         let key = self.packs.get(id).ok_or(ReadError::UnknownPack(*id))?;
-        let bytes =
-            self.store.get(key).await.map_err(|source| ReadError::Store { what: "pack", source })?;
-        let opener = opener(&bytes, &self.keys).map_err(|source| ReadError::Sealed { object: key.to_string(), source })?;
+        let bytes = self.store.get(key).await.map_err(|source| ReadError::Store { what: "pack", source })?;
+        let opener =
+            opener(&bytes, &self.keys).map_err(|source| ReadError::Sealed { object: key.to_string(), source })?;
         let pack = Arc::new(CachedPack { id: *id, bytes, opener });
         let mut cache = lock();
         cache.push_front(pack.clone());

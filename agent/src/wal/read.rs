@@ -1,0 +1,145 @@
+//! One file of `pg_wal` as Postgres names it, read and judged before it may be called WAL of this cluster.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use walfleet_repository::format::wal_segment::{CommitPoint, RestorePoint, SegmentFacts};
+use walfleet_repository::postgres::{Segment, SegmentSize, SystemId, Timeline};
+
+use crate::postgres::wal_record::{Carry, SegmentDigest, SegmentEnd, SegmentPlace, WalError, digest_segment};
+
+/// Commits closer together are thinned in the archive's index.
+const COMMIT_SPACING: Duration = Duration::from_millis(100);
+
+/// What `archive_command` may be asked to archive (PostgreSQL's documentation, "Setting Up WAL Archiving").
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum WalFile {
+    Segment(Segment),
+    /// `….partial`: the unfinished last segment of a timeline, left by a promotion.
+    Partial(Segment),
+    /// `0000000N.history`
+    History(Timeline),
+    /// `….<offset>.backup`: what a base backup leaves; nothing needs it.
+    BackupHistory(Segment, u32),
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum WalReadError {
+    #[error("\"{name}\" is not the name of a WAL file\nHINT: archive_command passes %p, restore_command passes %f.")]
+    Name { name: String },
+    #[error("read {path}: {source}")]
+    Io { path: PathBuf, source: std::io::Error },
+    #[error(
+        "{path} has {found} bytes, a segment of this cluster has {expected}\nHINT: nothing was archived; Postgres will ask again."
+    )]
+    Length { path: PathBuf, found: u64, expected: u64 },
+    #[error(
+        "{path} is WAL of another cluster than the one it was to be archived for: {source}\nHINT: nothing was archived; check archive_command and the agent's instances."
+    )]
+    Foreign { path: PathBuf, source: WalError },
+    #[error(
+        "{path} belongs to system {found}, this cluster is system {expected}\nHINT: nothing was archived; check archive_command and the agent's instances."
+    )]
+    System { path: PathBuf, found: SystemId, expected: SystemId },
+}
+
+impl WalFile {
+    pub fn parse(name: &str, size: SegmentSize) -> Result<WalFile, WalReadError> {
+        let bad = || WalReadError::Name { name: name.to_owned() };
+        if let Ok(timeline) = Timeline::from_history_name(name) {
+            return Ok(WalFile::History(timeline));
+        }
+        let (stem, rest) = name.split_at_checked(24).ok_or_else(bad)?;
+        let segment = Segment::from_file_name(stem, size).map_err(|_| bad())?;
+        match rest {
+            "" => Ok(WalFile::Segment(segment)),
+            ".partial" => Ok(WalFile::Partial(segment)),
+            _ => {
+                let offset = rest.strip_prefix('.').and_then(|rest| rest.strip_suffix(".backup")).ok_or_else(bad)?;
+                let offset = u32::from_str_radix(offset, 16).map_err(|_| bad())?;
+                Ok(WalFile::BackupHistory(segment, offset))
+            }
+        }
+    }
+
+    pub fn timeline(self) -> Timeline {
+        match self {
+            WalFile::Segment(segment) | WalFile::Partial(segment) | WalFile::BackupHistory(segment, _) => {
+                segment.timeline
+            }
+            WalFile::History(timeline) => timeline,
+        }
+    }
+}
+
+/// A segment's bytes and what its records say.
+pub struct SegmentContent {
+    pub bytes: Vec<u8>,
+    pub facts: SegmentFacts,
+    pub carry: Option<Carry>,
+    /// Set if the records end before the segment does though Postgres calls it finished: it is archived as it is, and
+    /// somebody should look.
+    pub suspicion: Option<String>,
+}
+
+/// Reads a whole segment file and decodes it. `carry` is the predecessor's, if it is at hand.
+pub fn read_segment(
+    path: &Path,
+    segment: Segment,
+    size: SegmentSize,
+    system_id: SystemId,
+    carry: Option<Carry>,
+) -> Result<SegmentContent, WalReadError> {
+    let bytes = std::fs::read(path).map_err(|source| WalReadError::Io { path: path.to_owned(), source })?;
+    let (found, expected) = (bytes.len() as u64, u64::from(size.bytes()));
+    if found != expected {
+        return Err(WalReadError::Length { path: path.to_owned(), found, expected });
+    }
+    let place =
+        SegmentPlace { start: segment.start(size), size, timeline: segment.timeline, system_id: Some(system_id) };
+    let digest = digest_segment(place, carry, COMMIT_SPACING, &bytes)
+        .map_err(|source| WalReadError::Foreign { path: path.to_owned(), source })?;
+    if let Some(found) = digest.system_id.filter(|found| *found != system_id) {
+        return Err(WalReadError::System { path: path.to_owned(), found, expected: system_id });
+    }
+    let suspicion = match digest.end {
+        SegmentEnd::Broken(reason) => Some(format!("its records end at byte {}: {reason:?}", digest.valid_bytes)),
+        SegmentEnd::MoreToCome => Some("its records end before the segment".to_owned()),
+        _ => None,
+    };
+    let facts = facts_of(&digest, suspicion.is_some().then_some(size.bytes()));
+    Ok(SegmentContent { bytes, facts, carry: digest.carry, suspicion })
+}
+
+/// `valid_bytes` overrides the decoder's idea of where the segment ends.
+pub fn facts_of(digest: &SegmentDigest, valid_bytes: Option<u32>) -> SegmentFacts {
+    let point = |lsn, at_us| CommitPoint { lsn, at_us };
+    SegmentFacts {
+        valid_bytes: valid_bytes.unwrap_or(digest.valid_bytes),
+        commits: digest.completions.iter().map(|c| point(c.end, c.at_us)).collect(),
+        restore_points: digest
+            .restore_points
+            .iter()
+            .map(|r| RestorePoint { name: r.name.clone(), point: point(r.end, r.at_us) })
+            .collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_name_that_postgres_archives_is_told_apart() {
+        let size = SegmentSize::DEFAULT;
+        let parse = |name: &str| WalFile::parse(name, size);
+        let segment = Segment { timeline: Timeline(1), number: 2 };
+        assert_eq!(parse("000000010000000000000002").unwrap(), WalFile::Segment(segment));
+        assert_eq!(parse("000000010000000000000002.partial").unwrap(), WalFile::Partial(segment));
+        assert_eq!(parse("000000010000000000000002.00000028.backup").unwrap(), WalFile::BackupHistory(segment, 0x28));
+        assert_eq!(parse("0000000A.history").unwrap(), WalFile::History(Timeline(10)));
+        for bad in ["", "x", "../000000010000000000000002", "000000010000000000000002.tmp", "RECOVERYXLOG"] {
+            assert!(parse(bad).is_err(), "{bad}");
+        }
+    }
+}

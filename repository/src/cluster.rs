@@ -1,0 +1,199 @@
+//! One cluster's place in a repository, opened with a key: its log, its WAL archive, its backups.
+
+use std::sync::Arc;
+
+use crate::backup::read::{BackupReader, PackKeys};
+use crate::cluster_log::{AppendError, Author, ClusterLog, ClusterState, Decision, DomainKeys, LogError};
+use crate::crypto::{CryptoError, DomainKey, RecipientSecret};
+use crate::format::log_entry::Action;
+use crate::format::manifest::{Manifest, ManifestError};
+use crate::ids::{BackupId, ClusterName, Digest};
+use crate::keyring::{self, Keyring, KeyringError};
+use crate::layout;
+use crate::open::{CommittedBackup, Repository, RepositoryError};
+use crate::store::StoreError;
+use crate::wal_archive::WalArchive;
+
+#[derive(Debug, thiserror::Error)]
+pub enum ClusterError {
+    #[error(
+        "the repository knows no cluster {0}\nHINT: check the name; \"walfleet-agent list\" without a cluster shows those it knows."
+    )]
+    Unknown(ClusterName),
+    #[error(transparent)]
+    Repository(#[from] RepositoryError),
+    #[error(transparent)]
+    Log(#[from] LogError),
+    #[error("cluster {cluster}: {source}")]
+    Key { cluster: ClusterName, source: KeyringError },
+    #[error(transparent)]
+    Crypto(#[from] CryptoError),
+    #[error("read manifest of {backup}: {source}")]
+    Store { backup: BackupId, source: StoreError },
+    #[error("backup {backup}: {source}")]
+    Manifest { backup: BackupId, source: ManifestError },
+    #[error("backup {backup}: its manifest has the digest {found}, and the log's commit says {expected}")]
+    Digest { backup: BackupId, expected: Digest, found: Digest },
+}
+
+impl ClusterError {
+    /// Whether the same may succeed later without anyone changing anything.
+    pub fn is_retryable(&self) -> bool {
+        match self {
+            ClusterError::Repository(RepositoryError::Store { source, .. }) | ClusterError::Store { source, .. } => {
+                source.is_retryable()
+            }
+            ClusterError::Log(error) => error.is_retryable(),
+            ClusterError::Key { source: KeyringError::Store(error), .. } => error.is_retryable(),
+            // Another host may grant the key in a moment.
+            ClusterError::Key { source: KeyringError::NotGranted { .. }, .. } => true,
+            _ => false,
+        }
+    }
+}
+
+/// A cluster in a repository and the keys to its content. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct OpenCluster {
+    repository: Repository,
+    name: ClusterName,
+    keys: Arc<Keyring>,
+    domain: DomainKeys,
+}
+
+impl OpenCluster {
+    /// Opens a cluster that the repository knows.
+    pub async fn open(
+        repository: Repository,
+        name: ClusterName,
+        recipient: &RecipientSecret,
+    ) -> Result<OpenCluster, ClusterError> {
+        let mut log = repository.cluster_log(&name);
+        let domain = log.refresh().await?.keys().cloned().ok_or_else(|| ClusterError::Unknown(name.clone()))?;
+        OpenCluster::with_domain(repository, name, recipient, domain).await
+    }
+
+    /// Opens a cluster, and makes its domain first if nobody has: a new key, wrapped for this recipient and for the
+    /// recovery key before the log names it, so that there is no moment in which data could be sealed for nobody.
+    pub async fn open_or_begin(
+        repository: Repository,
+        name: ClusterName,
+        recipient: &RecipientSecret,
+        author: Author<'_>,
+        label: &str,
+    ) -> Result<OpenCluster, ClusterError> {
+        let mut log = repository.cluster_log(&name);
+        let known = log.refresh().await?.keys().cloned();
+        let domain = match known {
+            Some(domain) => domain,
+            None => begin(&repository, &name, &mut log, recipient, author, label).await?,
+        };
+        OpenCluster::with_domain(repository, name, recipient, domain).await
+    }
+
+    async fn with_domain(
+        repository: Repository,
+        name: ClusterName,
+        recipient: &RecipientSecret,
+        domain: DomainKeys,
+    ) -> Result<OpenCluster, ClusterError> {
+        let keys = Keyring::open(repository.store(), &domain, recipient).await;
+        let keys = keys.map_err(|source| ClusterError::Key { cluster: name.clone(), source })?;
+        Ok(OpenCluster { repository, name, keys: Arc::new(keys), domain })
+    }
+
+    pub fn repository(&self) -> &Repository {
+        &self.repository
+    }
+
+    pub fn name(&self) -> &ClusterName {
+        &self.name
+    }
+
+    pub fn keys(&self) -> &Arc<Keyring> {
+        &self.keys
+    }
+
+    /// What the log says of the cluster's keys.
+    pub fn domain(&self) -> &DomainKeys {
+        &self.domain
+    }
+
+    /// `level`: zstd's, for what is shipped through it.
+    pub fn wal_archive(&self, level: i32) -> WalArchive {
+        WalArchive::new(self.repository.store().clone(), self.name.clone(), self.keys.clone(), level)
+    }
+
+    /// The cluster's log, read to its end.
+    pub async fn log(&self) -> Result<ClusterLog, ClusterError> {
+        let mut log = self.repository.cluster_log(&self.name);
+        log.refresh().await?;
+        Ok(log)
+    }
+
+    /// Opens a committed backup for reading.
+    pub async fn open_backup(
+        &self,
+        backup: &CommittedBackup,
+        state: &ClusterState,
+    ) -> Result<BackupReader, ClusterError> {
+        let reference = &backup.reference;
+        let id = reference.backup.clone();
+        let key = layout::manifest(&self.name, &id);
+        let store = self.repository.store();
+        let bytes = store.get(&key).await.map_err(|source| ClusterError::Store { backup: id.clone(), source })?;
+        let (found, expected) = (Digest(*blake3::hash(&bytes).as_bytes()), backup.commit.manifest_digest);
+        if found != expected {
+            return Err(ClusterError::Digest { backup: id, expected, found });
+        }
+        let named = |source| ClusterError::Manifest { backup: id.clone(), source };
+        let header = crate::format::sealed::Header::parse(&bytes, crate::format::clear::ObjectKind::Manifest)
+            .map_err(|source| named(source.into()))?;
+        let domain = self.keys.version(header.key_version).unwrap_or(self.keys.newest());
+        let manifest = Manifest::open(bytes, domain, key.as_ref()).map_err(named)?;
+        Ok(BackupReader::new(manifest, store.clone(), self.keys.clone(), self.pack_keys(backup, state)))
+    }
+
+    /// Where each pack of the backup lies now.
+    pub fn pack_keys(&self, backup: &CommittedBackup, state: &ClusterState) -> PackKeys {
+        let sessions = backup.reference.sessions.iter();
+        let packs = sessions.flat_map(|session| session.packs.iter().map(move |used| (session, used.pack)));
+        packs
+            .map(|(session, pack)| {
+                let cluster = session.cluster.as_ref().unwrap_or(&self.name);
+                let home = state.moved(&pack).unwrap_or(&session.session);
+                (pack, layout::pack(cluster, home, pack))
+            })
+            .collect()
+    }
+}
+
+/// Makes the cluster's domain, unless someone else does so at the same time: then theirs is the cluster's, and the key
+/// made here seals nothing.
+async fn begin(
+    repository: &Repository,
+    name: &ClusterName,
+    log: &mut ClusterLog,
+    recipient: &RecipientSecret,
+    author: Author<'_>,
+    label: &str,
+) -> Result<DomainKeys, ClusterError> {
+    let key = DomainKey::generate()?;
+    let named = |source| ClusterError::Key { cluster: name.clone(), source };
+    let recovery = repository.root().recovery_recipient;
+    keyring::store_wrapped(repository.store(), &key, recovery, "recovery").await.map_err(named)?;
+    if recipient.id() != recovery {
+        keyring::store_wrapped(repository.store(), &key, recipient.id(), label).await.map_err(named)?;
+    }
+    let begin = Action::Begin { domain: key.domain, key_commitment: key.commitment() };
+    let appended = log.append::<std::convert::Infallible>(author, |state| match state.keys() {
+        None => Decision::Append(begin.clone()),
+        Some(_) => Decision::Nothing,
+    });
+    match appended.await {
+        Ok(_) => {}
+        Err(AppendError::Log(error)) => return Err(error.into()),
+        Err(AppendError::Refused(never)) => match never {},
+    }
+    log.state().keys().cloned().ok_or_else(|| ClusterError::Unknown(name.clone()))
+}
