@@ -2,6 +2,10 @@
 //!
 //! Everything read here is foreign: files may be torn, servers may lie or vanish, and each such case has its own error.
 
+pub mod backup_label;
 mod bytes;
 pub mod relation;
+pub mod server;
+#[cfg(test)]
+pub(crate) mod test_server;
 pub mod wal_record;

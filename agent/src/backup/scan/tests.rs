@@ -225,9 +225,9 @@ fn links_are_followed_for_pg_wal_only_and_never_in_silence() {
 #[test]
 fn what_vanishes_meanwhile_is_passed_over() {
     let tree = Tree::new(&["base/1/112", "base/1/113", "base/2/114"]);
-    let mut scan = tree.scan();
+
     let mut paths = Vec::new();
-    while let Some(scanned) = scan.next() {
+    for scanned in tree.scan() {
         let Scanned::File(file) = scanned.unwrap() else { continue };
         if file.path == b"base/1/112" {
             fs::remove_dir_all(tree.data_dir.join("base/1")).unwrap();

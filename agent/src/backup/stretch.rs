@@ -1,0 +1,221 @@
+//! Reading a stretch of one file: large reads, page checksums, then slot by slot into packs.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use tokio_util::sync::CancellationToken;
+use walfleet_repository::backup::write::{ChunkWriter, PlacedSlot, WriteError};
+use walfleet_repository::format::file_map::{ChunkPlace, SLOT_BYTES, Slot};
+use walfleet_repository::postgres::Lsn;
+
+use crate::backup::scan::{ScannedFile, ScannedKind};
+use crate::postgres::page::{self, PAGE_BYTES};
+use crate::progress::Progress;
+
+/// Bytes asked of the kernel at once: eight slots.
+const READ_BYTES: usize = 8 * SLOT_BYTES as usize;
+
+/// A page that does not fit its checksum may have been caught half written: it is read again, this often, with a pause
+/// that lets the server's write end.
+const REREADS: u32 = 3;
+const REREAD_PAUSE: Duration = Duration::from_millis(10);
+
+#[derive(Debug, thiserror::Error)]
+pub enum StretchError {
+    #[error("open {path}: {source}")]
+    Open { path: PathBuf, source: std::io::Error },
+    #[error("read {path} at {offset}: {source}")]
+    Read { path: PathBuf, offset: u64, source: std::io::Error },
+    #[error(transparent)]
+    Write(#[from] WriteError),
+    #[error("cancelled")]
+    Cancelled,
+}
+
+/// How pages are judged.
+#[derive(Clone, Copy, Debug)]
+pub struct PageRules {
+    /// The cluster has data checksums.
+    pub checksums: bool,
+    /// Pages written after this may be torn: WAL brings them whole.
+    pub start_lsn: Lsn,
+}
+
+/// Part of a file of several slots.
+pub struct StretchJob {
+    pub file: Arc<File>,
+    pub path: PathBuf,
+    pub kind: ScannedKind,
+    /// Of the whole file, when it was listed: what was added since is left out, what was cut since reads as zero.
+    pub size: u64,
+    pub part: usize,
+    pub first_slot: usize,
+    pub slots: usize,
+    /// The parent's slots at the same places, as far as it has them.
+    pub parent: Vec<Slot>,
+}
+
+/// What a stretch became.
+#[derive(Debug)]
+pub struct StretchResult {
+    pub part: usize,
+    pub slots: Vec<PlacedSlot>,
+    pub bytes: u64,
+    /// Of the stretch alone.
+    pub crc32c: u32,
+    /// Blocks of the relation fork whose checksum is wrong.
+    pub damaged: Vec<u32>,
+}
+
+/// One thread's reader.
+pub struct Reader<'a> {
+    writer: ChunkWriter,
+    pages: &'a PageRules,
+    progress: &'a Progress,
+    read_bytes: &'a AtomicU64,
+    cancel: &'a CancellationToken,
+    buffer: Vec<u8>,
+}
+
+impl<'a> Reader<'a> {
+    pub fn new(
+        writer: ChunkWriter,
+        pages: &'a PageRules,
+        progress: &'a Progress,
+        read_bytes: &'a AtomicU64,
+        cancel: &'a CancellationToken,
+    ) -> Reader<'a> {
+        Reader { writer, pages, progress, read_bytes, cancel, buffer: vec![0; READ_BYTES] }
+    }
+
+    pub fn stretch(&mut self, job: &StretchJob) -> Result<StretchResult, StretchError> {
+        let mut result =
+            StretchResult { part: job.part, slots: Vec::with_capacity(job.slots), bytes: 0, crc32c: 0, damaged: Vec::new() };
+        let start = job.first_slot as u64 * u64::from(SLOT_BYTES);
+        let end = (start + job.slots as u64 * u64::from(SLOT_BYTES)).min(job.size);
+        let mut buffer = std::mem::take(&mut self.buffer);
+        let mut offset = start;
+        while offset < end {
+            if self.cancel.is_cancelled() {
+                return Err(StretchError::Cancelled);
+            }
+            let len = (end - offset).min(READ_BYTES as u64) as usize;
+            let Some(content) = buffer.get_mut(..len) else { break };
+            self.read(&job.file, &job.path, job.kind, offset, content, &mut result.damaged)?;
+            result.crc32c = crc32c::crc32c_append(result.crc32c, content);
+            for slot in content.chunks(SLOT_BYTES as usize) {
+                let parent = match job.parent.get(result.slots.len()) {
+                    Some(Slot::Chunk(place)) => Some(place),
+                    _ => None,
+                };
+                result.slots.push(self.writer.store_slot(slot, parent)?);
+            }
+            result.bytes += len as u64;
+            offset += len as u64;
+        }
+        self.buffer = buffer;
+        Ok(result)
+    }
+
+    /// A file of at most one slot; `None` if it is gone.
+    pub fn small_file(
+        &mut self,
+        file: &ScannedFile,
+        parent: Option<&ChunkPlace>,
+    ) -> Result<Option<StretchResult>, StretchError> {
+        if self.cancel.is_cancelled() {
+            return Err(StretchError::Cancelled);
+        }
+        let mut result = StretchResult { part: 0, slots: Vec::new(), bytes: file.size, crc32c: 0, damaged: Vec::new() };
+        let open = match File::open(&file.absolute) {
+            Ok(open) => open,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(source) => return Err(StretchError::Open { path: file.absolute.clone(), source }),
+        };
+        if file.size == 0 {
+            return Ok(Some(result));
+        }
+        let mut buffer = std::mem::take(&mut self.buffer);
+        if let Some(content) = buffer.get_mut(..file.size as usize) {
+            self.read(&open, &file.absolute, file.kind, 0, content, &mut result.damaged)?;
+            result.crc32c = crc32c::crc32c(content);
+            result.slots.push(self.writer.store_slot(content, parent)?);
+        }
+        self.buffer = buffer;
+        Ok(Some(result))
+    }
+
+    pub fn flush(&mut self) -> Result<(), StretchError> {
+        Ok(self.writer.flush()?)
+    }
+
+    /// Fills the buffer from the file, judges its pages, reads suspicious ones again.
+    fn read(
+        &self,
+        file: &File,
+        path: &std::path::Path,
+        kind: ScannedKind,
+        offset: u64,
+        content: &mut [u8],
+        damaged: &mut Vec<u32>,
+    ) -> Result<(), StretchError> {
+        let failed = |offset| move |source| StretchError::Read { path: path.to_owned(), offset, source };
+        read_padded(file, offset, content).map_err(failed(offset))?;
+        let ScannedKind::Relation(relation) = kind else { return self.count(content.len()) };
+        if !self.pages.checksums {
+            return self.count(content.len());
+        }
+        let first_block = relation.first_block() + (offset / PAGE_BYTES as u64) as u32;
+        let rules = self.pages.start_lsn;
+        let mut suspects = page::wrong_checksums(content, first_block, rules);
+        for _ in 0..REREADS {
+            if suspects.is_empty() {
+                break;
+            }
+            std::thread::sleep(REREAD_PAUSE);
+            for index in &suspects {
+                let at = index * PAGE_BYTES;
+                if let Some(page) = content.get_mut(at..at + PAGE_BYTES) {
+                    let at = offset + at as u64;
+                    read_padded(file, at, page).map_err(failed(at))?;
+                }
+            }
+            suspects.retain(|index| {
+                let at = index * PAGE_BYTES;
+                let page = content.get(at..at + PAGE_BYTES).unwrap_or_default();
+                !page::wrong_checksums(page, first_block + *index as u32, rules).is_empty()
+            });
+        }
+        damaged.extend(suspects.iter().map(|index| first_block + *index as u32));
+        self.count(content.len())
+    }
+
+    fn count(&self, bytes: usize) -> Result<(), StretchError> {
+        self.read_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+        self.progress.add(bytes as u64);
+        Ok(())
+    }
+}
+
+/// Reads exactly the buffer; behind the end of the file there are zeros, as PostgreSQL's own base backup has it
+/// (sendFile, src/backend/backup/basebackup.c): WAL replay cuts or fills the file.
+fn read_padded(file: &File, offset: u64, buffer: &mut [u8]) -> std::io::Result<()> {
+    let mut filled = 0;
+    while filled < buffer.len() {
+        let rest = buffer.get_mut(filled..).unwrap_or_default();
+        match file.read_at(rest, offset + filled as u64) {
+            Ok(0) => {
+                rest.fill(0);
+                return Ok(());
+            }
+            Ok(count) => filled += count,
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
