@@ -4,9 +4,10 @@
 //! conditional writes: s3s-fs looks first and renames later, so two creates of one key could both succeed. Requests that
 //! carry a condition therefore pass one at a time per key.
 
+mod access;
 pub mod fault;
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
@@ -25,6 +26,7 @@ use tokio::net::TcpListener;
 use tokio::task::{JoinHandle, JoinSet};
 
 use crate::{block_on, runtime};
+use access::HostPolicy;
 use fault::{Fault, Faults, Rule};
 
 pub const BUCKET: &str = "backups";
@@ -63,6 +65,7 @@ impl S3Server {
             FileSystem::new(folder).map_err(|error| anyhow::anyhow!("serve {}: {error:?}", folder.display()))?;
         let mut builder = S3ServiceBuilder::new(files);
         builder.set_auth(SimpleAuth::from_single(ACCESS_KEY_ID, SECRET_ACCESS_KEY));
+        builder.set_access(HostPolicy { folder: folder.to_owned() });
         let shared = Arc::new(Shared {
             service: builder.build(),
             faults: Faults::default(),
@@ -94,6 +97,19 @@ impl S3Server {
             ("AWS_ACCESS_KEY_ID", ACCESS_KEY_ID.to_owned()),
             ("AWS_SECRET_ACCESS_KEY", SECRET_ACCESS_KEY.to_owned()),
         ]
+    }
+
+    /// The same as options of a repository, credentials included: for this process only.
+    pub fn settings(&self) -> BTreeMap<String, String> {
+        [
+            ("endpoint", self.endpoint()),
+            ("allow_http", "true".to_owned()),
+            ("region", REGION.to_owned()),
+            ("access_key_id", ACCESS_KEY_ID.to_owned()),
+            ("secret_access_key", SECRET_ACCESS_KEY.to_owned()),
+        ]
+        .map(|(name, value)| (name.to_owned(), value))
+        .into()
     }
 
     /// Spoils answers from now on, as the rule says.

@@ -36,12 +36,15 @@ pub struct Rule {
     path_contains: String,
     spared: u64,
     remaining: u64,
+    /// Strikes every so many matching requests; `matched` counts them.
+    every: u64,
+    matched: u64,
 }
 
 impl Rule {
     /// Every request.
     pub fn new(fault: Fault) -> Rule {
-        Rule { fault, method: None, path_contains: String::new(), spared: 0, remaining: u64::MAX }
+        Rule { fault, method: None, path_contains: String::new(), spared: 0, remaining: u64::MAX, every: 1, matched: 0 }
     }
 
     pub fn method(mut self, method: &'static str) -> Rule {
@@ -57,6 +60,12 @@ impl Rule {
     /// Lets so many matching requests pass first.
     pub fn after(mut self, count: u64) -> Rule {
         self.spared = count;
+        self
+    }
+
+    /// Strikes one in so many matching requests.
+    pub fn one_in(mut self, count: u64) -> Rule {
+        self.every = count;
         self
     }
 
@@ -90,14 +99,14 @@ impl Faults {
         self.strikes.load(Ordering::Relaxed)
     }
 
-    /// The fault that befalls this request: the first rule that matches decides.
+    /// The fault that befalls this request: the first rule that strikes decides.
     pub(super) fn strike(&self, method: &str, path: &str) -> Option<Fault> {
         let mut rules = self.rules.lock().expect("no holder panics");
-        let rule = rules.iter_mut().find(|rule| rule.matches(method, path))?;
-        if rule.spared > 0 {
-            rule.spared -= 1;
-            return None;
-        }
+        let rule = rules.iter_mut().filter(|rule| rule.matches(method, path)).find_map(|rule| {
+            rule.matched += 1;
+            let due = rule.matched > rule.spared && (rule.matched - rule.spared).is_multiple_of(rule.every);
+            due.then_some(rule)
+        })?;
         rule.remaining -= 1;
         self.strikes.fetch_add(1, Ordering::Relaxed);
         Some(rule.fault)

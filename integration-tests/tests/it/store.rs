@@ -5,7 +5,9 @@ use std::time::Duration;
 
 use object_store::aws::{AmazonS3, AmazonS3Builder};
 use object_store::path::Path;
-use object_store::{ClientOptions, Error, ObjectStore, ObjectStoreExt, PutMode, PutOptions, RetryConfig};
+use object_store::{
+    ClientOptions, Error, GetOptions, GetRange, ObjectStore, ObjectStoreExt, PutMode, PutOptions, RetryConfig,
+};
 use walfleet_integration_tests::s3::fault::{Fault, Rule};
 use walfleet_integration_tests::s3::{ACCESS_KEY_ID, BUCKET, REGION, S3Server, SECRET_ACCESS_KEY};
 use walfleet_integration_tests::scratch::in_scratch;
@@ -61,7 +63,7 @@ fn of_32_concurrent_creates_exactly_one_succeeds() {
 }
 
 #[test]
-fn faults_are_what_they_say() {
+fn faults_are_what_they_say_and_hosts_may_not_delete() {
     in_scratch(|scratch| {
         let server = S3Server::start(&scratch.join("s3"))?;
         let store = client(&server);
@@ -93,6 +95,10 @@ fn faults_are_what_they_say() {
         assert_eq!(server.strikes(), 6);
         server.heal();
         assert_eq!(get()?, "one");
+
+        let suffix = GetOptions { range: Some(GetRange::Suffix(100)), ..GetOptions::default() };
+        assert_eq!(block_on(async { store.get_opts(&key, suffix).await?.bytes().await })?, "one");
+        assert!(matches!(block_on(store.delete(&key)), Err(Error::PermissionDenied { .. })));
         Ok(())
     });
 }

@@ -1,0 +1,3 @@
+//! The controller: initialised once, then a daemon.
+
+pub struct Controller;
