@@ -1,0 +1,89 @@
+//! `walfleet backup`
+
+use clap::{Args, Subcommand};
+
+use crate::failure::Failure;
+use crate::follow::{WaitArgs, started};
+use crate::session::Session;
+use crate::view::backup::Backups;
+
+#[derive(Subcommand, Debug)]
+pub enum BackupCommand {
+    Start(StartArgs),
+    /// List the backups of a cluster
+    List {
+        name: String,
+    },
+    /// Show one backup
+    Show {
+        id: String,
+    },
+    Verify(VerifyArgs),
+}
+
+/// Take a backup of a cluster now
+#[derive(Args, Debug)]
+#[command(after_help = "Examples:
+  walfleet backup start orders --wait
+  walfleet backup start orders --on db2 --wait --timeout 2h
+  id=$(walfleet backup start orders -o json | jq -r .id)")]
+pub struct StartArgs {
+    /// The cluster
+    name: String,
+    /// The member to take it from [default: the controller chooses, a standby if it can]
+    #[arg(long, value_name = "AGENT", default_value = "", hide_default_value = true)]
+    on: String,
+    /// Spread the checkpoint over time instead of making it at once: slower, easier on the disks
+    #[arg(long)]
+    spread_checkpoint: bool,
+    #[command(flatten)]
+    wait: WaitArgs,
+}
+
+/// Read backups back and compare every byte with what was written
+///
+/// Ends with exit code 1 if anything is damaged, and says which backups it touches.
+#[derive(Args, Debug)]
+#[command(after_help = "Examples:
+  walfleet backup verify orders --wait
+  walfleet backup verify orders --backup bk_06e2r4ycmn8q7t1w5x3z --deep --wait")]
+pub struct VerifyArgs {
+    /// The cluster
+    name: String,
+    /// This backup only [default: all that are kept, and the WAL]
+    #[arg(long, value_name = "ID", default_value = "", hide_default_value = true)]
+    backup: String,
+    /// Decrypt and decompress as well, beyond comparing the stored bytes
+    #[arg(long)]
+    deep: bool,
+    /// The agent that reads [default: the controller chooses]
+    #[arg(long, value_name = "AGENT", default_value = "", hide_default_value = true)]
+    on: String,
+    #[command(flatten)]
+    wait: WaitArgs,
+}
+
+impl BackupCommand {
+    pub async fn run(self, session: &mut Session<'_>) -> Result<(), Failure> {
+        match self {
+            BackupCommand::Start(args) => {
+                let client = session.client().await?;
+                let job = client.start_backup(&args.name, &args.on, args.spread_checkpoint).await?;
+                started(session, &client, job, &args.wait).await
+            }
+            BackupCommand::List { name } => {
+                let backups = session.client().await?.backups(&name).await?;
+                session.show(&Backups { cluster: name, backups })
+            }
+            BackupCommand::Show { id } => {
+                let backup = session.client().await?.backup(&id).await?;
+                session.show(&backup)
+            }
+            BackupCommand::Verify(args) => {
+                let client = session.client().await?;
+                let job = client.start_verify(&args.name, &args.backup, args.deep, &args.on).await?;
+                started(session, &client, job, &args.wait).await
+            }
+        }
+    }
+}

@@ -1,0 +1,402 @@
+//! Contexts: which controller, and as whom. Files under the configuration folder, or any file named on the command line.
+//!
+//! `config.yaml` holds the name of the current context; each context is a file of its own in `contexts/`, readable by
+//! its owner only, since it carries a private key. Nothing here talks to a controller.
+
+use std::fmt;
+use std::io::{ErrorKind, Write};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::surroundings::Surroundings;
+
+/// What it takes to talk to one controller as one operator.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Context {
+    /// `https://host:port`; `http://` only for a loopback address.
+    pub controller: String,
+    /// The name in the controller's certificate, where it is not the host of `controller` (a tunnel, a load balancer).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub server_name: Option<String>,
+    /// The fleet's certificate authorities, PEM.
+    #[serde(default)]
+    pub authorities: String,
+    /// The operator's certificate, PEM.
+    #[serde(default)]
+    pub certificate: String,
+    /// Its private key, PEM.
+    #[serde(default)]
+    pub key: String,
+}
+
+impl fmt::Debug for Context {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Context").field("controller", &self.controller).finish_non_exhaustive()
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum ContextError {
+    #[error(
+        "no context is chosen\nHINT: walfleet login --controller https://HOST:PORT --token TOKEN, or name a context \
+         with --context NAME|FILE or WALFLEET_CONTEXT (known here: {known})."
+    )]
+    NoneChosen { known: String },
+    #[error("there is no context \"{name}\"\nHINT: known here: {known}. A file is named with a slash, as in ./{name}.")]
+    Unknown { name: String, known: String },
+    #[error("there is a context \"{name}\" already\nHINT: choose another name, or replace it with --force.")]
+    Exists { name: String },
+    #[error(
+        "\"{name}\" cannot name a context\nHINT: use 1 to 63 of letters, digits, '-', '_' and '.', and begin with a letter or digit."
+    )]
+    BadName { name: String },
+    #[error("{operation} {}: {source}", path.display())]
+    File { operation: &'static str, path: PathBuf, source: std::io::Error },
+    #[error("{} is not {what}: {reason}", path.display())]
+    Syntax { path: PathBuf, what: &'static str, reason: String },
+    #[error("{origin}: `{field}` {problem}\nHINT: {hint}.")]
+    Invalid { origin: String, field: &'static str, problem: String, hint: &'static str },
+    #[error(
+        "neither HOME nor XDG_CONFIG_HOME is set, so contexts have no place\nHINT: name a context file with --context FILE."
+    )]
+    NoHome,
+}
+
+impl Context {
+    /// Refuses what could only fail later with a worse message.
+    pub fn validate(&self, origin: &str) -> Result<(), ContextError> {
+        let invalid = |field, problem: &str, hint| {
+            Err(ContextError::Invalid { origin: origin.to_owned(), field, problem: problem.to_owned(), hint })
+        };
+        match Address::parse(&self.controller) {
+            None => {
+                invalid("controller", "is not https://HOST:PORT", "write for example https://walfleet.example.org:7400")
+            }
+            Some(Address { encrypted: false, loopback: false, .. }) => {
+                invalid("controller", "is not encrypted", "write https://; http:// is for a loopback address only")
+            }
+            Some(Address { encrypted: false, .. }) => Ok(()),
+            Some(_) => {
+                for (field, value, label) in [
+                    ("authorities", &self.authorities, "CERTIFICATE"),
+                    ("certificate", &self.certificate, "CERTIFICATE"),
+                    ("key", &self.key, "PRIVATE KEY"),
+                ] {
+                    if !(value.contains("-----BEGIN ") && value.contains(label)) {
+                        let problem = format!("holds no PEM {}", label.to_lowercase());
+                        return invalid(field, &problem, "log in again, or copy the context file whole");
+                    }
+                }
+                Ok(())
+            }
+        }
+    }
+}
+
+/// A controller's URL taken apart as far as it matters here.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Address {
+    pub encrypted: bool,
+    pub loopback: bool,
+    /// Host and port, as people name it.
+    pub name: String,
+}
+
+impl Address {
+    pub fn parse(url: &str) -> Option<Address> {
+        let (encrypted, rest) = match (url.strip_prefix("https://"), url.strip_prefix("http://")) {
+            (Some(rest), _) => (true, rest),
+            (None, Some(rest)) => (false, rest),
+            (None, None) => return None,
+        };
+        let uri: tonic::codegen::http::Uri = url.parse().ok()?;
+        let host = uri.host()?;
+        if host.is_empty() || uri.authority()?.as_str().contains('@') || !matches!(uri.path(), "" | "/") {
+            return None;
+        }
+        let bare = host.trim_start_matches('[').trim_end_matches(']');
+        let loopback = bare == "localhost" || bare.parse().is_ok_and(|ip: std::net::IpAddr| ip.is_loopback());
+        Some(Address { encrypted, loopback, name: rest.trim_end_matches('/').to_owned() })
+    }
+}
+
+#[derive(Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Config {
+    /// The context that is used where none is named.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    current: Option<String>,
+}
+
+/// A context and what is known of it without a controller.
+#[derive(Debug)]
+pub struct Known {
+    pub name: String,
+    pub current: bool,
+    pub path: PathBuf,
+    /// Why it cannot be used, instead of what it holds.
+    pub content: Result<Context, ContextError>,
+}
+
+/// The folder of contexts of one user.
+pub struct Contexts {
+    folder: PathBuf,
+}
+
+impl Contexts {
+    pub fn of(surroundings: &Surroundings) -> Result<Contexts, ContextError> {
+        surroundings.configuration_folder().map(|folder| Contexts { folder }).ok_or(ContextError::NoHome)
+    }
+
+    fn config_path(&self) -> PathBuf {
+        self.folder.join("config.yaml")
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.join("contexts").join(format!("{name}.yaml"))
+    }
+
+    pub fn current(&self) -> Result<Option<String>, ContextError> {
+        let path = self.config_path();
+        let text = match std::fs::read_to_string(&path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+            Err(source) => return Err(ContextError::File { operation: "read", path, source }),
+        };
+        if text.trim().is_empty() {
+            return Ok(None);
+        }
+        let config: Config = serde_yaml_ng::from_str(&text).map_err(|error| ContextError::Syntax {
+            path,
+            what: "a walfleet configuration",
+            reason: error.to_string(),
+        })?;
+        Ok(config.current)
+    }
+
+    pub fn names(&self) -> Result<Vec<String>, ContextError> {
+        let folder = self.folder.join("contexts");
+        let entries = match std::fs::read_dir(&folder) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(source) => return Err(ContextError::File { operation: "list", path: folder, source }),
+        };
+        let mut names: Vec<String> = entries
+            .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+            .filter_map(|name| name.strip_suffix(".yaml").map(str::to_owned))
+            .filter(|name| is_name(name))
+            .collect();
+        names.sort();
+        Ok(names)
+    }
+
+    pub fn list(&self) -> Result<Vec<Known>, ContextError> {
+        let current = self.current()?;
+        let known = |name: String| {
+            let path = self.path(&name);
+            Known { current: current.as_ref() == Some(&name), content: read_file(&path), name, path }
+        };
+        Ok(self.names()?.into_iter().map(known).collect())
+    }
+
+    /// Makes `name` the context that is used where none is named.
+    pub fn choose(&self, name: &str) -> Result<(), ContextError> {
+        if !self.names()?.iter().any(|known| known == name) {
+            return Err(ContextError::Unknown { name: name.to_owned(), known: self.known() });
+        }
+        let text = serde_yaml_ng::to_string(&Config { current: Some(name.to_owned()) }).unwrap_or_default();
+        write_private(&self.config_path(), &text)
+    }
+
+    pub fn save(&self, name: &str, context: &Context, overwrite: Overwrite) -> Result<PathBuf, ContextError> {
+        if !is_name(name) {
+            return Err(ContextError::BadName { name: name.to_owned() });
+        }
+        let path = self.path(name);
+        if overwrite == Overwrite::Refuse && path.exists() {
+            return Err(ContextError::Exists { name: name.to_owned() });
+        }
+        let text = serde_yaml_ng::to_string(context).map_err(|error| ContextError::Syntax {
+            path: path.clone(),
+            what: "a context",
+            reason: error.to_string(),
+        })?;
+        write_private(&path, &text)?;
+        Ok(path)
+    }
+
+    pub fn check_free(&self, name: &str) -> Result<(), ContextError> {
+        if !is_name(name) {
+            return Err(ContextError::BadName { name: name.to_owned() });
+        }
+        if self.path(name).exists() { Err(ContextError::Exists { name: name.to_owned() }) } else { Ok(()) }
+    }
+
+    fn known(&self) -> String {
+        match self.names() {
+            Ok(names) if names.is_empty() => "none".to_owned(),
+            Ok(names) => names.join(", "),
+            Err(error) => format!("not readable: {error}"),
+        }
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Overwrite {
+    Refuse,
+    Replace,
+}
+
+/// The context a command uses: `--context`, else `WALFLEET_CONTEXT`, else the current one.
+///
+/// What has a slash in it, or ends in `.yaml` or `.yml`, is a file; anything else is a name.
+pub fn resolve(choice: Option<&str>, surroundings: &Surroundings) -> Result<Context, ContextError> {
+    let chosen = choice.or_else(|| surroundings.variable("WALFLEET_CONTEXT"));
+    if let Some(file) = chosen.filter(|text| text.contains('/') || text.ends_with(".yaml") || text.ends_with(".yml")) {
+        return read_file(Path::new(file));
+    }
+    let contexts = match Contexts::of(surroundings) {
+        Err(ContextError::NoHome) if chosen.is_none() => {
+            return Err(ContextError::NoneChosen { known: "none".to_owned() });
+        }
+        other => other?,
+    };
+    let name = match chosen {
+        Some(name) => name.to_owned(),
+        None => contexts.current()?.ok_or_else(|| ContextError::NoneChosen { known: contexts.known() })?,
+    };
+    if !contexts.names()?.contains(&name) {
+        return Err(ContextError::Unknown { known: contexts.known(), name });
+    }
+    read_file(&contexts.path(&name))
+}
+
+/// A context file, read and checked.
+pub fn read_file(path: &Path) -> Result<Context, ContextError> {
+    let text = std::fs::read_to_string(path).map_err(|source| ContextError::File {
+        operation: "read context",
+        path: path.to_owned(),
+        source,
+    })?;
+    // The parser's message can quote what it met, and a context holds a key: only the place is told.
+    let context: Context = serde_yaml_ng::from_str(&text).map_err(|error| ContextError::Syntax {
+        path: path.to_owned(),
+        what: "a context file",
+        reason: match error.location() {
+            Some(at) => format!(
+                "line {}, column {} (fields: controller, server_name, authorities, certificate, key)",
+                at.line(),
+                at.column()
+            ),
+            None => "fields are controller, server_name, authorities, certificate, key".to_owned(),
+        },
+    })?;
+    context.validate(&path.display().to_string())?;
+    Ok(context)
+}
+
+/// Whether anybody but its owner may read the file.
+pub fn is_exposed(path: &Path) -> bool {
+    use std::os::unix::fs::PermissionsExt;
+    std::fs::metadata(path).is_ok_and(|metadata| metadata.permissions().mode() & 0o077 != 0)
+}
+
+fn is_name(name: &str) -> bool {
+    name.bytes().next().is_some_and(|byte| byte.is_ascii_alphanumeric())
+        && name.len() <= 63
+        && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.'))
+}
+
+/// Writes beside, makes durable, renames: a crash leaves the old file or the new one. Owner only, folders too.
+fn write_private(path: &Path, text: &str) -> Result<(), ContextError> {
+    use std::os::unix::fs::DirBuilderExt;
+    let failed = |operation| {
+        let path = path.to_owned();
+        move |source| ContextError::File { operation, path, source }
+    };
+    let folder = path.parent().unwrap_or(Path::new("."));
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(failed("make the folder of"))?;
+    let mut file = tempfile::NamedTempFile::new_in(folder).map_err(failed("write"))?;
+    file.write_all(text.as_bytes()).and_then(|()| file.as_file().sync_all()).map_err(failed("write"))?;
+    file.persist(path).map_err(|error| error.error).map_err(failed("write"))?;
+    std::fs::File::open(folder).and_then(|folder| folder.sync_all()).map_err(failed("make durable"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn plain(controller: &str) -> Context {
+        Context {
+            controller: controller.to_owned(),
+            server_name: None,
+            authorities: String::new(),
+            certificate: String::new(),
+            key: String::new(),
+        }
+    }
+
+    fn home(folder: &Path) -> Surroundings {
+        Surroundings::bare(jiff::Timestamp::UNIX_EPOCH, std::io::empty())
+            .with_variable("HOME", folder.display().to_string())
+    }
+
+    #[test]
+    fn only_a_loopback_address_may_go_without_encryption() {
+        for good in ["http://127.0.0.1:7400", "http://[::1]:7400/", "http://localhost:1"] {
+            assert!(plain(good).validate("x").is_ok(), "{good}");
+        }
+        for bad in [
+            "http://10.0.0.1:7400",
+            "10.0.0.1:7400",
+            "",
+            "https://",
+            "ftp://a",
+            "https://user@host:1",
+            "https://host/path",
+            "http://localhost.evil.org",
+        ] {
+            assert!(plain(bad).validate("x").is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn an_encrypted_context_needs_its_whole_identity() {
+        let error = plain("https://c:7400").validate("x").unwrap_err().to_string();
+        assert!(error.contains("`authorities` holds no PEM certificate"), "{error}");
+    }
+
+    #[test]
+    fn contexts_are_private_and_the_chosen_one_is_used() {
+        let folder = tempfile::tempdir().unwrap();
+        let surroundings = home(folder.path());
+        let contexts = Contexts::of(&surroundings).unwrap();
+        assert!(matches!(resolve(None, &surroundings), Err(ContextError::NoneChosen { .. })));
+        let path = contexts.save("prod", &plain("http://127.0.0.1:1"), Overwrite::Refuse).unwrap();
+        assert!(!is_exposed(&path));
+        contexts.save("lab", &plain("http://127.0.0.1:2"), Overwrite::Refuse).unwrap();
+        let again = contexts.save("lab", &plain("http://127.0.0.1:3"), Overwrite::Refuse);
+        assert!(matches!(again, Err(ContextError::Exists { .. })));
+        contexts.choose("prod").unwrap();
+        assert_eq!(resolve(None, &surroundings).unwrap().controller, "http://127.0.0.1:1");
+        assert_eq!(resolve(Some("lab"), &surroundings).unwrap().controller, "http://127.0.0.1:2");
+        let by_variable = home(folder.path()).with_variable("WALFLEET_CONTEXT", path.display().to_string());
+        assert_eq!(resolve(None, &by_variable).unwrap().controller, "http://127.0.0.1:1");
+        assert!(matches!(contexts.choose("nope"), Err(ContextError::Unknown { .. })));
+        assert!(contexts.save("../x", &plain("http://127.0.0.1:1"), Overwrite::Refuse).is_err());
+    }
+
+    #[test]
+    fn a_damaged_context_never_shows_its_key() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("c.yaml");
+        std::fs::write(&path, "controller: https://a:1\nkey: {SECRET\n").unwrap();
+        let error = read_file(&path).unwrap_err().to_string();
+        assert!(!error.contains("SECRET") && error.contains("line"), "{error}");
+        std::fs::write(&path, "controller: https://a:1\nkeys: SECRET\n").unwrap();
+        let error = read_file(&path).unwrap_err().to_string();
+        assert!(!error.contains("SECRET"), "{error}");
+    }
+}

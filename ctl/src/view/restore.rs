@@ -1,0 +1,111 @@
+//! What a restore did, and what one would cost.
+
+use jiff::Timestamp;
+use serde::Serialize;
+
+use crate::print::{Page, View};
+use crate::quantity::{seconds, size};
+
+#[derive(Clone, Debug, Serialize)]
+pub struct Restore {
+    pub data_dir: String,
+    pub backup: String,
+    /// Of the data directory.
+    pub cluster_bytes: u64,
+    /// From the store.
+    pub fetched_bytes: u64,
+    pub store_requests: u64,
+    pub wal_from_lsn: Option<String>,
+    pub wal_to_lsn: Option<String>,
+    pub timeline: u32,
+    /// Where the started server stands.
+    pub reached_lsn: Option<String>,
+    pub reached_commit_at: Option<Timestamp>,
+    pub server_state: String,
+    pub connection: Option<String>,
+    pub copy_seconds: f64,
+    pub replay_seconds: f64,
+    pub estimated_seconds: Option<f64>,
+    pub notes: Vec<String>,
+}
+
+impl Restore {
+    fn shown_wal(&self) -> String {
+        match (&self.wal_from_lsn, &self.wal_to_lsn) {
+            (Some(from), Some(to)) => format!("{from} to {to} on timeline {}", self.timeline),
+            (Some(from), None) => format!("from {from} on timeline {}", self.timeline),
+            (None, _) => String::new(),
+        }
+    }
+
+    pub fn draw_done(&self, cluster: &str, agent: &str, page: &mut Page) {
+        page.line(format!("restored {cluster} on {agent} in {}", self.data_dir));
+        let reached = match (&self.reached_lsn, self.reached_commit_at) {
+            (Some(lsn), Some(_)) => format!("{lsn}, last commit {}", page.when(self.reached_commit_at)),
+            (Some(lsn), None) => lsn.clone(),
+            (None, _) => String::new(),
+        };
+        let replayed = if self.reached_lsn.is_some() {
+            format!(", replayed WAL in {}", seconds(self.replay_seconds))
+        } else {
+            String::new()
+        };
+        page.pairs(&[
+            ("backup", self.backup.clone()),
+            ("WAL", self.shown_wal()),
+            (
+                "copied",
+                format!(
+                    "{} from {} fetched in {} requests",
+                    size(self.cluster_bytes),
+                    size(self.fetched_bytes),
+                    self.store_requests
+                ),
+            ),
+            ("took", format!("copied in {}{replayed}", seconds(self.copy_seconds))),
+            ("server", self.server_state.clone()),
+            ("stands at", reached),
+            ("connect", self.connection.as_ref().map(|connection| psql(connection)).unwrap_or_default()),
+            ("notes", self.notes.join("\n")),
+        ]);
+    }
+
+    pub fn draw_plan(&self, cluster: &str, agent: &str, page: &mut Page) {
+        page.line(format!("plan: restore {cluster} on {agent} into {}; nothing is changed", self.data_dir));
+        page.pairs(&[
+            ("backup", self.backup.clone()),
+            ("WAL", self.shown_wal()),
+            ("size restored", size(self.cluster_bytes)),
+            ("to fetch", format!("{} in {} requests", size(self.fetched_bytes), self.store_requests)),
+            ("estimated time", self.estimated_seconds.map(seconds).unwrap_or_default()),
+            ("notes", self.notes.join("\n")),
+        ]);
+    }
+}
+
+/// The agent gives a conninfo string or a whole command.
+fn psql(connection: &str) -> String {
+    if connection.starts_with("psql") { connection.to_owned() } else { format!("psql {}", quoted(connection)) }
+}
+
+fn quoted(text: &str) -> String {
+    let plain = text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_./:=@%+,?&".contains(&byte));
+    if plain && !text.contains(['?', '&']) { text.to_owned() } else { format!("'{}'", text.replace('\'', r"'\''")) }
+}
+
+/// The answer of `restore plan`.
+#[derive(Debug, Serialize)]
+pub struct Plan {
+    pub cluster: String,
+    pub agent: String,
+    pub target: String,
+    #[serde(flatten)]
+    pub restore: Restore,
+}
+
+impl View for Plan {
+    fn draw(&self, page: &mut Page) {
+        self.restore.draw_plan(&self.cluster, &self.agent, page);
+        page.pairs(&[("target", self.target.clone())]);
+    }
+}

@@ -1,0 +1,44 @@
+//! The door to the controller: the only module that names generated types. Every call the program makes, and the
+//! conversions of what goes out and comes in.
+//!
+//! Inward nothing fails: this is what an operator looks at while something is broken, and a newer controller may say
+//! what this version does not know. What cannot be understood becomes "unknown" or null, never a guess.
+
+mod access;
+mod enrolment;
+mod fleet;
+mod jobs;
+mod recovery;
+mod resources;
+
+pub use enrolment::Admission;
+pub use jobs::{JobWatch, RestoreSpec};
+pub use resources::Intent;
+
+use jiff::Timestamp;
+
+/// Microseconds since the epoch; 0 means absent.
+fn moment(us: i64) -> Option<Timestamp> {
+    if us == 0 { None } else { Timestamp::from_microsecond(us).ok() }
+}
+
+fn text(value: String) -> Option<String> {
+    if value.is_empty() { None } else { Some(value) }
+}
+
+fn number<T: Default + PartialEq>(value: T) -> Option<T> {
+    if value == T::default() { None } else { Some(value) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_foreign_time_is_fatal() {
+        assert_eq!(moment(0), None);
+        assert_eq!(moment(i64::MAX), None);
+        assert_eq!(moment(i64::MIN), None);
+        assert_eq!(moment(1).map(|at| at.as_microsecond()), Some(1));
+    }
+}

@@ -1,0 +1,392 @@
+//! A small fleet, as a controller would tell of it.
+
+use std::collections::HashMap;
+
+use walfleet_proto::agent::v1::{ArchiveFacts, InstanceFacts, InstanceRole, Tablespace};
+use walfleet_proto::job::v1::*;
+use walfleet_proto::operator::v1::*;
+use walfleet_proto::recovery::v1::*;
+
+use crate::controller::Script;
+
+pub fn at(text: &str) -> i64 {
+    text.parse::<jiff::Timestamp>().unwrap().as_microsecond()
+}
+
+const GIB: u64 = 1 << 30;
+
+fn labels(pairs: &[(&str, &str)]) -> HashMap<String, String> {
+    pairs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
+}
+
+pub fn backup() -> BackupSummary {
+    BackupSummary {
+        id: "bk_06e2r4ycmn8q7t1w5x3z".to_owned(),
+        cluster: "orders".to_owned(),
+        system_identifier: 7_412_345_678_901_234_567,
+        server_version_num: 160_004,
+        timeline: 1,
+        start_lsn: "1/2A000028".to_owned(),
+        stop_lsn: "1/2B5C0100".to_owned(),
+        started_at_us: at("2026-06-04T02:00:04Z"),
+        finished_at_us: at("2026-06-04T02:03:24Z"),
+        member: "db2".to_owned(),
+        parents: vec!["bk_06dznc4v2b7k9m3p5r8t".to_owned()],
+        cluster_bytes: 48 * GIB,
+        read_bytes: 48 * GIB,
+        new_bytes: GIB + GIB / 8,
+        stored_bytes: 310 << 20,
+        damaged_pages: 0,
+        state: "committed".to_owned(),
+        store_requests: 412,
+    }
+}
+
+fn older_backup() -> BackupSummary {
+    BackupSummary {
+        id: "bk_06dznc4v2b7k9m3p5r8t".to_owned(),
+        started_at_us: at("2026-06-03T02:00:02Z"),
+        finished_at_us: at("2026-06-03T02:21:40Z"),
+        parents: Vec::new(),
+        new_bytes: 47 * GIB,
+        stored_bytes: 11 * GIB,
+        damaged_pages: 3,
+        store_requests: 1713,
+        ..backup()
+    }
+}
+
+fn instance(role: InstanceRole) -> InstanceFacts {
+    InstanceFacts {
+        cluster: "orders".to_owned(),
+        system_identifier: 7_412_345_678_901_234_567,
+        server_version_num: 160_004,
+        role: role.into(),
+        data_dir: "/var/lib/postgresql/16/main".to_owned(),
+        port: 5432,
+        timeline: 1,
+        current_lsn: "1/3F00A2C8".to_owned(),
+        cluster_bytes: 48 * GIB,
+        data_checksums: true,
+        archive: Some(ArchiveFacts {
+            last_segment: "00000001000000010000003E".to_owned(),
+            durable_lsn: "1/3F000000".to_owned(),
+            durable_at_us: at("2026-06-04T14:41:58Z"),
+            ready_segments: 0,
+            failed_count: 2,
+            last_error: String::new(),
+            pg_wal_bytes: GIB,
+            pg_wal_free_bytes: 90 * GIB,
+            archive_command_set: true,
+        }),
+        windows: Vec::new(),
+        backups: Vec::new(),
+        problems: Vec::new(),
+        tablespaces: vec![Tablespace { oid: 16385, name: "fast".to_owned(), location: "/ssd/fast".to_owned() }],
+    }
+}
+
+pub fn orders() -> ClusterView {
+    let member = |agent: &str, role| Member {
+        agent: agent.to_owned(),
+        facts: Some(instance(role)),
+        facts_at_us: at("2026-06-04T14:41:49Z"),
+        connected: true,
+    };
+    ClusterView {
+        name: "orders".to_owned(),
+        labels: labels(&[("env", "prod"), ("tier", "a")]),
+        state: ProtectionState::Protected.into(),
+        reason: String::new(),
+        system_identifier: 7_412_345_678_901_234_567,
+        server_version_num: 160_004,
+        members: vec![member("db1", InstanceRole::Primary), member("db2", InstanceRole::Standby)],
+        windows: vec![RecoveryWindow {
+            repository: "main".to_owned(),
+            as_of_us: at("2026-06-04T14:41:50Z"),
+            ranges: vec![RecoveryRange {
+                from_us: at("2026-06-03T02:21:40Z"),
+                to_us: at("2026-06-04T14:41:57.250Z"),
+                from_lsn: "1/1C000100".to_owned(),
+                to_lsn: "1/3F000000".to_owned(),
+                timeline: 1,
+                branch: "0000000000000000".to_owned(),
+            }],
+            gaps: Vec::new(),
+            newest_commit_us: at("2026-06-04T14:41:57.250Z"),
+            newest_lsn: "1/3F000000".to_owned(),
+            newest_timeline: 1,
+        }],
+        last_backup: Some(backup()),
+        policy: "standard".to_owned(),
+        repository: "main".to_owned(),
+        next_backup_us: at("2026-06-05T02:00:00Z"),
+        cluster_bytes: 48 * GIB,
+        lag_seconds: 0.9,
+    }
+}
+
+/// At risk: WAL is missing in the middle.
+fn billing() -> ClusterView {
+    let gap = |from: &str, to: &str, acknowledged| WalGap {
+        timeline: 2,
+        branch: "a1b2c3d4e5f60718".to_owned(),
+        from_lsn: from.to_owned(),
+        to_lsn: to.to_owned(),
+        acknowledged,
+    };
+    let mut view = ClusterView {
+        name: "billing".to_owned(),
+        state: ProtectionState::AtRisk.into(),
+        reason: "no backup for 31h, policy allows 26h".to_owned(),
+        next_backup_us: 0,
+        lag_seconds: 412.0,
+        ..orders()
+    };
+    if let Some(window) = view.windows.first_mut() {
+        window.gaps = vec![gap("0/5000000", "0/7000000", false), gap("0/1000000", "0/2000000", true)];
+    }
+    if let Some(archive) = view.members.first_mut().and_then(|member| member.facts.as_mut()?.archive.as_mut()) {
+        archive.archive_command_set = false;
+        archive.last_error = "repository main: permission denied".to_owned();
+        archive.ready_segments = 37;
+    }
+    view
+}
+
+/// Declared a minute ago: nothing of it is stored yet.
+fn sessions() -> ClusterView {
+    ClusterView {
+        name: "sessions".to_owned(),
+        state: ProtectionState::Unprotected.into(),
+        reason: "no backup yet".to_owned(),
+        repository: "main".to_owned(),
+        policy: "standard".to_owned(),
+        next_backup_us: at("2026-06-04T14:45:00Z"),
+        lag_seconds: -1.0,
+        ..ClusterView::default()
+    }
+}
+
+fn agents() -> Vec<AgentView> {
+    let db1 = AgentView {
+        name: "db1".to_owned(),
+        hostname: "db1.example.org".to_owned(),
+        labels: labels(&[("env", "prod")]),
+        version: "0.1.0".to_owned(),
+        connected: true,
+        last_seen_us: at("2026-06-04T14:41:55Z"),
+        joined_at_us: at("2026-05-01T09:00:00Z"),
+        certificate_not_after_us: at("2026-06-05T09:00:00Z"),
+        instances: vec![instance(InstanceRole::Primary)],
+        running_jobs: vec!["job_06e3a1b2c3d4e5f6g7h8".to_owned()],
+    };
+    let lab1 = AgentView {
+        name: "lab1".to_owned(),
+        hostname: "lab1.example.org".to_owned(),
+        connected: false,
+        last_seen_us: at("2026-06-04T11:41:55Z"),
+        instances: Vec::new(),
+        running_jobs: Vec::new(),
+        labels: HashMap::new(),
+        ..db1.clone()
+    };
+    vec![db1, lab1]
+}
+
+pub fn job(state: JobState) -> JobView {
+    JobView {
+        id: "job_06e3a1b2c3d4e5f6g7h8".to_owned(),
+        kind: "backup".to_owned(),
+        cluster: "orders".to_owned(),
+        agent: "db2".to_owned(),
+        state: state.into(),
+        attempt: 1,
+        created_at_us: at("2026-06-04T14:40:00Z"),
+        started_at_us: at("2026-06-04T14:40:01Z"),
+        finished_at_us: 0,
+        requested_by: "ann".to_owned(),
+        progress: None,
+        outcome: None,
+        reason: String::new(),
+        order: None,
+    }
+}
+
+pub fn running(phase: &str, done: u64, total: u64) -> JobView {
+    let progress = JobProgress {
+        phase: phase.to_owned(),
+        done_bytes: done,
+        total_bytes: total,
+        at_us: at("2026-06-04T14:40:05Z"),
+        ..JobProgress::default()
+    };
+    JobView { progress: Some(progress), ..job(JobState::Running) }
+}
+
+pub fn backed_up() -> JobView {
+    let report = job_outcome::Report::Backup(backup());
+    let outcome = JobOutcome { state: JobState::Succeeded.into(), report: Some(report), ..JobOutcome::default() };
+    JobView { finished_at_us: at("2026-06-04T14:43:20Z"), outcome: Some(outcome), ..job(JobState::Succeeded) }
+}
+
+pub fn failed(exit_code: i32, code: &str, message: &str) -> JobView {
+    let outcome = JobOutcome {
+        state: JobState::Failed.into(),
+        error_code: code.to_owned(),
+        error_message: message.to_owned(),
+        exit_code,
+        ..JobOutcome::default()
+    };
+    JobView { finished_at_us: at("2026-06-04T14:43:20Z"), outcome: Some(outcome), ..job(JobState::Failed) }
+}
+
+pub fn restore_report() -> RestoreReport {
+    RestoreReport {
+        data_dir: "/srv/pg/orders".to_owned(),
+        backup: "bk_06e2r4ycmn8q7t1w5x3z".to_owned(),
+        cluster_bytes: 48 * GIB,
+        fetched_bytes: 11 * GIB,
+        store_requests: 402,
+        wal_from_lsn: "1/2A000028".to_owned(),
+        wal_to_lsn: "1/3E000000".to_owned(),
+        timeline: 1,
+        reached_lsn: "1/3DFFFF38".to_owned(),
+        reached_commit_us: at("2026-06-04T14:31:58.914Z"),
+        server_state: "running (promoted)".to_owned(),
+        connection: "host=/tmp port=5433 dbname=postgres".to_owned(),
+        copy_seconds: 92.4,
+        replay_seconds: 14.0,
+        estimated_seconds: 0.0,
+        notes: vec!["archive_mode is off".to_owned(), "listen_addresses is 'localhost'".to_owned()],
+    }
+}
+
+pub fn restore_job(state: JobState, plan_only: bool) -> JobView {
+    let order = RestoreOrder {
+        repository: "main".to_owned(),
+        target: Some(RecoveryTarget {
+            kind: Some(recovery_target::Kind::TimeUs(at("2026-06-04T14:31:59Z"))),
+            ..RecoveryTarget::default()
+        }),
+        data_dir: "/srv/pg/orders".to_owned(),
+        start: true,
+        plan_only,
+        ..RestoreOrder::default()
+    };
+    let order = JobOrder { work: Some(job_order::Work::Restore(order)), ..JobOrder::default() };
+    JobView { kind: "restore".to_owned(), agent: "lab1".to_owned(), order: Some(order), ..job(state) }
+}
+
+pub fn restored(report: RestoreReport, plan_only: bool) -> JobView {
+    let outcome = JobOutcome {
+        state: JobState::Succeeded.into(),
+        report: Some(job_outcome::Report::Restore(report)),
+        ..JobOutcome::default()
+    };
+    JobView { outcome: Some(outcome), ..restore_job(JobState::Succeeded, plan_only) }
+}
+
+fn resource(kind: &str, name: &str, yaml: &str, bound: &[&str]) -> Resource {
+    Resource {
+        kind: kind.to_owned(),
+        name: name.to_owned(),
+        yaml: yaml.to_owned(),
+        generation: 3,
+        applied_at_us: at("2026-06-01T10:00:00Z"),
+        applied_by: "ann".to_owned(),
+        bound_clusters: bound.iter().map(|name| (*name).to_owned()).collect(),
+    }
+}
+
+fn changes() -> Vec<Change> {
+    let field = |path: &str, before: &str, after: &str| FieldChange {
+        path: path.to_owned(),
+        before: before.to_owned(),
+        after: after.to_owned(),
+    };
+    vec![
+        Change {
+            kind: "Policy".to_owned(),
+            name: "standard".to_owned(),
+            change: ChangeKind::Updated.into(),
+            fields: vec![
+                field("backup.schedule", "0 2 * * *", "0 */6 * * *"),
+                field("labels", "env: prod\n", "env: prod\ntier: a\n"),
+                field("wal.max_lag", "", "30s"),
+                field("jitter", "10m", ""),
+            ],
+            consequences: vec![
+                "orders: next backup moves from 2026-06-05 02:00:00 UTC to 2026-06-04 18:00:00 UTC".to_owned(),
+            ],
+        },
+        Change {
+            kind: "Repository".to_owned(),
+            name: "main".to_owned(),
+            change: ChangeKind::Unchanged.into(),
+            ..Change::default()
+        },
+        Change {
+            kind: "Cluster".to_owned(),
+            name: "sessions".to_owned(),
+            change: ChangeKind::Created.into(),
+            fields: vec![field("members", "", "[db3]")],
+            ..Change::default()
+        },
+    ]
+}
+
+fn tokens() -> Vec<TokenView> {
+    let open = TokenView {
+        id: "7x2k".to_owned(),
+        role: "agent".to_owned(),
+        created_at_us: at("2026-06-04T14:40:00Z"),
+        expires_at_us: at("2026-06-04T15:40:00Z"),
+        created_by: "ann".to_owned(),
+        labels: labels(&[("env", "prod")]),
+        ..TokenView::default()
+    };
+    let used = TokenView {
+        id: "5m1q".to_owned(),
+        used_by: "db1".to_owned(),
+        used_at_us: at("2026-06-04T13:00:00Z"),
+        ..open.clone()
+    };
+    let expired = TokenView { id: "2b8d".to_owned(), expires_at_us: at("2026-06-04T12:00:00Z"), ..open.clone() };
+    vec![open, used, expired]
+}
+
+/// A fleet with something of everything.
+pub fn fleet() -> Script {
+    let policy = "kind: Policy\nname: standard\nselector: env=prod\nbackup:\n  schedule: 0 2 * * *\n";
+    let repository = "kind: Repository\nname: main\nurl: s3://backups/walfleet\n";
+    let waiting = JobView {
+        id: "job_06e3a9z8y7x6w5v4t3s2".to_owned(),
+        cluster: "sessions".to_owned(),
+        agent: String::new(),
+        reason: "no member is connected".to_owned(),
+        started_at_us: 0,
+        requested_by: "schedule".to_owned(),
+        ..job(JobState::Queued)
+    };
+    Script {
+        status: StatusReply {
+            controller: "ctl-1".to_owned(),
+            controller_version: "0.1.0".to_owned(),
+            as_of_us: at("2026-06-04T14:41:58Z"),
+            clusters: vec![orders(), billing(), sessions()],
+            agents: agents(),
+            notices: vec!["the recovery key was never proven: walfleet key test".to_owned()],
+        },
+        agents: agents(),
+        backups: vec![backup(), older_backup()],
+        resources: vec![
+            resource("Policy", "standard", policy, &["orders", "sessions"]),
+            resource("Repository", "main", repository, &[]),
+        ],
+        tokens: tokens(),
+        jobs: vec![running("copy", 3 * GIB, 12 * GIB), waiting],
+        changes: changes(),
+        ..Script::default()
+    }
+}

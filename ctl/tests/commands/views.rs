@@ -1,0 +1,298 @@
+//! Every view as people and scripts get it.
+
+use walfleet_ctl::Exit;
+use walfleet_proto::job::v1::{JobState, VerifyFinding, VerifyReport};
+
+use crate::canned::{self, fleet};
+use crate::controller::{Asked, Controller, Script, Step};
+use crate::terminal::Terminal;
+use crate::transcript::Transcript;
+
+#[tokio::test]
+async fn help_texts() {
+    let terminal = Terminal::alone();
+    let mut transcript = Transcript::of("help");
+    for line in [
+        "walfleet",
+        "walfleet --help",
+        "walfleet --version",
+        "walfleet version -o json",
+        "walfleet status --help",
+        "walfleet apply --help",
+        "walfleet diff --help",
+        "walfleet policy --help",
+        "walfleet repository --help",
+        "walfleet cluster --help",
+        "walfleet cluster list --help",
+        "walfleet cluster show --help",
+        "walfleet agent --help",
+        "walfleet agent revoke --help",
+        "walfleet backup --help",
+        "walfleet backup start --help",
+        "walfleet backup verify --help",
+        "walfleet restore --help",
+        "walfleet restore plan --help",
+        "walfleet restore start --help",
+        "walfleet wal --help",
+        "walfleet job --help",
+        "walfleet job list --help",
+        "walfleet job watch --help",
+        "walfleet token --help",
+        "walfleet token create --help",
+        "walfleet context --help",
+        "walfleet context add --help",
+        "walfleet login --help",
+        "walfleet completions --help",
+    ] {
+        transcript.types(&terminal, line).await;
+    }
+    transcript.check();
+}
+
+#[tokio::test]
+async fn status() {
+    let mut transcript = Transcript::of("status");
+    let controller = Controller::with(fleet()).await;
+    let terminal = Terminal::alone().at(&controller);
+    transcript.types(&terminal, "walfleet status").await;
+    transcript.types(&terminal, "walfleet status -o wide").await;
+    transcript.remark("an empty fleet says what to type next");
+    let mut empty = Script::default();
+    empty.status.controller = "ctl-1".to_owned();
+    empty.status.controller_version = "0.1.0".to_owned();
+    let controller = Controller::with(empty).await;
+    let terminal = Terminal::alone().at(&controller);
+    transcript.types(&terminal, "walfleet status").await;
+    controller.script().status.agents = fleet().agents;
+    transcript.types(&terminal, "walfleet status").await;
+    transcript.check();
+}
+
+#[tokio::test]
+async fn clusters() {
+    let mut transcript = Transcript::of("cluster");
+    let controller = Controller::with(fleet()).await;
+    let terminal = Terminal::alone().at(&controller);
+    for line in [
+        "walfleet cluster list",
+        "walfleet cluster list -o wide",
+        "walfleet cluster show orders",
+        "walfleet cluster show billing -o wide",
+        "walfleet cluster show sessions",
+        "walfleet cluster show orders -o json",
+        "walfleet cluster show sessions -o yaml",
+        "walfleet cluster show nope",
+        "walfleet wal status orders",
+        "walfleet wal status billing -o wide",
+        "walfleet wal gaps orders",
+        "walfleet wal gaps billing",
+        "walfleet wal gaps billing -o json",
+    ] {
+        transcript.types(&terminal, line).await;
+    }
+    transcript.check();
+}
+
+#[tokio::test]
+async fn the_rest_of_the_fleet() {
+    let mut transcript = Transcript::of("fleet");
+    let controller = Controller::with(fleet()).await;
+    let terminal = Terminal::alone().at(&controller);
+    for line in [
+        "walfleet agent list",
+        "walfleet agent show db1",
+        "walfleet agent show db1 -o json",
+        "walfleet backup list orders",
+        "walfleet backup list orders -o wide",
+        "walfleet backup show bk_06dznc4v2b7k9m3p5r8t",
+        "walfleet backup show bk_06e2r4ycmn8q7t1w5x3z -o json",
+        "walfleet backup show bk_nope",
+        "walfleet policy list",
+        "walfleet policy show standard",
+        "walfleet policy show standard -o json",
+        "walfleet policy show nope",
+        "walfleet repository list",
+        "walfleet job list",
+        "walfleet job list -o wide",
+        "walfleet job show job_06e3a1b2c3d4e5f6g7h8",
+        "walfleet token create --role agent --label env=prod",
+        "walfleet token create --role viewer -o json",
+        "walfleet token list",
+    ] {
+        transcript.types(&terminal, line).await;
+    }
+    transcript.check();
+}
+
+#[tokio::test]
+async fn applying() {
+    let mut transcript = Transcript::of("apply");
+    let controller = Controller::with(fleet()).await;
+    let terminal = Terminal::typing("no\nyes\n").at(&controller).with_person();
+    let file = terminal.file("fleet.yaml", "kind: Policy\nname: standard\n---\nkind: Repository\nname: main\n");
+    let broken = terminal.file("broken.yaml", "kind: Policy\n---\nname: [1\n");
+    let empty = terminal.file("empty.yaml", "\n");
+    transcript.types(&terminal, &format!("walfleet diff -f {file}")).await;
+    transcript.types(&terminal, &format!("walfleet apply -f {file} --dry-run")).await;
+    transcript.remark("the operator types: no");
+    transcript.types(&terminal, &format!("walfleet apply -f {file}")).await;
+    transcript.remark("the operator types: yes");
+    transcript.types(&terminal, &format!("walfleet apply -f {file}")).await;
+    transcript.types(&terminal, &format!("walfleet apply -f {file} --yes -o json")).await;
+    transcript.types(&terminal, &format!("walfleet apply -f {broken}")).await;
+    transcript.types(&terminal, &format!("walfleet apply -f {empty}")).await;
+    transcript.types(&terminal, "walfleet apply -f /nowhere/fleet.yaml").await;
+    transcript.remark("the controller refuses a document");
+    controller.script().refusals.push_back(tonic::Status::invalid_argument(
+        "document 1, Policy standard: backup.schedule is not a cron expression: \"daily\"\nHINT: five fields, such as \"0 2 * * *\".",
+    ));
+    transcript.types(&terminal, &format!("walfleet diff -f {file}")).await;
+    transcript.remark("a viewer may not apply");
+    controller
+        .script()
+        .refusals
+        .push_back(tonic::Status::permission_denied("bob is a viewer, and apply takes an admin"));
+    transcript.types(&terminal, &format!("walfleet apply -f {file} --yes")).await;
+    transcript.check();
+    let applied: Vec<bool> = controller
+        .script()
+        .asked
+        .iter()
+        .map(|asked| matches!(asked, Asked::Apply(request) if !request.dry_run))
+        .collect();
+    // diff, dry run, no (a dry run only), yes (a dry run, then for good), --yes, then the two refusals.
+    assert_eq!(applied, [false, false, false, false, true, true, false, true]);
+}
+
+#[tokio::test]
+async fn restoring() {
+    let mut transcript = Transcript::of("restore");
+    let script = Script { jobs: vec![canned::restore_job(JobState::Queued, false)], ..fleet() };
+    let controller = Controller::with(script).await;
+    let terminal = Terminal::alone().at(&controller).in_zone("Europe/Berlin");
+    let start = "walfleet restore start orders --on lab1 --data-dir /srv/pg/orders";
+
+    transcript.remark("the main job: the second before the accident");
+    let running = |phase: &str, done, total| {
+        let progress = canned::running(phase, done, total).progress;
+        Step::Job(Box::new(walfleet_proto::operator::v1::JobView {
+            progress,
+            ..canned::restore_job(JobState::Running, false)
+        }))
+    };
+    controller.script().watch.extend([
+        running("copy", 1 << 30, 48 << 30),
+        running("replay", 0, 0),
+        Step::Job(Box::new(canned::restored(canned::restore_report(), false))),
+    ]);
+    transcript.types(&terminal, &format!("{start} --to '2026-06-04 14:31:59 UTC' --start --wait")).await;
+    transcript.remark("without waiting");
+    transcript.types(&terminal, start).await;
+
+    transcript.remark("a plan");
+    let mut planned = canned::restore_report();
+    planned.server_state = "planned".to_owned();
+    planned.reached_lsn.clear();
+    planned.connection.clear();
+    planned.estimated_seconds = 107.0;
+    planned.notes = vec!["/srv/pg has 210.0 GiB free".to_owned()];
+    controller.script().jobs = vec![canned::restore_job(JobState::Queued, true)];
+    for line in ["", " -o json"] {
+        controller.script().watch.extend([Step::Job(Box::new(canned::restored(planned.clone(), true)))]);
+        let plan = "walfleet restore plan orders --on lab1 --data-dir /srv/pg/orders";
+        transcript.types(&terminal, &format!("{plan} --to '2026-06-04 14:31:59 UTC'{line}")).await;
+    }
+
+    transcript.remark("what cannot be reached");
+    let message = "no WAL of orders after 2026-06-04 14:41:57 UTC\nHINT: orders can be restored from 2026-06-03 02:21:40 UTC to 2026-06-04 14:41:57 UTC.";
+    controller.script().watch.extend([Step::Job(Box::new(canned::failed(7, "target.too_late", message)))]);
+    transcript.types(&terminal, &format!("{start} --to '2026-06-04 16:00:00 UTC' --wait")).await;
+
+    transcript.remark("what is refused before anything is sent");
+    for flags in [
+        "--to '2026-06-04 14:31:59'",
+        "--to yesterday",
+        "--to '2026-06-04 14:31:59 CEST'",
+        "--to-lsn 12345",
+        "--to-xid 0",
+        "--to-xid 742 --to-name x",
+        "--exclusive",
+        "--timeline 0",
+        "--apply-delay 1h",
+        "--timeout 5m",
+        "--wait --timeout 300",
+        "--tablespace /a=/x --tablespace /a=/y",
+        "--tablespace /a=/srv/pg/orders/x",
+        "--data-dir ../x",
+    ] {
+        transcript.types(&terminal, &format!("{start} {flags}")).await;
+    }
+    transcript.remark("what an agent of this version does not do");
+    controller.script().refusals.push_back(tonic::Status::unimplemented("delta restores: not in this version"));
+    transcript.types(&terminal, &format!("{start} --delta")).await;
+    transcript.check();
+}
+
+#[tokio::test]
+async fn every_target_flag_reaches_the_controller() {
+    let script = Script { jobs: vec![canned::restore_job(JobState::Queued, false)], ..fleet() };
+    let controller = Controller::with(script).await;
+    let terminal = Terminal::alone().at(&controller);
+    let start = "walfleet restore start orders --on lab1 --data-dir /srv/pg/orders";
+    let flags = "--to-xid 742 --exclusive --timeline 2 --action pause --tablespace /a=/x --tablespace 16385=/y \
+                 --start --port 5433 --keep-archiving --backup bk_1 --delta --standby --apply-delay 1h30m";
+    assert_eq!(terminal.types(&format!("{start} {flags}")).await.exit, Exit::Done);
+    let asked = controller.script().asked.last().cloned();
+    let Some(Asked::Restore(request)) = asked else { panic!("{asked:?}") };
+    assert_eq!((request.cluster.as_str(), request.agent.as_str()), ("orders", "lab1"));
+    assert!(!request.idempotency_key.is_empty());
+    let order = request.order.unwrap();
+    let target = order.target.clone().unwrap();
+    use walfleet_proto::recovery::v1::recovery_target::Kind;
+    assert_eq!(target.kind, Some(Kind::Xid(742)));
+    assert!(target.exclusive);
+    assert_eq!((target.timeline.as_str(), target.action.as_str()), ("2", "pause"));
+    assert_eq!(order.tablespaces.len(), 2);
+    assert_eq!((order.port, order.apply_delay_seconds, order.backup.as_str()), (5433, 5400, "bk_1"));
+    assert!(order.start && order.keep_archiving && order.delta && order.standby && !order.plan_only);
+    for (flag, kind) in [
+        ("--to '2026-06-04 14:31:59.25 UTC'", Kind::TimeUs(canned::at("2026-06-04T14:31:59.25Z"))),
+        ("--to-lsn 0/3000060", Kind::Lsn("0/3000060".to_owned())),
+        ("--to-name before_migration", Kind::Name("before_migration".to_owned())),
+        ("--immediate", Kind::Immediate(true)),
+        ("--latest", Kind::Latest(true)),
+        ("", Kind::Latest(true)),
+    ] {
+        terminal.types(&format!("{start} {flag}")).await;
+        let asked = controller.script().asked.last().cloned();
+        let Some(Asked::Restore(request)) = asked else { panic!("{asked:?}") };
+        assert_eq!(request.order.unwrap().target.unwrap().kind, Some(kind), "{flag}");
+    }
+}
+
+#[tokio::test]
+async fn verification_that_finds_damage_is_no_success() {
+    let controller = Controller::with(Script { jobs: vec![canned::job(JobState::Queued)], ..fleet() }).await;
+    let terminal = Terminal::alone().at(&controller);
+    let verified = |findings| {
+        let report = VerifyReport { packs: 41, segments: 800, bytes: 3 << 30, findings };
+        let mut job = canned::job(JobState::Succeeded);
+        job.kind = "verify".to_owned();
+        job.outcome = Some(walfleet_proto::job::v1::JobOutcome {
+            report: Some(walfleet_proto::job::v1::job_outcome::Report::Verify(report)),
+            ..Default::default()
+        });
+        Step::Job(Box::new(job))
+    };
+    let mut transcript = Transcript::of("verify");
+    controller.script().watch.extend([verified(Vec::new())]);
+    transcript.types(&terminal, "walfleet backup verify orders --wait").await;
+    let finding = VerifyFinding {
+        object: "packs/3f/3fa9c1".to_owned(),
+        problem: "stored bytes do not have the pack's hash".to_owned(),
+        backups: vec!["bk_06e2r4ycmn8q7t1w5x3z".to_owned()],
+    };
+    controller.script().watch.extend([verified(vec![finding])]);
+    transcript.types(&terminal, "walfleet backup verify orders --backup bk_06e2r4ycmn8q7t1w5x3z --deep --wait").await;
+    transcript.check();
+}
