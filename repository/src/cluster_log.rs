@@ -36,6 +36,8 @@ pub struct ClusterLog {
     append_mode: AppendMode,
     cluster: ClusterName,
     state: ClusterState,
+    /// Where the end was last seen with nothing behind it.
+    confirmed_end: Option<u64>,
 }
 
 impl fmt::Debug for ClusterLog {
@@ -90,7 +92,7 @@ impl LogError {
 impl ClusterLog {
     /// A handle at the beginning; nothing is read yet.
     pub fn new(store: Store, trust: TrustRoot, append_mode: AppendMode, cluster: ClusterName) -> ClusterLog {
-        ClusterLog { store, trust, append_mode, cluster, state: ClusterState::default() }
+        ClusterLog { store, trust, append_mode, cluster, state: ClusterState::default(), confirmed_end: None }
     }
 
     pub fn cluster(&self) -> &ClusterName {

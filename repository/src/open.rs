@@ -247,3 +247,100 @@ fn now_us() -> i64 {
     let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
     i64::try_from(since.as_micros()).unwrap_or(i64::MAX)
 }
+
+#[cfg(test)]
+mod tests {
+    use object_store::ObjectStoreExt;
+
+    use super::*;
+    use crate::cluster_log::{Author, Decision};
+    use crate::format::log_entry::{Action, Open};
+    use crate::format::reference::tests::sample;
+    use crate::ids::{Digest, DomainId};
+    use crate::signature::Signer;
+    use crate::store::RetryPolicy;
+    use crate::store::faulty::FaultyStore;
+
+    fn signer() -> Signer {
+        Signer::from_seed(&[1; 32])
+    }
+
+    fn spec(seed: u8) -> RepositorySpec {
+        let root_public_key = Signer::from_seed(&[seed; 32]).public_key();
+        RepositorySpec { root_public_key, recovery_recipient: RecipientId([seed; 32]) }
+    }
+
+    #[tokio::test]
+    async fn a_repository_is_made_once_and_opened_by_those_who_know_it() {
+        let store = Store::in_memory();
+        let absent = Repository::open(store.clone(), None).await.unwrap_err();
+        assert!(matches!(absent, RepositoryError::Absent { .. }), "{absent}");
+        let (made, first) = Repository::init(store.clone(), spec(1)).await.unwrap();
+        assert!(matches!(first, Initialised::Made { probe } if probe.is_atomic()));
+        assert_eq!(made.root().append_mode, AppendMode::AtomicCreate);
+        let (again, second) = Repository::init(store.clone(), spec(1)).await.unwrap();
+        assert_eq!((again.id(), second), (made.id(), Initialised::WasThere));
+        let taken = Repository::init(store.clone(), spec(2)).await.unwrap_err();
+        assert!(matches!(taken, RepositoryError::Taken { .. }), "{taken}");
+        assert!(Repository::open(store.clone(), Some(spec(1).root_public_key)).await.is_ok());
+        let foreign = Repository::open(store, Some(spec(2).root_public_key)).await.unwrap_err();
+        assert!(matches!(foreign, RepositoryError::ForeignRoot { .. }), "{foreign}");
+    }
+
+    #[tokio::test]
+    async fn of_many_who_make_a_repository_at_once_all_get_the_same() {
+        let store = Store::in_memory();
+        let inits = (0..4).map(|_| Repository::init(store.clone(), spec(1)));
+        let made: Vec<_> = futures::future::join_all(inits).await.into_iter().map(|made| made.unwrap()).collect();
+        assert!(made.iter().all(|(repository, _)| repository.id() == made[0].0.id()));
+        assert_eq!(made.iter().filter(|(_, what)| matches!(what, Initialised::Made { .. })).count(), 1);
+    }
+
+    async fn back_up(repository: &Repository, cluster: &ClusterName, backup: &str) {
+        let reference = sample(cluster.as_str(), backup);
+        let object = reference.seal(&signer(), repository.id());
+        let reference_digest = Digest(*blake3::hash(&object).as_bytes());
+        repository.store().put_new(&layout::reference(cluster, &reference.backup), object).await.unwrap();
+        let open = Open {
+            session: reference.backup.clone(),
+            parents: Vec::new(),
+            run: None,
+            wal: reference.wal,
+            wal_floor: reference.start_lsn,
+        };
+        let commit = Action::Commit { session: reference.backup, manifest_digest: Digest([0; 32]), reference_digest };
+        let mut log = repository.cluster_log(cluster);
+        let begin = Action::Begin { domain: DomainId([1; 16]), key_commitment: [0; 32] };
+        let begin = if log.refresh().await.unwrap().next() == 0 { Some(begin) } else { None };
+        for action in begin.into_iter().chain([Action::Open(open), commit]) {
+            let decide = |_: &_| Decision::<LogError>::Append(action.clone());
+            log.append(Author::host(&signer()), decide).await.unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn a_bad_reference_part_does_not_hide_the_other_backups() {
+        let faulty = FaultyStore::in_memory(1);
+        let store = Store::wrap(faulty.clone(), "faulty:///", RetryPolicy::impatient());
+        let (repository, _) = Repository::init(store, spec(1)).await.unwrap();
+        let cluster: ClusterName = "orders".parse().unwrap();
+        for backup in ["bk_3", "bk_1", "bk_2"] {
+            back_up(&repository, &cluster, backup).await;
+        }
+        assert_eq!(repository.list_clusters().await.unwrap(), [cluster.clone()]);
+        let mut log = repository.cluster_log(&cluster);
+        log.refresh().await.unwrap();
+        let ids = |backups: &CommittedBackups| -> Vec<String> {
+            backups.readable.iter().map(|backup| backup.reference.backup.to_string()).collect()
+        };
+        assert_eq!(ids(&repository.backups(&log).await), ["bk_3", "bk_1", "bk_2"], "in the order of their commits");
+        let key = layout::reference(&cluster, &"bk_1".parse().unwrap());
+        faulty.put(&key, sample("orders", "bk_1").seal(&signer(), RepositoryId([0; 16])).into()).await.unwrap();
+        let backups = repository.backups(&log).await;
+        assert_eq!(ids(&backups), ["bk_3", "bk_2"]);
+        assert!(matches!(
+            backups.unreadable.as_slice(),
+            [(id, RepositoryError::Reference(ReferenceError::Digest { .. }))] if id.as_str() == "bk_1"
+        ));
+    }
+}

@@ -108,6 +108,10 @@ impl ClusterLog {
         if let Err(source) = self.state.judge(&entry, &writer) {
             return Err(LogError::Void { cluster, source });
         }
+        // The end may have been taken for granted by a cheap read; not so when something is built on it.
+        if !self.ends_here().await? {
+            return Ok(None);
+        }
         let key = layout::log_entry(&cluster, entry.sequence);
         let object = entry.seal(signer, self.trust.repository_id);
         // A lost reply is settled in there by reading back: the nonce makes these bytes ours alone.
@@ -115,6 +119,7 @@ impl ClusterLog {
             Ok(Creation::Created) => {
                 let verdict = self.state.apply(&entry, &writer);
                 debug_assert_eq!(verdict, Verdict::Accepted, "the entry was judged on this very state");
+                self.confirmed_end = Some(self.state.next());
                 Ok(Some(entry.sequence))
             }
             Ok(Creation::AlreadyThere) => Ok(None),

@@ -53,6 +53,31 @@ pub enum Rule {
     ReturnUnneeded,
 }
 
+impl Rule {
+    /// Every rule there is.
+    pub const ALL: [Rule; 19] = [
+        Rule::ValidCertificate,
+        Rule::WriterMay,
+        Rule::CurrentEpoch,
+        Rule::Begun,
+        Rule::NextKeyVersion,
+        Rule::NewSession,
+        Rule::LiveParents,
+        Rule::RunOnce,
+        Rule::FloorAboveTrim,
+        Rule::SessionOpen,
+        Rule::NewHold,
+        Rule::HoldsWhatIsThere,
+        Rule::HoldThere,
+        Rule::BackupState,
+        Rule::NotHeld,
+        Rule::NoOpenChild,
+        Rule::TrimBelowNeeds,
+        Rule::BorrowedOnce,
+        Rule::ReturnUnneeded,
+    ];
+}
+
 /// Why an entry does not count.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Void {

@@ -12,46 +12,48 @@ use crate::store::StoreError;
 /// a log of ten thousand entries is read in about ten seconds. A checkpoint will save most of that.
 const READ_AHEAD: u64 = 16;
 
-/// Entries in order, and whether the log ends after them.
-struct Window {
-    objects: Vec<Bytes>,
-    at_end: bool,
-}
-
 impl ClusterLog {
-    /// An idle log costs one request: the window begins at one entry and doubles while entries are found.
+    /// An idle log costs one request; catching up doubles the window while entries are found.
     pub(super) async fn read_on(&mut self) -> Result<(), LogError> {
-        let mut window = 1;
+        let idle = self.confirmed_end == Some(self.state.next());
+        let mut window = if idle { 1 } else { 2 };
         loop {
             let first = self.state.next();
-            let read = self.read_window(first, window).await?;
-            for (sequence, object) in (first..).zip(&read.objects) {
+            let objects = self.read_window(first, window).await?;
+            for (sequence, object) in (first..).zip(&objects) {
                 self.fold(sequence, object)?;
             }
-            if read.at_end {
+            let still_idle = objects.is_empty() && self.confirmed_end == Some(first);
+            if still_idle || (objects.len() as u64) < window && self.ends_here().await? {
+                self.confirmed_end = Some(self.state.next());
                 return Ok(());
             }
             window = (window * 2).min(READ_AHEAD);
         }
     }
 
-    /// The entries from `first` on, up to the first missing one.
-    async fn read_window(&self, first: u64, count: u64) -> Result<Window, LogError> {
+    /// Whether the log ends where we stand, given that the next number was seen missing.
+    ///
+    /// Should the number after it be there, the next one was created after we looked; if it is still not there, an entry
+    /// was lost, and to stop here would be to hide what follows, to append here would be to write another history.
+    pub(super) async fn ends_here(&self) -> Result<bool, LogError> {
+        let missing = self.state.next();
+        let present = missing.saturating_add(1);
+        if self.read_entry(present).await?.is_none() {
+            return Ok(true);
+        }
+        if self.read_entry(missing).await?.is_none() {
+            return Err(LogError::Hole { cluster: self.cluster.clone(), missing, present });
+        }
+        Ok(false)
+    }
+
+    /// The entries from `first` on, up to the first missing one or the end of the window.
+    async fn read_window(&self, first: u64, count: u64) -> Result<Vec<Bytes>, LogError> {
         let sequences: Vec<u64> = (first..first.saturating_add(count)).collect();
         let read = join_all(sequences.iter().map(|sequence| self.read_entry(*sequence))).await;
         let read: Vec<Option<Bytes>> = read.into_iter().collect::<Result<_, _>>()?;
-        let found = read.iter().take_while(|object| object.is_some()).count();
-        let behind = (first..).zip(&read).skip(found).find(|(_, object)| object.is_some());
-        if let Some((present, _)) = behind {
-            // The requests ran side by side, so the earlier number may have been created after we looked. If it is still
-            // not there, an entry was lost, and to append in its place would be to write another history.
-            let missing = first + found as u64;
-            if self.read_entry(missing).await?.is_none() {
-                return Err(LogError::Hole { cluster: self.cluster.clone(), missing, present });
-            }
-        }
-        let at_end = found < sequences.len() && behind.is_none();
-        Ok(Window { objects: read.into_iter().map_while(|object| object).collect(), at_end })
+        Ok(read.into_iter().map_while(|object| object).collect())
     }
 
     async fn read_entry(&self, sequence: u64) -> Result<Option<Bytes>, LogError> {
