@@ -4,6 +4,7 @@
 
 pub mod backup_label;
 mod bytes;
+pub mod page;
 pub mod relation;
 pub mod server;
 #[cfg(test)]
