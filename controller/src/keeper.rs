@@ -1,1 +1,180 @@
-//! stub
+//! What the controller does in repositories with the keeper's key: makes those that are declared, ends what agents left
+//! open, and asks the logs how attempts that nobody can tell of have ended.
+//!
+//! It never deletes an object. (Expiry, collection and replication will live here.) It is slow where a store is slow, so
+//! it runs apart from the reconciler and only hands it events.
+
+mod lost;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use tokio_util::sync::CancellationToken;
+use walfleet_repository::ids::{JobId, RepositoryId};
+use walfleet_repository::open::{Initialised, Repository, RepositoryError, RepositorySpec as Roots};
+use walfleet_repository::store::{Folder, Store, StoreError, StoreOptions};
+
+use crate::jobs::JobStoreError;
+use crate::reconcile::{Reconciler, in_full};
+use crate::resources::RepositorySpec;
+use crate::resources::stored::Catalog;
+use crate::state::RowError;
+
+/// A repository that was made or found, so that an empty folder where it was is not taken for a fresh one.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+struct Made {
+    url: String,
+    id: String,
+    at: Timestamp,
+}
+
+const PREFIX: &str = "repository/";
+/// Between rounds without a signal: a store that was away is noticed, and few requests are made.
+const ROUND: Duration = Duration::from_secs(30);
+/// Of one repository's turn in a round: a hanging store must not keep the others waiting.
+const DEADLINE: Duration = Duration::from_secs(60);
+
+#[derive(Debug, thiserror::Error)]
+pub enum KeeperError {
+    #[error(transparent)]
+    Repository(#[from] RepositoryError),
+    #[error("open {url}: {source}")]
+    Store { url: String, source: StoreError },
+    #[error(
+        "{url} holds no repository any more, {id} was there\nHINT: mount it or bring it back; to begin anew on purpose, declare it under another name."
+    )]
+    Gone { url: String, id: String },
+    #[error(
+        "{url} holds repository {found}, {expected} was there\nHINT: check what is mounted; to use the other one on purpose, declare it under another name."
+    )]
+    Replaced { url: String, found: RepositoryId, expected: String },
+    #[error("repository {name} did not answer within {}s", DEADLINE.as_secs())]
+    Timeout { name: String },
+    #[error("repository {name} is not declared")]
+    Undeclared { name: String },
+    #[error(transparent)]
+    Row(#[from] RowError),
+    #[error(transparent)]
+    Job(#[from] JobStoreError),
+    #[error(transparent)]
+    Log(#[from] walfleet_repository::cluster_log::LogError),
+}
+
+pub struct Keeper {
+    reconciler: Arc<Reconciler>,
+    /// What people should know, by repository.
+    troubles: Mutex<BTreeMap<String, String>>,
+    /// Attempts whose leftovers were looked for.
+    tidied: Mutex<BTreeSet<(JobId, u32)>>,
+}
+
+impl Keeper {
+    pub fn new(reconciler: Arc<Reconciler>) -> Arc<Keeper> {
+        Arc::new(Keeper { reconciler, troubles: Mutex::default(), tidied: Mutex::default() })
+    }
+
+    /// Runs until cancelled. A round under way is dropped: every step is a creation that can be made again.
+    pub async fn run(&self, cancel: &CancellationToken) {
+        let mut documents = self.reconciler.subscribe_documents();
+        loop {
+            documents.borrow_and_update();
+            if cancel.run_until_cancelled(self.round(Timestamp::now())).await.is_none() {
+                return;
+            }
+            tokio::select! {
+                () = cancel.cancelled() => return,
+                () = tokio::time::sleep(ROUND) => {}
+                // Cannot fail: the sender is in the reconciler, which we hold.
+                _ = documents.changed() => {}
+            }
+        }
+    }
+
+    /// One line for each repository that is not as it should be.
+    pub fn notices(&self) -> Vec<String> {
+        let troubles = self.troubles.lock().unwrap_or_else(PoisonError::into_inner);
+        troubles.iter().map(|(name, trouble)| format!("repository {name}: {trouble}")).collect()
+    }
+
+    pub async fn round(&self, now: Timestamp) {
+        let catalog = match Catalog::load(&self.reconciler.state).await {
+            Ok(catalog) => catalog,
+            Err(error) => return tracing::error!(error = in_full(&error), "the keeper cannot read what is declared"),
+        };
+        let names: BTreeSet<&String> = catalog.repositories.keys().collect();
+        self.troubles.lock().unwrap_or_else(PoisonError::into_inner).retain(|name, _| names.contains(name));
+        for (name, spec) in &catalog.repositories {
+            let result = match tokio::time::timeout(DEADLINE, self.open(name, spec, now)).await {
+                Ok(result) => result,
+                Err(_) => Err(KeeperError::Timeout { name: name.clone() }),
+            };
+            self.note(name, result.as_ref().err());
+        }
+        if let Err(error) = self.settle_lost(&catalog, now).await {
+            tracing::warn!(error = in_full(&error), "cannot settle lost jobs; the next round tries again");
+        }
+    }
+
+    /// Remembers a repository's trouble, and logs it when it begins and ends.
+    fn note(&self, name: &str, error: Option<&KeeperError>) {
+        let mut troubles = self.troubles.lock().unwrap_or_else(PoisonError::into_inner);
+        match error {
+            Some(error) => {
+                let text = in_full(error);
+                if troubles.insert(name.to_owned(), text.clone()).as_ref() != Some(&text) {
+                    tracing::error!(repository = name, error = text, "a repository is not as it should be");
+                }
+            }
+            None => {
+                if troubles.remove(name).is_some() {
+                    tracing::info!(repository = name, "the repository is as it should be again");
+                }
+            }
+        }
+    }
+
+    /// Opens a declared repository; makes it if it never was.
+    async fn open(&self, name: &str, spec: &RepositorySpec, now: Timestamp) -> Result<Repository, KeeperError> {
+        let key = format!("{PREFIX}{name}");
+        let made = self.reconciler.state.row::<Made>(&key).await?;
+        let known = made.as_ref().filter(|row| row.value.url == spec.url).map(|row| &row.value);
+        let options = StoreOptions {
+            folder: if known.is_some() { Folder::MustExist } else { Folder::Create },
+            settings: spec.options.clone(),
+            ..StoreOptions::default()
+        };
+        let store =
+            Store::open(&spec.url, &options).map_err(|source| KeeperError::Store { url: spec.url.clone(), source })?;
+        let root = self.reconciler.keeper.root_public_key();
+        if let Some(known) = known {
+            return match Repository::open(store, Some(root)).await {
+                Ok(repository) if repository.id().to_string() == known.id => Ok(repository),
+                Ok(repository) => Err(KeeperError::Replaced {
+                    url: spec.url.clone(),
+                    found: repository.id(),
+                    expected: known.id.clone(),
+                }),
+                Err(RepositoryError::Absent { .. }) => {
+                    Err(KeeperError::Gone { url: spec.url.clone(), id: known.id.clone() })
+                }
+                Err(error) => Err(error.into()),
+            };
+        }
+        let roots = Roots { root_public_key: root, recovery_recipient: self.reconciler.keeper.recovery_recipient() };
+        let (repository, initialised) = Repository::init(store, roots).await?;
+        let fresh = Made { url: spec.url.clone(), id: repository.id().to_string(), at: now };
+        self.reconciler.state.update_row(&key, made.map_or(0, |row| row.mod_revision), &fresh).await?;
+        match initialised {
+            Initialised::Made { .. } => {
+                tracing::info!(repository = name, url = spec.url, id = fresh.id, "made a repository")
+            }
+            Initialised::WasThere => {
+                tracing::info!(repository = name, url = spec.url, id = fresh.id, "found a repository")
+            }
+        }
+        Ok(repository)
+    }
+}

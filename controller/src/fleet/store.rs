@@ -1,0 +1,36 @@
+//! Last-known facts and pins in the state: `agent/<name>` and `cluster/<name>`.
+
+use std::collections::BTreeMap;
+
+use walfleet_repository::ids::ClusterName;
+
+use super::clusters::Pin;
+use super::observed::AgentObserved;
+use crate::state::rows::put_row;
+use crate::state::{RowError, State, Txn};
+
+const AGENTS: &str = "agent/";
+const PINS: &str = "cluster/";
+
+pub async fn load_agents(state: &State) -> Result<BTreeMap<String, AgentObserved>, RowError> {
+    let (rows, _) = state.rows::<AgentObserved>(AGENTS).await?;
+    Ok(rows.into_iter().map(|row| (row.key.trim_start_matches(AGENTS).to_owned(), row.value)).collect())
+}
+
+pub async fn store_agent(state: &State, agent: &str, observed: &AgentObserved) -> Result<(), RowError> {
+    state.txn(Txn::new().then(put_row(format!("{AGENTS}{agent}"), observed)?)).await?;
+    Ok(())
+}
+
+pub async fn load_pins(state: &State) -> Result<BTreeMap<ClusterName, Pin>, RowError> {
+    let (rows, _) = state.rows::<Pin>(PINS).await?;
+    Ok(rows.into_iter().filter_map(|row| Some((row.key.strip_prefix(PINS)?.parse().ok()?, row.value))).collect())
+}
+
+/// Pins a cluster that was seen for the first time. If another controller pinned it first, its pin stands.
+pub async fn store_pin(state: &State, cluster: &ClusterName, pin: &Pin) -> Result<(), RowError> {
+    match state.create_row(&format!("{PINS}{cluster}"), pin).await {
+        Ok(_) | Err(RowError::Exists { .. }) => Ok(()),
+        Err(error) => Err(error),
+    }
+}

@@ -1,0 +1,90 @@
+//! What a job does, in the controller's own terms.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+use walfleet_repository::ids::BackupId;
+
+use super::target::RecoveryTarget;
+
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Work {
+    Backup(BackupWork),
+    Restore(RestoreWork),
+    Verify(VerifyWork),
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum JobKind {
+    Backup,
+    Restore,
+    Verify,
+}
+
+impl JobKind {
+    /// Also the agent's capability that it takes.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            JobKind::Backup => "backup",
+            JobKind::Restore => "restore",
+            JobKind::Verify => "verify",
+        }
+    }
+}
+
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct BackupWork {
+    pub repository: String,
+    pub fast_checkpoint: bool,
+    pub compression_level: Option<i32>,
+    pub processes: Option<u32>,
+}
+
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct RestoreWork {
+    pub repository: String,
+    pub target: RecoveryTarget,
+    pub data_dir: String,
+    /// Old location (or oid) to new location.
+    pub tablespaces: BTreeMap<String, String>,
+    pub backup: Option<BackupId>,
+    pub start: bool,
+    pub keep_archiving: bool,
+    pub port: Option<u16>,
+    pub delta: bool,
+    pub standby: Option<StandbyWork>,
+    pub plan_only: bool,
+}
+
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct StandbyWork {
+    pub apply_delay_seconds: u64,
+}
+
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct VerifyWork {
+    pub repository: String,
+    /// Absent: all that is live.
+    pub backup: Option<BackupId>,
+    pub deep: bool,
+}
+
+impl Work {
+    pub fn kind(&self) -> JobKind {
+        match self {
+            Work::Backup(_) => JobKind::Backup,
+            Work::Restore(_) => JobKind::Restore,
+            Work::Verify(_) => JobKind::Verify,
+        }
+    }
+
+    pub fn repository(&self) -> &str {
+        match self {
+            Work::Backup(work) => &work.repository,
+            Work::Restore(work) => &work.repository,
+            Work::Verify(work) => &work.repository,
+        }
+    }
+}

@@ -1,0 +1,56 @@
+//! What the fleet looks like to a reader: the picture, judged. Used by the calls and by the metrics.
+
+use std::collections::BTreeMap;
+
+use jiff::Timestamp;
+use walfleet_repository::ids::ClusterName;
+
+use super::schedules::{self, Followed};
+use super::{Picture, ReconcileError, Reconciler};
+use crate::fleet::clusters::ClusterSeen;
+use crate::fleet::protection::{self, Assessment};
+use crate::fleet::recovery::BackupSummary;
+use crate::jobs::Job;
+use crate::resources::Span;
+use crate::state::Row;
+
+/// Everything a status needs, read at one moment.
+pub struct Overview {
+    pub picture: Picture,
+    pub followed: BTreeMap<String, Row<Followed>>,
+    pub jobs: Vec<Job>,
+    /// Of each cluster, the newest backup that a job of it reported.
+    pub reported: BTreeMap<ClusterName, BackupSummary>,
+    stale_after: Span,
+}
+
+/// Facts older than this many intervals say nothing of now.
+const STALE_INTERVALS: u64 = 6;
+
+impl Reconciler {
+    pub async fn overview(&self, now: Timestamp) -> Result<Overview, ReconcileError> {
+        let interval = self.fleet.timing.facts_interval.as_secs().max(1);
+        Ok(Overview {
+            picture: self.picture(now).await?,
+            followed: schedules::load(&self.state).await?,
+            jobs: self.jobs.active().await?,
+            reported: self.jobs.reported_backups(),
+            stale_after: Span::seconds(interval * STALE_INTERVALS),
+        })
+    }
+}
+
+impl Overview {
+    pub fn assess(&self, cluster: &ClusterSeen<'_>) -> Assessment {
+        protection::assess(self.picture.now, cluster, self.reported.get(&cluster.name), self.stale_after)
+    }
+
+    /// When the next scheduled backup may start.
+    pub fn next_backup(&self, cluster: &ClusterSeen<'_>) -> Option<Timestamp> {
+        let (policy, spec) = (cluster.binding.policy()?, cluster.policy?);
+        let row = self.followed.get(cluster.name.as_str()).filter(|row| row.value.policy == policy);
+        let handled = row.map_or(self.picture.now, |row| row.value.handled);
+        let due = schedules::due(cluster, policy, spec, handled, self.picture.now)?;
+        due.run.or(due.next).map(|run| run.start)
+    }
+}

@@ -1,0 +1,41 @@
+//! The desired state of one agent, outward.
+
+use bytes::Bytes;
+use walfleet_proto::agent::v1 as pb;
+
+use crate::reconcile::desired::{DesiredSpec, Standing};
+
+/// `root_public_key`: that every repository of this fleet must name.
+pub fn desired_out(spec: &DesiredSpec, root_public_key: [u8; 32]) -> pb::ControllerMessage {
+    let root_public_key = Bytes::copy_from_slice(&root_public_key);
+    let repositories = spec.content.repositories.iter().map(|repository| pb::DesiredRepository {
+        name: repository.name.clone(),
+        url: repository.url.clone(),
+        options: repository.options.clone().into_iter().collect(),
+        root_public_key: root_public_key.clone(),
+    });
+    let clusters = spec.content.clusters.iter().map(|cluster| pb::DesiredCluster {
+        name: cluster.name.to_string(),
+        repository: cluster.repository.clone(),
+        data_dir: cluster.data_dir.clone().unwrap_or_default(),
+        recipients: cluster
+            .recipients
+            .iter()
+            .map(|recipient| pb::Recipient {
+                label: recipient.label.clone(),
+                public_key: Bytes::copy_from_slice(&recipient.key.0),
+            })
+            .collect(),
+        compression_level: cluster.compression_level.unwrap_or_default(),
+        processes: cluster.processes.unwrap_or_default(),
+        member: cluster.standing == Standing::Member,
+    });
+    pb::ControllerMessage {
+        message: Some(pb::controller_message::Message::Desired(pb::Desired {
+            generation: spec.generation,
+            repositories: repositories.collect(),
+            clusters: clusters.collect(),
+            writer_chain: spec.writer_chain.iter().map(|certificate| Bytes::copy_from_slice(certificate)).collect(),
+        })),
+    }
+}
