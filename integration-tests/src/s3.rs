@@ -88,28 +88,24 @@ impl S3Server {
         format!("s3://{BUCKET}/{prefix}")
     }
 
-    /// What a process needs in its environment to reach the bucket.
-    pub fn environment(&self) -> [(&'static str, String); 5] {
-        [
-            ("AWS_ENDPOINT", self.endpoint()),
-            ("AWS_ALLOW_HTTP", "true".to_owned()),
-            ("AWS_REGION", REGION.to_owned()),
-            ("AWS_ACCESS_KEY_ID", ACCESS_KEY_ID.to_owned()),
-            ("AWS_SECRET_ACCESS_KEY", SECRET_ACCESS_KEY.to_owned()),
-        ]
+    /// What a repository's `options` say about the way here.
+    pub fn options(&self) -> BTreeMap<String, String> {
+        let options = [("endpoint", self.endpoint()), ("allow_http", "true".to_owned()), ("region", REGION.to_owned())];
+        options.map(|(name, value)| (name.to_owned(), value)).into()
     }
 
-    /// The same as options of a repository, credentials included: for this process only.
+    /// What a process needs in its environment.
+    pub fn credentials(&self) -> Vec<(String, String)> {
+        let pairs = [("AWS_ACCESS_KEY_ID", ACCESS_KEY_ID), ("AWS_SECRET_ACCESS_KEY", SECRET_ACCESS_KEY)];
+        pairs.map(|(name, value)| (name.to_owned(), value.to_owned())).into()
+    }
+
+    /// Options and credentials in one, for this process only.
     pub fn settings(&self) -> BTreeMap<String, String> {
-        [
-            ("endpoint", self.endpoint()),
-            ("allow_http", "true".to_owned()),
-            ("region", REGION.to_owned()),
-            ("access_key_id", ACCESS_KEY_ID.to_owned()),
-            ("secret_access_key", SECRET_ACCESS_KEY.to_owned()),
-        ]
-        .map(|(name, value)| (name.to_owned(), value))
-        .into()
+        let credentials = [("access_key_id", ACCESS_KEY_ID), ("secret_access_key", SECRET_ACCESS_KEY)];
+        let mut settings = self.options();
+        settings.extend(credentials.map(|(name, value)| (name.to_owned(), value.to_owned())));
+        settings
     }
 
     /// Spoils answers from now on, as the rule says.

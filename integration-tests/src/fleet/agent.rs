@@ -8,10 +8,11 @@ use anyhow::Context;
 use rustix::process::Signal;
 use serde_json::{Map, Value, json};
 
+use super::Place;
 use crate::binaries;
 use crate::os_user::os_user;
 use crate::output::Output;
-use crate::postgres::PgServer;
+use crate::postgres::{PgServer, PgVersion};
 use crate::process::Process;
 use crate::scratch::Scratch;
 use crate::wait_for;
@@ -44,8 +45,14 @@ impl AgentBuilder {
     }
 
     /// For a host without a controller.
-    pub fn repository(self, url: &str, key_file: &Path) -> AgentBuilder {
-        self.section("repository", json!({ "url": url, "key_file": key_file }))
+    pub fn repository(self, place: &Place, key_file: &Path) -> AgentBuilder {
+        let section = json!({ "url": place.url, "options": place.options, "key_file": key_file });
+        self.section("repository", section).environment(place.credentials.clone())
+    }
+
+    /// Which PostgreSQL is installed on this host.
+    pub fn postgres(self, version: &PgVersion) -> AgentBuilder {
+        self.section("postgres", json!({ "bin_dirs": [version.bin()] }))
     }
 
     pub fn label(mut self, key: &str, value: &str) -> AgentBuilder {
@@ -129,7 +136,7 @@ impl Agent {
 
     /// What a server of this host is given as archive_command.
     pub fn archive_command(&self) -> String {
-        format!("{} --config {} wal push %p", self.program.display(), self.config.display())
+        format!("{} wal push --socket {} %p", self.program.display(), self.socket().display())
     }
 
     /// Has a running server of this host archive through this agent.
@@ -139,12 +146,23 @@ impl Agent {
 
     /// One of the agent's own commands, with its configuration.
     pub fn run(&self, words: &[&str]) -> anyhow::Result<Output> {
-        Output::of(self.command(words), COMMAND_LIMIT)
+        let mut words = words.to_vec();
+        let config = self.config.to_string_lossy();
+        words.extend(["--config", &config]);
+        Output::of(self.command(&words), COMMAND_LIMIT)
     }
 
+    /// Runs it with `-o json`; it must succeed.
+    pub fn json(&self, words: &[&str]) -> anyhow::Result<Value> {
+        let mut words = words.to_vec();
+        words.extend(["-o", "json"]);
+        self.run(&words)?.ok()?.json()
+    }
+
+    /// The program with exactly these words.
     pub fn command(&self, words: &[&str]) -> Command {
         let mut command = os_user().command(&self.program);
-        command.arg("--config").arg(&self.config).args(words);
+        command.args(words);
         command.envs(self.environment.iter().map(|(name, value)| (name, value)));
         command
     }
@@ -156,7 +174,7 @@ impl Agent {
     /// Starts the daemon and waits until its socket answers.
     pub fn start(&mut self) -> anyhow::Result<()> {
         anyhow::ensure!(self.process.is_none(), "agent {} runs already", self.name);
-        let command = self.command(&["run"]);
+        let command = self.command(&["run", "--config", &self.config.to_string_lossy()]);
         let name = format!("agent-{}", self.name);
         self.process = Some(Process::spawn(&self.scratch, &name, command, Signal::TERM)?);
         let socket = self.socket();

@@ -53,9 +53,16 @@ pub struct ServerBuilder {
     version: PgVersion,
     settings: Vec<(String, String)>,
     initdb: Vec<String>,
+    environment: Vec<(String, String)>,
 }
 
 impl ServerBuilder {
+    /// What the server's restore_command needs to reach the store, for example.
+    pub fn environment(mut self, variables: impl IntoIterator<Item = (String, String)>) -> ServerBuilder {
+        self.environment.extend(variables);
+        self
+    }
+
     pub fn setting(mut self, name: &str, value: impl ToString) -> ServerBuilder {
         self.settings.push((name.to_owned(), value.to_string()));
         self
@@ -114,6 +121,13 @@ impl ServerBuilder {
         Ok(server)
     }
 
+    /// A server that someone else started in a directory of this scratch folder; it is stopped with the folder.
+    pub fn adopt(self, data_dir: &Path, socket_dir: &Path, port: u16) -> anyhow::Result<PgServer> {
+        let mut server = self.lay_out()?;
+        (server.data_dir, server.socket_dir, server.port) = (data_dir.to_owned(), socket_dir.to_owned(), port);
+        Ok(server)
+    }
+
     fn lay_out(&self) -> anyhow::Result<PgServer> {
         Ok(PgServer {
             scratch: self.scratch.clone(),
@@ -123,6 +137,7 @@ impl ServerBuilder {
             socket_dir: self.scratch.dir(&format!("{}.s", self.name))?,
             port: free_port(),
             overrides: Vec::new(),
+            environment: self.environment.clone(),
             process: None,
         })
     }
@@ -143,7 +158,9 @@ pub struct PgServer {
     data_dir: PathBuf,
     socket_dir: PathBuf,
     port: u16,
+    /// On the command line, where they win over every file.
     overrides: Vec<(String, String)>,
+    environment: Vec<(String, String)>,
     process: Option<Process>,
 }
 
@@ -155,6 +172,7 @@ impl PgServer {
             version: version.clone(),
             settings: Vec::new(),
             initdb: Vec::new(),
+            environment: Vec::new(),
         }
     }
 
@@ -249,6 +267,7 @@ impl PgServer {
         for (name, value) in &self.overrides {
             command.args(["-c", &format!("{name}={value}")]);
         }
+        command.envs(self.environment.iter().map(|(name, value)| (name, value)));
         self.process = Some(Process::spawn(&self.scratch, &self.name, command, Signal::QUIT)?);
         Ok(())
     }

@@ -1,0 +1,133 @@
+//! One protected server without a controller, and restores from nothing but the repository and its key.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::Context;
+use serde_json::Value;
+use walfleet_repository::postgres::Lsn;
+
+use super::{Agent, Place};
+use crate::binaries;
+use crate::os_user::os_user;
+use crate::output::Output;
+use crate::ports::free_port;
+use crate::postgres::dataset::Dataset;
+use crate::postgres::{PgServer, PgVersion};
+use crate::scratch::Scratch;
+use crate::wait_for;
+
+pub const CLUSTER: &str = "orders";
+
+/// A segment's way through the archiver, on two busy cores.
+const ARCHIVE_LIMIT: Duration = Duration::from_secs(60);
+const RESTORE_LIMIT: Duration = Duration::from_secs(180);
+
+/// A server with the usual data and one tablespace, its agent running, its WAL archived.
+pub struct Standalone {
+    scratch: Scratch,
+    pub server: PgServer,
+    pub agent: Agent,
+    pub dataset: Dataset,
+    pub tablespace: PathBuf,
+    pub place: Place,
+    /// The recovery key.
+    pub key_file: PathBuf,
+}
+
+/// A data directory that a restore made.
+pub struct Restored {
+    pub name: String,
+    pub data_dir: PathBuf,
+    pub port: u16,
+    pub report: Value,
+}
+
+impl Standalone {
+    pub fn start(scratch: &Scratch, version: &PgVersion, place: Place) -> anyhow::Result<Standalone> {
+        let server = PgServer::builder(scratch, "primary", version)
+            .setting("archive_mode", "on")
+            // Until the agent runs: WAL waits.
+            .setting("archive_command", "false")
+            .create()?;
+        let dataset = Dataset { scale: 1 };
+        dataset.create(&server)?;
+        let tablespace = dataset.add_tablespace(&server, "fast")?;
+        let key_file = scratch.join("recovery.key");
+        let agent =
+            Agent::builder(scratch, "host1").instance(CLUSTER, &server).repository(&place, &key_file).postgres(version);
+        let mut agent = agent.build()?;
+        let init: Vec<String> = std::iter::once("init".to_owned()).chain(place.flags(&key_file)).collect();
+        let init: Vec<&str> = init.iter().map(String::as_str).collect();
+        Output::of(agent.command(&init), Duration::from_secs(60))?.ok()?;
+        agent.start()?;
+        agent.archive_for(&server)?;
+        Ok(Standalone { scratch: scratch.clone(), server, agent, dataset, tablespace, place, key_file })
+    }
+
+    pub fn scratch(&self) -> &Scratch {
+        &self.scratch
+    }
+
+    /// Takes a backup with the host's own command; its report.
+    pub fn backup(&self) -> anyhow::Result<Value> {
+        self.agent.json(&["backup", "--cluster", CLUSTER, "--fast"])
+    }
+
+    /// Has everything written so far archived, and waits until the repository confirmed it.
+    pub fn archive_all(&self) -> anyhow::Result<Lsn> {
+        let session = self.server.session()?;
+        // A switch right after a switch does nothing: there must be a record between.
+        session.execute("SELECT pg_create_restore_point('archive_all')")?;
+        let end: Lsn = session.value("SELECT pg_switch_wal()")?.parse().context("read a WAL position")?;
+        let last = session.value(&format!("SELECT pg_walfile_name('{end}')"))?;
+        wait_for(&format!("{last} to be archived"), ARCHIVE_LIMIT, || {
+            let archived = session.value("SELECT coalesce(last_archived_wal, '') FROM pg_stat_archiver")?;
+            // Backup history files count too: "<segment>.<offset>.backup".
+            Ok((archived.get(..24) >= last.get(..24)).then_some(()))
+        })?;
+        Ok(end)
+    }
+
+    /// Words of a restore into a new folder, by nothing but the repository and its key; not yet run.
+    pub fn restore_words(&self, data_dir: &Path, target: &[&str]) -> Vec<String> {
+        let moved = format!("{}={}.fast", self.tablespace.display(), data_dir.display());
+        let mut words = vec!["restore".to_owned()];
+        words.extend(self.place.flags(&self.key_file));
+        words.extend(["--cluster", CLUSTER, "--tablespace", &moved].map(str::to_owned));
+        words.extend(["--data-dir".to_owned(), data_dir.display().to_string()]);
+        words.extend(target.iter().map(|word| (*word).to_owned()));
+        words
+    }
+
+    /// Runs one of the agent's commands as on a host that has only the program.
+    pub fn run(&self, words: &[String]) -> anyhow::Result<Output> {
+        let mut command = os_user().command(binaries::program(binaries::AGENT)?);
+        command.args(words).envs(self.place.credentials.iter().map(|(name, value)| (name, value)));
+        Output::of(command, RESTORE_LIMIT)
+    }
+
+    /// Restores into a new folder; `--start` among the words starts it on a port of its own.
+    pub fn restore(&self, name: &str, target: &[&str]) -> anyhow::Result<Restored> {
+        let (data_dir, port) = (self.scratch.join(name), free_port());
+        let mut words = self.restore_words(&data_dir, target);
+        words.extend(["-o", "json"].map(str::to_owned));
+        if target.contains(&"--start") {
+            words.extend(["--port".to_owned(), port.to_string()]);
+            // Which PostgreSQL is installed on the host is the one thing that the repository cannot know.
+            words.extend(["--config".to_owned(), self.agent.config().display().to_string()]);
+        }
+        let report = self.run(&words)?.ok()?.json()?;
+        Ok(Restored { name: name.to_owned(), data_dir, port, report })
+    }
+
+    /// A restored directory as a server: running if the restore started it, else to be started here.
+    pub fn server_of(&self, restored: &Restored, started: bool) -> anyhow::Result<PgServer> {
+        let builder = PgServer::builder(&self.scratch, &format!("{}-server", restored.name), self.server.version());
+        if started {
+            // Its configuration is the source's, so its socket lies where the source's does.
+            return builder.adopt(&restored.data_dir, self.server.socket_dir(), restored.port);
+        }
+        builder.environment(self.place.credentials.clone()).open(&restored.data_dir)
+    }
+}
