@@ -35,7 +35,7 @@ pub struct Cli {
 #[derive(Args, Debug)]
 #[command(next_help_heading = "Everywhere")]
 pub struct Everywhere {
-    /// How the answer is printed
+    /// How the answer is printed: table, wide, json or yaml [default: table]
     #[arg(
         short,
         long,
@@ -43,9 +43,9 @@ pub struct Everywhere {
         value_enum,
         default_value = "table",
         value_name = "FORMAT",
-        hide_possible_values = true
+        hide_possible_values = true,
+        hide_default_value = true
     )]
-    #[arg(help = "How the answer is printed: table, wide, json or yaml")]
     pub output: Format,
     /// Which controller, and as whom: a context's name, or a context file [env: WALFLEET_CONTEXT]
     #[arg(long, global = true, value_name = "NAME|FILE")]

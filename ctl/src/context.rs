@@ -218,12 +218,7 @@ impl Contexts {
         if overwrite == Overwrite::Refuse && path.exists() {
             return Err(ContextError::Exists { name: name.to_owned() });
         }
-        let text = serde_yaml_ng::to_string(context).map_err(|error| ContextError::Syntax {
-            path: path.clone(),
-            what: "a context",
-            reason: error.to_string(),
-        })?;
-        write_private(&path, &text)?;
+        write_private(&path, &to_yaml(context, &path)?)?;
         Ok(path)
     }
 
@@ -252,10 +247,10 @@ pub enum Overwrite {
 /// The context a command uses: `--context`, else `WALFLEET_CONTEXT`, else the current one.
 ///
 /// What has a slash in it, or ends in `.yaml` or `.yml`, is a file; anything else is a name.
-pub fn resolve(choice: Option<&str>, surroundings: &Surroundings) -> Result<Context, ContextError> {
+pub fn resolve(choice: Option<&str>, surroundings: &Surroundings) -> Result<Resolved, ContextError> {
     let chosen = choice.or_else(|| surroundings.variable("WALFLEET_CONTEXT"));
     if let Some(file) = chosen.filter(|text| text.contains('/') || text.ends_with(".yaml") || text.ends_with(".yml")) {
-        return read_file(Path::new(file));
+        return Resolved::read(PathBuf::from(file));
     }
     let contexts = match Contexts::of(surroundings) {
         Err(ContextError::NoHome) if chosen.is_none() => {
@@ -270,7 +265,32 @@ pub fn resolve(choice: Option<&str>, surroundings: &Surroundings) -> Result<Cont
     if !contexts.names()?.contains(&name) {
         return Err(ContextError::Unknown { known: contexts.known(), name });
     }
-    read_file(&contexts.path(&name))
+    Resolved::read(contexts.path(&name))
+}
+
+/// A context and the file it came from.
+pub struct Resolved {
+    pub context: Context,
+    pub path: PathBuf,
+}
+
+impl Resolved {
+    fn read(path: PathBuf) -> Result<Resolved, ContextError> {
+        Ok(Resolved { context: read_file(&path)?, path })
+    }
+
+    /// Writes the context back to where it came from.
+    pub fn store(&self) -> Result<(), ContextError> {
+        write_private(&self.path, &to_yaml(&self.context, &self.path)?)
+    }
+}
+
+fn to_yaml(context: &Context, path: &Path) -> Result<String, ContextError> {
+    serde_yaml_ng::to_string(context).map_err(|error| ContextError::Syntax {
+        path: path.to_owned(),
+        what: "a context",
+        reason: error.to_string(),
+    })
 }
 
 /// A context file, read and checked.
@@ -380,10 +400,10 @@ mod tests {
         let again = contexts.save("lab", &plain("http://127.0.0.1:3"), Overwrite::Refuse);
         assert!(matches!(again, Err(ContextError::Exists { .. })));
         contexts.choose("prod").unwrap();
-        assert_eq!(resolve(None, &surroundings).unwrap().controller, "http://127.0.0.1:1");
-        assert_eq!(resolve(Some("lab"), &surroundings).unwrap().controller, "http://127.0.0.1:2");
+        assert_eq!(resolve(None, &surroundings).unwrap().context.controller, "http://127.0.0.1:1");
+        assert_eq!(resolve(Some("lab"), &surroundings).unwrap().context.controller, "http://127.0.0.1:2");
         let by_variable = home(folder.path()).with_variable("WALFLEET_CONTEXT", path.display().to_string());
-        assert_eq!(resolve(None, &by_variable).unwrap().controller, "http://127.0.0.1:1");
+        assert_eq!(resolve(None, &by_variable).unwrap().context.controller, "http://127.0.0.1:1");
         assert!(matches!(contexts.choose("nope"), Err(ContextError::Unknown { .. })));
         assert!(contexts.save("../x", &plain("http://127.0.0.1:1"), Overwrite::Refuse).is_err());
     }

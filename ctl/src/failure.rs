@@ -31,14 +31,18 @@ pub enum Failure {
     #[error("there is no {kind} \"{name}\"\nHINT: {hint}.")]
     NotFound { kind: &'static str, name: String, hint: &'static str },
     /// The operator did not say yes, or nobody could be asked.
-    #[error("{what} was not done: {why}")]
+    #[error("{what}: not done, {why}")]
     NotConfirmed { what: String, why: &'static str },
-    #[error("{title} {verb} ({code}): {message}")]
-    Job { title: String, verb: &'static str, code: String, message: String, exit: Exit },
+    #[error("{title} failed ({code}): {message}")]
+    Job { title: String, code: String, message: String, exit: Exit },
+    #[error("{title} was cancelled{detail}")]
+    JobCancelled { title: String, detail: String, exit: Exit },
     #[error("{title} {why} and goes on\nHINT: follow it with: walfleet job watch {id}")]
     JobGoesOn { id: String, title: String, why: String },
-    #[error("{}: {found} of what is stored {} damaged", .title, if *.found == 1 { "is" } else { "are" })]
-    Damaged { title: String, found: usize },
+    #[error(
+        "{title}: {found} damaged\nHINT: take a new backup of the cluster, then see to the store."
+    )]
+    Damaged { title: String, found: String },
     #[error("{operation}: {reason}")]
     Identity { operation: &'static str, reason: String },
     #[error(
@@ -51,7 +55,7 @@ impl Failure {
     pub fn exit(&self) -> Exit {
         match self {
             Failure::Call(error) => error.exit(),
-            Failure::Job { exit, .. } => *exit,
+            Failure::Job { exit, .. } | Failure::JobCancelled { exit, .. } => *exit,
             Failure::Context(_)
             | Failure::Target(_)
             | Failure::Token(_)

@@ -15,6 +15,7 @@ use tokio::time::Instant;
 use crate::client::{CallError, Client};
 use crate::exit::Exit;
 use crate::failure::Failure;
+use crate::print::count;
 use crate::quantity::{parse_duration, seconds};
 use crate::session::Session;
 use crate::view::job::{Job, JobState, Started};
@@ -56,7 +57,7 @@ pub fn conclude(session: &mut Session<'_>, job: &Job) -> Result<(), Failure> {
     succeeded(job)?;
     match &job.verification {
         Some(found) if !found.findings.is_empty() => {
-            Err(Failure::Damaged { title: job.title(), found: found.findings.len() })
+            Err(Failure::Damaged { title: job.title(), found: count(found.findings.len(), "stored object") })
         }
         _ => Ok(()),
     }
@@ -65,12 +66,14 @@ pub fn conclude(session: &mut Session<'_>, job: &Job) -> Result<(), Failure> {
 /// The failure that a job's outcome is, if it is one.
 pub fn succeeded(job: &Job) -> Result<(), Failure> {
     let Some(error) = &job.error else { return Ok(()) };
-    Err(Failure::Job {
-        title: job.title(),
-        verb: if job.state == JobState::Cancelled { "was cancelled" } else { "failed" },
-        code: error.code.clone(),
-        message: error.message.clone(),
-        exit: Exit::of_failed_job(i64::from(error.exit_code)),
+    let (title, exit) = (job.title(), Exit::of_failed_job(i64::from(error.exit_code)));
+    Err(match job.state {
+        JobState::Cancelled => {
+            let said = error.message.as_str();
+            let detail = if said.is_empty() { String::new() } else { format!(": {said}") };
+            Failure::JobCancelled { title, detail, exit }
+        }
+        _ => Failure::Job { title, code: error.code.clone(), message: error.message.clone(), exit },
     })
 }
 

@@ -23,6 +23,7 @@ mod follow;
 mod ink;
 mod print;
 mod quantity;
+mod renewal;
 mod session;
 mod surroundings;
 mod target;

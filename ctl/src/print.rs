@@ -80,8 +80,9 @@ impl Page {
 
     /// Names and values below each other; a value that is empty is left out.
     pub fn pairs(&mut self, pairs: &[(&str, String)]) {
-        let width = pairs.iter().map(|(name, _)| name.chars().count()).max().unwrap_or(0);
-        for (name, value) in pairs.iter().filter(|(_, value)| !value.is_empty()) {
+        let shown = || pairs.iter().filter(|(_, value)| !value.is_empty());
+        let width = shown().map(|(name, _)| name.chars().count()).max().unwrap_or(0);
+        for (name, value) in shown() {
             let mut lines = value.lines();
             self.line(format!("  {name:width$}  {}", lines.next().unwrap_or_default()));
             for more in lines {

@@ -6,14 +6,11 @@ use std::path::Path;
 use jiff::Timestamp;
 
 use crate::client::Client;
-use crate::context::{self, Context};
+use crate::context;
 use crate::failure::Failure;
 use crate::print::{Format, View, render};
 use crate::surroundings::Surroundings;
-use crate::{certificate, ink, when};
-
-/// A certificate that ends sooner is worth a remark with every command.
-const EXPIRES_SOON_SECONDS: i64 = 3 * 86_400;
+use crate::{ink, renewal};
 
 pub struct Session<'a> {
     pub surroundings: &'a Surroundings,
@@ -40,23 +37,15 @@ impl<'a> Session<'a> {
         self.surroundings.now()
     }
 
-    pub fn context(&self) -> Result<Context, Failure> {
-        Ok(context::resolve(self.context_choice.as_deref(), self.surroundings)?)
-    }
-
+    /// The controller of the context that is in force.
     pub async fn client(&mut self) -> Result<Client, Failure> {
-        let context = self.context()?;
-        if let Some(end) = certificate::describe(&context.certificate).map(|identity| identity.not_after) {
-            let now = self.now();
-            if end.as_second() - now.as_second() < EXPIRES_SOON_SECONDS {
-                let verb = if end <= now { "expired" } else { "expires" };
-                self.note(&format!(
-                    "warning: this operator's certificate {verb} {}; log in again",
-                    when::full(end, now)
-                ));
-            }
+        let mut resolved = context::resolve(self.context_choice.as_deref(), self.surroundings)?;
+        let client = Client::connect(&resolved.context).await?;
+        let renewed = renewal::renew_if_due(client, &mut resolved, self.now()).await?;
+        if let Some(warning) = renewed.warning {
+            self.note(&warning);
         }
-        Ok(Client::connect(&context).await?)
+        Ok(renewed.client)
     }
 
     /// Data, to stdout, in the format that was asked for.
@@ -107,13 +96,13 @@ impl<'a> Session<'a> {
         }
         let refuse = |why| Err(Failure::NotConfirmed { what: what.to_owned(), why });
         if !self.surroundings.stdin_is_terminal {
-            return refuse("nobody can be asked here\nHINT: repeat it with --yes.");
+            return refuse("since nobody can be asked here\nHINT: repeat it with --yes.");
         }
         let _ = write!(self.stderr, "{}", ink::finish(&format!("{what}? Type \"{answer}\" to go on: "), false));
         let _ = self.stderr.flush();
         match self.surroundings.read_line() {
             Ok(Some(typed)) if typed == answer => Ok(()),
-            Ok(_) | Err(_) => refuse("it was not confirmed"),
+            Ok(_) | Err(_) => refuse("since it was not confirmed"),
         }
     }
 }

@@ -15,7 +15,16 @@ pub use enrolment::Admission;
 pub use jobs::{JobWatch, RestoreSpec};
 pub use resources::Intent;
 
+use std::future::Future;
+use std::time::Duration;
+
 use jiff::Timestamp;
+use tonic::Status;
+
+/// How often a message is sent again when its answer was lost.
+const ATTEMPTS: u32 = 3;
+/// A controller that restarts is back after a second or two.
+const PAUSE: Duration = Duration::from_millis(700);
 
 /// Microseconds since the epoch; 0 means absent.
 fn moment(us: i64) -> Option<Timestamp> {
@@ -28,6 +37,24 @@ fn text(value: String) -> Option<String> {
 
 fn number<T: Default + PartialEq>(value: T) -> Option<T> {
     if value == T::default() { None } else { Some(value) }
+}
+
+/// Sends again what may not have arrived; only for messages that carry a key, so that they take effect once.
+async fn insist<T, F, A>(mut attempt: F) -> Result<T, Status>
+where
+    F: FnMut() -> A,
+    A: Future<Output = Result<T, Status>>,
+{
+    let mut left = ATTEMPTS;
+    loop {
+        left -= 1;
+        match attempt().await {
+            Err(status) if status.code() == tonic::Code::Unavailable && left > 0 => {
+                tokio::time::sleep(PAUSE).await;
+            }
+            outcome => return outcome,
+        }
+    }
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 
 use std::error::Error;
 
-use rustls::{AlertDescription, CertificateError};
+use rustls::CertificateError;
 use tonic::{Code, Status, TimeoutExpired};
 
 use crate::exit::Exit;
@@ -119,8 +119,11 @@ fn innermost(error: &(dyn Error + 'static)) -> String {
 }
 
 fn tls_problem(address: &str, error: &(dyn Error + 'static)) -> Option<CallError> {
-    let tls = chain(error).find_map(|cause| cause.downcast_ref::<rustls::Error>())?;
     let address = address.to_owned();
+    let Some(tls) = chain(error).find_map(|cause| cause.downcast_ref::<rustls::Error>()) else {
+        let (problem, hint) = alert_meaning(&late_alert(error)?);
+        return Some(CallError::IdentityRefused { address, problem, hint });
+    };
     let untrusted = |problem: String, hint| Some(CallError::Untrusted { address: address.clone(), problem, hint });
     match tls {
         rustls::Error::InvalidCertificate(reason) => match reason {
@@ -149,7 +152,7 @@ fn tls_problem(address: &str, error: &(dyn Error + 'static)) -> Option<CallError
             ),
         },
         rustls::Error::AlertReceived(alert) => {
-            let (problem, hint) = alert_meaning(*alert);
+            let (problem, hint) = alert_meaning(&format!("{alert:?}"));
             Some(CallError::IdentityRefused { address, problem, hint })
         }
         rustls::Error::InvalidMessage(_) => untrusted(
@@ -160,22 +163,27 @@ fn tls_problem(address: &str, error: &(dyn Error + 'static)) -> Option<CallError
     }
 }
 
-fn alert_meaning(alert: AlertDescription) -> (String, &'static str) {
+/// With TLS 1.3 our certificate is judged after the handshake, while HTTP/2 already runs; that layer keeps of the
+/// error only its text (h2, `proto::Error::Io`; rustls, `Display` of `Error::AlertReceived`).
+fn late_alert(error: &(dyn Error + 'static)) -> Option<String> {
+    let text = innermost(error);
+    let (_, alert) = text.split_once("received fatal alert: ")?;
+    Some(alert.trim().to_owned())
+}
+
+/// By the names of RFC 8446, section 6.2, as rustls prints them.
+fn alert_meaning(alert: &str) -> (String, &'static str) {
     match alert {
-        AlertDescription::CertificateExpired => {
-            ("it has expired".to_owned(), "get a new token from an admin and log in again")
-        }
-        AlertDescription::CertificateRevoked => {
-            ("it was revoked".to_owned(), "ask an admin; a new token gives a new identity")
-        }
-        AlertDescription::UnknownCA | AlertDescription::BadCertificate => (
+        "CertificateExpired" => ("it has expired".to_owned(), "get a new token from an admin and log in again"),
+        "CertificateRevoked" => ("it was revoked".to_owned(), "ask an admin; a new token gives a new identity"),
+        "UnknownCA" | "BadCertificate" | "DecryptError" => (
             "another authority issued it".to_owned(),
             "the context belongs to another fleet, or the fleet has a new authority: log in again",
         ),
-        AlertDescription::CertificateRequired => {
+        "CertificateRequired" => {
             ("none was shown".to_owned(), "the context needs `certificate` and `key`: log in again")
         }
-        other => (format!("TLS alert {other:?}"), "log in again; the controller's log says more"),
+        other => (format!("TLS alert {other}"), "log in again; the controller's log says more"),
     }
 }
 

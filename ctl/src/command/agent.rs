@@ -15,11 +15,15 @@ pub enum AgentCommand {
         selector: String,
     },
     /// Show one agent and its Postgres instances
-    Show { name: String },
+    Show {
+        /// The agent
+        name: String,
+    },
     /// Refuse an agent's certificate from now on and close its connection
     ///
     /// WAL of its instances is then no longer stored. The host needs a new token to come back.
     Revoke {
+        /// The agent
         name: String,
         /// Do not ask
         #[arg(long)]

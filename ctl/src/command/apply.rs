@@ -46,7 +46,7 @@ impl ApplyArgs {
             let planned = client.apply(&yaml, Intent::DryRun).await?;
             if planned.touch_existing() {
                 preview(session, &planned)?;
-                session.confirm("apply these changes", "yes", false)?;
+                session.confirm("apply these changes to the fleet", "yes", false)?;
             }
         }
         let changes = client.apply(&yaml, Intent::Apply).await?;

@@ -22,9 +22,13 @@ pub enum ClusterCommand {
     #[command(after_help = "Examples:
   walfleet cluster show orders
   walfleet cluster show orders -o json | jq '.recovery[].ranges'")]
-    Show { name: String },
+    Show {
+        /// The cluster
+        name: String,
+    },
     /// Forget a cluster's declaration; its backups and WAL stay in the repository
     Delete {
+        /// The cluster
         name: String,
         /// Do not ask
         #[arg(long)]

@@ -15,11 +15,15 @@ pub enum ContextCommand {
     /// List the contexts of this user
     List,
     /// Make a context the one that is used where none is named
-    Use { name: String },
+    Use {
+        /// The context
+        name: String,
+    },
     /// Take over a context file, such as the first admin's that walfleet-controller init wrote
     #[command(after_help = "Examples:
   walfleet context add prod /etc/walfleet/admin.yaml --use")]
     Add {
+        /// The name it gets here
         name: String,
         /// The context file
         file: PathBuf,

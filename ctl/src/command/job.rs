@@ -28,16 +28,23 @@ pub enum JobCommand {
         limit: u32,
     },
     /// Show one job: what it does, how far it is, how it ended
-    Show { id: String },
+    Show {
+        /// The job
+        id: String,
+    },
     /// Follow a job to its end; its outcome becomes the exit code
     Watch {
+        /// The job
         id: String,
         /// Stop watching after this long (exit code 6); the job goes on
         #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
         timeout: Option<Duration>,
     },
     /// Ask a job to stop at its next safe point
-    Cancel { id: String },
+    Cancel {
+        /// The job
+        id: String,
+    },
 }
 
 impl JobCommand {

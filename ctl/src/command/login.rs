@@ -18,7 +18,8 @@ use crate::wire::Admission;
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:
   walfleet login --controller https://walfleet.example.org:7400 --token wft_...
-  pass show walfleet-token | walfleet login --controller https://walfleet.example.org:7400 --token -")]
+  pass show walfleet-token | \\
+    walfleet login --controller https://walfleet.example.org:7400 --token -")]
 pub struct LoginArgs {
     /// The controller
     #[arg(long, value_name = "URL")]
@@ -49,14 +50,19 @@ impl LoginArgs {
         // Before the token is spent: it works only once.
         let overwrite = self.overwrite(&contexts, &context_name, &url)?;
         let identity = |error: rcgen::Error| Failure::Identity { operation: "make a key", reason: error.to_string() };
-        let request = certificate::request(&name).map_err(identity)?;
+        // A name that is alive is given out again only to its own key.
+        let key = match known_key(&contexts, &url, &name)? {
+            Some(key) => key,
+            None => certificate::new_key().map_err(identity)?,
+        };
+        let request = certificate::request(&name, &key).map_err(identity)?;
         let client = Client::connect_pinned(&url, &token).await?;
         let hostname = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
-        let admission = client.join(&token, &name, &request.csr_pem, hostname.trim()).await?;
+        let admission = client.join(&token, &name, &request, hostname.trim()).await?;
         if admission.role == "agent" {
             return Err(Failure::AgentToken);
         }
-        let context = context_of(url, &admission, request.key_pem);
+        let context = context_of(url, &admission, key);
         let path = contexts.save(&context_name, &context, overwrite)?;
         contexts.choose(&context_name)?;
         // The proof that it works: the first call under the new certificate.
@@ -95,6 +101,15 @@ impl LoginArgs {
         }
         contexts.check_free(name).map(|()| Overwrite::Refuse)
     }
+}
+
+/// The key that this operator has at this controller already.
+fn known_key(contexts: &Contexts, url: &str, name: &str) -> Result<Option<String>, ContextError> {
+    let held = contexts.list()?.into_iter().filter_map(|known| known.content.ok()).find(|context| {
+        let holder = certificate::describe(&context.certificate).map(|present| present.name);
+        context.controller == url && holder.as_deref() == Some(name)
+    });
+    Ok(held.map(|context| context.key))
 }
 
 fn check_url(url: &str) -> Result<(), Failure> {

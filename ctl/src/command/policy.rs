@@ -11,9 +11,13 @@ pub enum PolicyCommand {
     /// List policies and the clusters each binds
     List,
     /// Show one policy, as it was applied
-    Show { name: String },
+    Show {
+        /// The policy
+        name: String,
+    },
     /// Remove a policy that binds no cluster
     Delete {
+        /// The policy
         name: String,
         /// Do not ask
         #[arg(long)]

@@ -12,9 +12,13 @@ pub enum RepositoryCommand {
     /// List repositories and where they are
     List,
     /// Show one repository, as it was applied
-    Show { name: String },
+    Show {
+        /// The repository
+        name: String,
+    },
     /// Forget a repository that no cluster uses; what is stored in it stays
     Delete {
+        /// The repository
         name: String,
         /// Do not ask
         #[arg(long)]

@@ -48,9 +48,12 @@ pub struct PlanArgs {
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:
   walfleet restore start orders --on lab1 --data-dir /srv/pg/orders --start --wait
-  walfleet restore start orders --to '2026-06-04 14:31:59 UTC' --on lab1 --data-dir /srv/pg/orders --start --wait
-  walfleet restore start orders --to-xid 742 --exclusive --action pause --on lab1 --data-dir /srv/pg/orders --start
-  walfleet restore start orders --on lab1 --data-dir /srv/pg/orders --tablespace /ssd/fast=/srv/pg/fast --wait")]
+  walfleet restore start orders --on lab1 --data-dir /srv/pg/orders --start --wait \\
+    --to '2026-06-04 14:31:59 UTC'
+  walfleet restore start orders --on lab1 --data-dir /srv/pg/orders --start \\
+    --to-xid 742 --exclusive --action pause
+  walfleet restore start orders --on lab1 --data-dir /srv/pg/orders --wait \\
+    --tablespace /ssd/fast=/srv/pg/fast")]
 pub struct StartArgs {
     #[command(flatten)]
     what: WhatArgs,

@@ -7,8 +7,8 @@ use crate::session::Session;
 
 /// The fleet at a glance: what is not recoverable comes first
 ///
-/// One line per cluster: until when it can be recovered, how far the repository trails the server, the last and the
-/// next backup, and why it is not simply "protected". States, worst first:
+/// One line per cluster: until when it can be recovered, how far the repository trails the server,
+/// the last and the next backup, and what is wrong. States, worst first:
 ///
 ///   unprotected   no moment of it can be recovered
 ///   unknown       no fresh facts: nobody can tell

@@ -32,8 +32,8 @@ pub struct CreateArgs {
     /// Whom it admits
     #[arg(long, value_enum)]
     role: Role,
-    /// How long it may be used: 1m to 7d
-    #[arg(long, value_name = "DURATION", default_value = "1h", value_parser = ttl)]
+    /// How long it may be used: 1m to 7d [default: 1h]
+    #[arg(long, value_name = "DURATION", default_value = "1h", hide_default_value = true, value_parser = ttl)]
     ttl: Duration,
     /// A label that the agent gets, over its own; may be repeated
     #[arg(long = "label", value_name = "NAME=VALUE", value_parser = label)]

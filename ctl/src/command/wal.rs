@@ -9,9 +9,15 @@ use crate::view::wal::{WalGaps, WalStatus};
 #[derive(Subcommand, Debug)]
 pub enum WalCommand {
     /// How far a cluster's WAL is stored, who ships it, and what waits
-    Status { name: String },
+    Status {
+        /// The cluster
+        name: String,
+    },
     /// WAL that should be stored and is not
-    Gaps { name: String },
+    Gaps {
+        /// The cluster
+        name: String,
+    },
 }
 
 impl WalCommand {

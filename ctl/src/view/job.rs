@@ -143,12 +143,13 @@ impl Job {
     /// What it was asked to do and came to, in full.
     pub fn draw_report(&self, page: &mut Page) {
         let agent = self.agent.as_deref().unwrap_or("-");
+        let target = self.order.as_ref().and_then(|order| order.target.as_deref()).unwrap_or_default();
         if let Some(backup) = &self.backup {
             backup.draw(page);
         }
         match &self.restore {
-            Some(restore) if self.is_plan() => restore.draw_plan(&self.cluster, agent, page),
-            Some(restore) => restore.draw_done(&self.cluster, agent, page),
+            Some(restore) if self.is_plan() => restore.draw_plan(&self.cluster, agent, target, page),
+            Some(restore) => restore.draw_done(&self.cluster, agent, target, page),
             None => {}
         }
         if let Some(verification) = &self.verification {
@@ -191,6 +192,7 @@ impl View for Job {
                 "error",
                 self.error
                     .as_ref()
+                    .filter(|error| !error.message.is_empty())
                     .map_or(String::new(), |error| format!("{} ({})", Ink::Bad.on(&error.message), error.code)),
             ),
         ]);

@@ -5,6 +5,7 @@ use serde::Serialize;
 
 use crate::print::{Page, View};
 use crate::quantity::{seconds, size};
+use crate::when;
 
 #[derive(Clone, Debug, Serialize)]
 pub struct Restore {
@@ -38,10 +39,13 @@ impl Restore {
         }
     }
 
-    pub fn draw_done(&self, cluster: &str, agent: &str, page: &mut Page) {
+    pub fn draw_done(&self, cluster: &str, agent: &str, target: &str, page: &mut Page) {
         page.line(format!("restored {cluster} on {agent} in {}", self.data_dir));
         let reached = match (&self.reached_lsn, self.reached_commit_at) {
-            (Some(lsn), Some(_)) => format!("{lsn}, last commit {}", page.when(self.reached_commit_at)),
+            // To the microsecond: next to a target a second is too coarse.
+            (Some(lsn), Some(at)) => {
+                format!("{lsn}, last commit {} ({})", when::precise(at), when::relative(at, page.now))
+            }
             (Some(lsn), None) => lsn.clone(),
             (None, _) => String::new(),
         };
@@ -51,6 +55,7 @@ impl Restore {
             String::new()
         };
         page.pairs(&[
+            ("target", target.to_owned()),
             ("backup", self.backup.clone()),
             ("WAL", self.shown_wal()),
             (
@@ -70,9 +75,10 @@ impl Restore {
         ]);
     }
 
-    pub fn draw_plan(&self, cluster: &str, agent: &str, page: &mut Page) {
+    pub fn draw_plan(&self, cluster: &str, agent: &str, target: &str, page: &mut Page) {
         page.line(format!("plan: restore {cluster} on {agent} into {}; nothing is changed", self.data_dir));
         page.pairs(&[
+            ("target", target.to_owned()),
             ("backup", self.backup.clone()),
             ("WAL", self.shown_wal()),
             ("size restored", size(self.cluster_bytes)),
@@ -105,7 +111,6 @@ pub struct Plan {
 
 impl View for Plan {
     fn draw(&self, page: &mut Page) {
-        self.restore.draw_plan(&self.cluster, &self.agent, page);
-        page.pairs(&[("target", self.target.clone())]);
+        self.restore.draw_plan(&self.cluster, &self.agent, &self.target, page);
     }
 }

@@ -101,16 +101,21 @@ fn draw_clusters(clusters: &[Cluster], page: &mut Page) {
 }
 
 fn draw_first_steps(no_agents: bool, page: &mut Page) {
-    if no_agents {
-        page.line("The fleet is empty. To protect a first server:");
-        page.line("  1. walfleet token create --role agent        here; prints a token");
-        page.line("  2. walfleet-agent join --controller URL --token TOKEN   on the Postgres host");
-        page.line(
-            "  3. walfleet apply -f fleet.yaml              here; declares a repository, a policy and the cluster",
-        );
+    let steps: &[&str] = if no_agents {
+        &[
+            "The fleet is empty. To protect a first server:",
+            "  1. here:                  walfleet token create --role agent",
+            "  2. on the Postgres host:  walfleet-agent join --controller URL --token TOKEN",
+            "  3. here:                  walfleet apply -f fleet.yaml   (a repository, a policy, the cluster)",
+        ]
     } else {
-        page.line("No cluster is declared yet. Next:");
-        page.line("  walfleet agent list          what the agents found");
-        page.line("  walfleet apply -f fleet.yaml declares a repository, a policy and the clusters");
+        &[
+            "No cluster is declared yet. Next:",
+            "  walfleet agent list            see what the agents found",
+            "  walfleet apply -f fleet.yaml   declare a repository, a policy and the clusters",
+        ]
+    };
+    for line in steps {
+        page.line(line);
     }
 }

@@ -1,7 +1,6 @@
 //! Jobs: starting, following and cancelling them.
 
 use std::collections::BTreeMap;
-use std::future::Future;
 use std::time::Duration;
 
 use tonic::{Response, Status, Streaming};
@@ -10,7 +9,7 @@ use walfleet_proto::operator::v1 as proto;
 use walfleet_proto::operator::v1::jobs_client::JobsClient;
 
 use super::recovery::target_text;
-use super::{moment, number, text};
+use super::{insist, moment, number, text};
 use crate::client::{CallError, Client, LARGEST_ANSWER, Transport};
 use crate::exit::Exit;
 use crate::target::Target;
@@ -18,10 +17,6 @@ use crate::view::backup::Backup;
 use crate::view::job::{Job, JobError, JobState, Order, Progress};
 use crate::view::restore::Restore;
 use crate::view::verify::{Finding, Verification};
-
-/// How often a start is sent again when its answer was lost; it carries a key, so that it starts one job.
-const START_ATTEMPTS: u32 = 3;
-const START_PAUSE: Duration = Duration::from_millis(700);
 
 /// A restore as the operator asked for it.
 #[derive(Debug, Clone)]
@@ -136,24 +131,6 @@ fn fresh_key() -> String {
     format!("{:032x}", rand::random::<u128>())
 }
 
-/// Sends again what may not have arrived; only for messages that carry a key.
-async fn insist<T, F, A>(mut attempt: F) -> Result<T, Status>
-where
-    F: FnMut() -> A,
-    A: Future<Output = Result<T, Status>>,
-{
-    let mut left = START_ATTEMPTS;
-    loop {
-        left -= 1;
-        match attempt().await {
-            Err(status) if status.code() == tonic::Code::Unavailable && left > 0 => {
-                tokio::time::sleep(START_PAUSE).await;
-            }
-            outcome => return outcome,
-        }
-    }
-}
-
 impl From<&RestoreSpec> for job_proto::RestoreOrder {
     fn from(spec: &RestoreSpec) -> job_proto::RestoreOrder {
         job_proto::RestoreOrder {
@@ -226,7 +203,8 @@ impl From<proto::JobView> for Job {
 
 fn error_of(state: JobState, outcome: &job_proto::JobOutcome) -> JobError {
     let cancelled = state == JobState::Cancelled;
-    let unsaid = if cancelled { "it was cancelled" } else { "no reason was given" };
+    // That it was cancelled says enough.
+    let unsaid = if cancelled { "" } else { "no reason was given" };
     JobError {
         code: text(outcome.error_code.clone())
             .unwrap_or_else(|| if cancelled { "job.cancelled" } else { "unknown" }.to_owned()),

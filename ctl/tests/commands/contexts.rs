@@ -26,7 +26,7 @@ async fn contexts() {
         "walfleet context list",
         "walfleet agent list",
         "walfleet agent list --context nope",
-        &format!("walfleet agent list --context {good} -o json --context=prod"),
+        &format!("walfleet agent list --context {good}"),
     ] {
         transcript.types(&terminal, line).await;
     }

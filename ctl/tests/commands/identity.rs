@@ -146,9 +146,39 @@ async fn logging_in_makes_a_context_that_works() {
         (&"ann".into(), &"operator".into(), &"127.0.0.1".into())
     );
     assert_eq!(terminal.types("walfleet status").await.exit, Exit::Done);
-    assert_eq!(terminal.types(&line).await.exit, Exit::Done, "again, with another token, renews it");
+    let key = |terminal: &Terminal| {
+        let text = std::fs::read_to_string(terminal.path(".config/walfleet/contexts/127.0.0.1.yaml")).unwrap();
+        serde_yaml_ng::from_str::<serde_json::Value>(&text).unwrap()["key"].clone()
+    };
+    let before = key(&terminal);
+    assert_eq!(terminal.types(&line).await.exit, Exit::Done, "again, with another token");
+    assert_eq!(key(&terminal), before, "a living name keeps its key");
     let list = terminal.types("walfleet context list -o json").await.json();
     assert_eq!(list["contexts"][0]["operator"], "ann");
+}
+
+#[tokio::test]
+async fn a_certificate_renews_itself_with_the_same_key() {
+    let authority = Authority::new("fleet");
+    let controller = authority.controller(&["127.0.0.1"], admitting(&authority, "operator")).await;
+    let context = authority.context(controller.address, &authority.pem, LATER);
+    let early = Terminal::alone().with_context(&context);
+    assert_eq!(early.types("walfleet status").await.exit, Exit::Done);
+    assert_eq!(early.context_now(), context, "nothing is due");
+    let late = Terminal::alone().with_context(&context).at_time("2090-01-01T00:00:00Z");
+    let answer = late.types("walfleet status").await;
+    assert_eq!((answer.exit, answer.stderr.as_str()), (Exit::Done, ""), "{answer:?}");
+    let renewed = late.context_now();
+    assert_ne!(renewed, context);
+    let read = |text: &str| serde_yaml_ng::from_str::<serde_json::Value>(text).unwrap();
+    assert_eq!(read(&renewed)["key"], read(&context)["key"]);
+    assert_eq!(late.types("walfleet cluster list").await.exit, Exit::Done, "the new one works");
+    // Not renewed, and still good: the command goes on, with a warning.
+    controller.script().admission = None;
+    let refused = Terminal::alone().with_context(&context).at_time("2090-01-01T00:00:00Z");
+    let answer = refused.types("walfleet status").await;
+    assert_eq!(answer.exit, Exit::Done);
+    assert!(answer.stderr.contains("was not renewed: renew certificate: the authority is asleep"), "{answer:?}");
 }
 
 #[tokio::test]

@@ -16,7 +16,7 @@ pub struct Terminal {
     surroundings: Surroundings,
     /// Dynamic text and what stands for it in transcripts.
     masks: Vec<(String, &'static str)>,
-    _home: tempfile::TempDir,
+    home: tempfile::TempDir,
 }
 
 #[derive(Debug)]
@@ -45,7 +45,7 @@ impl Terminal {
             .with_variable("HOME", home.path().display().to_string())
             .with_variable("USER", "ann");
         let masks = vec![(home.path().display().to_string(), "HOME")];
-        Terminal { surroundings, masks, _home: home }
+        Terminal { surroundings, masks, home: home }
     }
 
     pub fn at(self, controller: &Controller) -> Terminal {
@@ -74,6 +74,11 @@ impl Terminal {
         self
     }
 
+    pub fn at_time(mut self, now: &str) -> Terminal {
+        self.surroundings.fixed_now = Some(now.parse().unwrap());
+        self
+    }
+
     pub fn with_person(mut self) -> Terminal {
         self.surroundings.stdin_is_terminal = true;
         self
@@ -84,9 +89,17 @@ impl Terminal {
         self
     }
 
+    pub fn path(&self, name: &str) -> std::path::PathBuf {
+        self.home.path().join(name)
+    }
+
+    pub fn context_now(&self) -> String {
+        std::fs::read_to_string(self.path("context.yaml")).unwrap()
+    }
+
     /// Makes a file and gives its path.
     pub fn file(&self, name: &str, content: &str) -> String {
-        let path = self._home.path().join(name);
+        let path = self.path(name);
         std::fs::write(&path, content).unwrap();
         path.display().to_string()
     }
@@ -104,7 +117,8 @@ impl Terminal {
         (exit, self.mask(&stderr.text()))
     }
 
-    fn mask(&self, text: &str) -> String {
+    /// `text` without what differs from run to run.
+    pub fn mask(&self, text: &str) -> String {
         self.masks.iter().fold(text.to_owned(), |text, (secret, name)| text.replace(secret, name))
     }
 }

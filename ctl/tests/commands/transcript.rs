@@ -17,6 +17,7 @@ impl Transcript {
     /// Types a line and writes down what came of it: stdout as it is, stderr behind `2>`, then the exit code.
     pub async fn types(&mut self, terminal: &Terminal, line: &str) -> Answer {
         let answer = terminal.types(line).await;
+        let line = terminal.mask(line);
         let stderr: String =
             answer.stderr.lines().map(|line| format!("2> {line}").trim_end().to_owned() + "\n").collect();
         self.text.push_str(&format!("$ {line}\n{}{stderr}[exit {}]\n\n", answer.stdout, answer.exit.code()));

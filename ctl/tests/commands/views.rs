@@ -223,10 +223,10 @@ async fn restoring() {
         "--wait --timeout 300",
         "--tablespace /a=/x --tablespace /a=/y",
         "--tablespace /a=/srv/pg/orders/x",
-        "--data-dir ../x",
     ] {
         transcript.types(&terminal, &format!("{start} {flags}")).await;
     }
+    transcript.types(&terminal, "walfleet restore start orders --on lab1 --data-dir ../x").await;
     transcript.remark("what an agent of this version does not do");
     controller.script().refusals.push_back(tonic::Status::unimplemented("delta restores: not in this version"));
     transcript.types(&terminal, &format!("{start} --delta")).await;
