@@ -11,7 +11,7 @@ mod section;
 
 pub use section::{
     AgentsConfig, CertificatesConfig, Config, JobsConfig, LimitsConfig, LogFormat, MetricsConfig, StateConfig,
-    TelemetryConfig,
+    TelemetryConfig, hostname,
 };
 
 /// Where `run` looks when `--config` is not given.

@@ -26,9 +26,11 @@ use crate::state::{RowError, State, StateError, embedded, transfer};
 
 mod door;
 mod measure;
+mod tasks;
 mod tls;
 
 pub use door::{Connection, Door};
+pub use tasks::Tasks;
 
 /// Both ends notice a dead connection within half a minute, and no NAT forgets a quiet one.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(20);
@@ -74,6 +76,8 @@ pub struct Foundation {
     pub metrics: Metrics,
     /// Cancelled when the controller is to stop: loops end, streams close.
     pub cancel: CancellationToken,
+    /// Loops that end with `cancel`; the stop waits for them.
+    pub tasks: Tasks,
 }
 
 impl Foundation {
@@ -97,11 +101,16 @@ impl Foundation {
             .map_err(|_| StateError::Closed)??;
         transfer::refuse_unfinished(&state).await?;
         let cancel = CancellationToken::new();
-        let roster = Roster::start(state.clone(), cancel.clone()).await?;
+        let tasks = Tasks::default();
+        let roster = Roster::open(state.clone()).await?;
+        let (follower, stop) = (roster.clone(), cancel.clone());
+        tasks.spawn("roster", async move {
+            stop.run_until_cancelled(follower.follow()).await;
+        });
         let lifetimes = config.certificates.lifetimes();
         let enrolment = Arc::new(Enrolment::new(state.clone(), authority, roster, lifetimes));
         let audit = Audit::new(state.clone());
-        Ok(Self { config, state, enrolment, keeper_key, audit, metrics: Metrics::default(), cancel })
+        Ok(Self { config, state, enrolment, keeper_key, audit, metrics: Metrics::default(), cancel, tasks })
     }
 }
 
@@ -142,10 +151,9 @@ async fn start_on(foundation: Foundation) -> Result<Running, StartError> {
         .map_err(listen("listen", config.listen))?;
     let address = door.address().map_err(listen("listen", config.listen))?;
 
-    // Ends with the controller; it only ever improves what new connections are shown.
     let stop = cancel.clone();
-    tokio::spawn(async move { certificate.keep_fresh(&stop).await });
-    tokio::spawn(watch_state(foundation.clone()));
+    foundation.tasks.spawn("server certificate", async move { certificate.keep_fresh(&stop).await });
+    foundation.tasks.spawn("state check", watch_state(foundation.clone()));
     let metrics_address = serve_metrics(&foundation).await?;
 
     let gate = GateLayer::new(Gate::new(foundation.roster().clone(), lifetimes.renewal_grace));
@@ -176,7 +184,7 @@ async fn serve_metrics(foundation: &Foundation) -> Result<Option<SocketAddr>, St
     let listener = Metrics::bind(address).await.map_err(listen)?;
     let bound = listener.local_addr().map_err(listen)?;
     let (metrics, cancel) = (foundation.metrics.clone(), foundation.cancel.clone());
-    tokio::spawn(async move {
+    foundation.tasks.spawn("metrics", async move {
         if let Err(error) = metrics.serve(listener, cancel).await {
             tracing::error!(%error, "the metrics listener ended");
         }
@@ -208,8 +216,8 @@ pub enum StopError {
     Server(#[source] tonic::transport::Error),
     #[error("the server broke down")]
     Panicked,
-    #[error("calls still ran {deadline:?} after the stop; they were cut off")]
-    Deadline { deadline: Duration },
+    #[error("still running {deadline:?} after the stop, and cut off: {}", stragglers.join(", "))]
+    Deadline { deadline: Duration, stragglers: Vec<&'static str> },
 }
 
 impl Running {
@@ -228,12 +236,22 @@ impl Running {
         foundation.metrics.set_readiness("door", Readiness::NotReady { why: "stopping".to_owned() });
         foundation.cancel.cancel();
         let deadline = Duration::from_secs(foundation.config.shutdown_seconds);
-        match tokio::time::timeout(deadline, &mut server).await {
+        let tasks = &foundation.tasks;
+        let in_order = async {
+            let ended = (&mut server).await;
+            tasks.ended().await;
+            ended
+        };
+        match tokio::time::timeout(deadline, in_order).await {
             Ok(Ok(ended)) => ended.map_err(StopError::Server),
             Ok(Err(_)) => Err(StopError::Panicked),
             Err(_) => {
+                let mut stragglers = tasks.stragglers();
+                if !server.is_finished() {
+                    stragglers.push("calls");
+                }
                 server.abort();
-                Err(StopError::Deadline { deadline })
+                Err(StopError::Deadline { deadline, stragglers })
             }
         }
     }

@@ -131,7 +131,7 @@ impl Enrolment {
             let issued = self.authority.issue(&request, &subject, self.lifetime(fresh.role))?;
             fresh.certificate_serial = issued.serial.clone();
             fresh.certificate_not_after_us = issued.not_after_us;
-            let used = TokenRow { used_by: Some(name.clone()), used_at_us: Some(now), ..token.value.clone() };
+            let used = token.value.used(&name, now);
             let key = member::key(&name);
             let unchanged = match &present {
                 Some(row) => row.unchanged(),

@@ -1,12 +1,12 @@
 //! Members of the fleet: one row each, and the roster, a copy in memory that every call is checked against.
 
 use std::collections::{BTreeMap, HashMap};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
-use tokio_util::sync::CancellationToken;
 
 use super::{MemberName, PeerIdentity, Role, now_us};
 use crate::state::{Event, Row, RowError, State, StateError, rows};
@@ -75,54 +75,53 @@ pub struct Roster {
     known: RwLock<Known>,
     /// Counts changes, for those who wait for one.
     changed: watch::Sender<u64>,
+    /// Up to where the copy follows the state.
+    revision: AtomicU64,
 }
 
 impl Roster {
-    /// Reads all members and follows their changes until cancelled.
-    pub async fn start(state: State, cancel: CancellationToken) -> Result<Arc<Self>, RowError> {
-        let roster = Arc::new(Self { state, known: RwLock::default(), changed: watch::Sender::new(0) });
-        let revision = roster.reload().await?;
-        // Ends with the controller; on errors it reads everything again.
-        let follower = roster.clone();
-        tokio::spawn(async move { cancel.run_until_cancelled(follower.follow(revision)).await });
-        Ok(roster)
+    /// Reads all members; [`Roster::follow`] keeps the copy current.
+    pub async fn open(state: State) -> Result<Arc<Self>, RowError> {
+        let roster =
+            Self { state, known: RwLock::default(), changed: watch::Sender::new(0), revision: AtomicU64::new(0) };
+        roster.reload().await?;
+        Ok(Arc::new(roster))
     }
 
-    async fn reload(&self) -> Result<u64, RowError> {
+    async fn reload(&self) -> Result<(), RowError> {
         let (rows, revision) = self.state.rows::<Member>(PREFIX).await?;
         let fresh = rows.into_iter().map(|row| (row.value.name.clone(), row)).collect();
         *self.known.write().unwrap_or_else(PoisonError::into_inner) = fresh;
+        self.revision.store(revision, Ordering::Relaxed);
         self.changed.send_modify(|count| *count += 1);
-        Ok(revision)
+        Ok(())
     }
 
-    async fn follow(&self, mut revision: u64) {
+    /// Follows the members' changes for ever; on errors it reads everything again. Safe to drop.
+    pub async fn follow(&self) {
         loop {
-            if let Err(error) = self.follow_from(&mut revision).await {
+            if let Err(error) = self.follow_on().await {
                 tracing::warn!(%error, "lost sight of the members' changes; reading all of them again");
             }
             tokio::time::sleep(RETRY).await;
-            match self.reload().await {
-                Ok(newest) => revision = newest,
-                Err(error) => tracing::warn!(%error, "cannot read the members"),
+            if let Err(error) = self.reload().await {
+                tracing::warn!(%error, "cannot read the members");
             }
         }
     }
 
-    async fn follow_from(&self, revision: &mut u64) -> Result<(), RowError> {
-        let mut watch = self.state.watch(PREFIX, *revision + 1).await?;
+    async fn follow_on(&self) -> Result<(), RowError> {
+        let mut watch = self.state.watch(PREFIX, self.revision.load(Ordering::Relaxed) + 1).await?;
         while let Some(event) = watch.next().await {
-            match event? {
-                Event::Put { revision: at, entry } => {
-                    self.learn(rows::decode(&entry)?);
-                    *revision = at;
-                }
-                Event::Delete { revision: at, key } => {
+            let event = event?;
+            self.revision.store(event.revision(), Ordering::Relaxed);
+            match event {
+                Event::Put { entry, .. } => self.learn(rows::decode(&entry)?),
+                Event::Delete { key, .. } => {
                     if let Some(name) = key.strip_prefix(PREFIX).and_then(|name| name.parse().ok()) {
                         self.known.write().unwrap_or_else(PoisonError::into_inner).remove(&name);
                         self.changed.send_modify(|count| *count += 1);
                     }
-                    *revision = at;
                 }
             }
         }

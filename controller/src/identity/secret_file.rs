@@ -52,6 +52,6 @@ fn write(path: &Path, content: &[u8], mode: u32) -> Result<(), SecretFileError> 
     fs::File::open(folder).and_then(|folder| folder.sync_all()).map_err(fail)
 }
 
-pub(super) fn hex(bytes: &[u8]) -> String {
+pub(crate) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }

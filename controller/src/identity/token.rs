@@ -38,6 +38,11 @@ pub struct TokenRow {
 }
 
 impl TokenRow {
+    /// The row of the token once it has admitted somebody.
+    pub fn used(&self, by: &MemberName, at_us: i64) -> Self {
+        Self { used_by: Some(by.clone()), used_at_us: Some(at_us), ..self.clone() }
+    }
+
     /// Whether the secret is this token's; compared in constant time.
     pub fn matches(&self, secret: &str) -> bool {
         blake3::Hash::from_hex(&self.secret_hash).is_ok_and(|expected| expected == blake3::hash(secret.as_bytes()))
