@@ -4,6 +4,7 @@ pub mod agent;
 pub mod controller;
 pub mod ctl;
 pub mod standalone;
+pub mod whole;
 
 use std::collections::BTreeMap;
 
@@ -11,6 +12,7 @@ pub use agent::{Agent, AgentBuilder};
 pub use controller::Controller;
 pub use ctl::Ctl;
 pub use standalone::Standalone;
+pub use whole::Fleet;
 
 use crate::s3::S3Server;
 use crate::scratch::Scratch;

@@ -11,6 +11,7 @@
 //! programs that it did not announce.
 
 pub mod binaries;
+pub mod demo;
 pub mod fleet;
 pub mod log_watch;
 pub mod os_user;

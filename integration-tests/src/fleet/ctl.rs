@@ -23,6 +23,10 @@ impl Ctl {
         Ok(Ctl { program: binaries::program(binaries::CTL)?, context: context.to_owned() })
     }
 
+    pub fn program(&self) -> &Path {
+        &self.program
+    }
+
     pub fn context(&self) -> &Path {
         &self.context
     }

@@ -1,0 +1,117 @@
+//! A controller with agents joined to it, and what tests ask of such a fleet.
+
+use std::time::Duration;
+
+use anyhow::Context;
+use serde_json::Value;
+
+use super::{Agent, AgentBuilder, Controller, Ctl, Place};
+use crate::os_user::os_user;
+use crate::scratch::Scratch;
+use crate::wait_for;
+
+/// Facts come every second; this is for a machine that is very busy.
+const FACTS_LIMIT: Duration = Duration::from_secs(60);
+
+/// The repository's name in documents.
+pub const REPOSITORY: &str = "main";
+
+pub struct Fleet {
+    scratch: Scratch,
+    pub controller: Controller,
+    pub admin: Ctl,
+}
+
+impl Fleet {
+    /// A controller of its own, running.
+    pub fn start(scratch: &Scratch) -> anyhow::Result<Fleet> {
+        let mut controller = Controller::init(scratch)?;
+        controller.start()?;
+        let admin = controller.admin()?;
+        Ok(Fleet { scratch: scratch.clone(), controller, admin })
+    }
+
+    /// A host that calls this controller; not joined yet.
+    pub fn agent(&self, name: &str) -> AgentBuilder {
+        Agent::builder(&self.scratch, name).controller(self.controller.url())
+    }
+
+    /// A token for one agent, with labels that policies may select restore hosts by.
+    pub fn token(&self, labels: &[&str]) -> anyhow::Result<String> {
+        let mut words = vec!["token", "create", "--role", "agent", "--ttl", "1h"];
+        labels.iter().for_each(|label| words.extend(["--label", label]));
+        let token = self.admin.json(&words)?;
+        token["token"].as_str().map(str::to_owned).with_context(|| format!("no token in {token}"))
+    }
+
+    /// Joins a host, starts its agent and waits until the controller sees it.
+    pub fn join(&self, agent: &mut Agent, labels: &[&str]) -> anyhow::Result<()> {
+        agent.join(self.controller.url(), &self.token(labels)?)?.ok()?;
+        agent.start()?;
+        self.wait_until_connected(agent.name())
+    }
+
+    pub fn wait_until_connected(&self, agent: &str) -> anyhow::Result<()> {
+        wait_for(&format!("agent {agent} to connect"), FACTS_LIMIT, || {
+            let answer = self.admin.run(&["agent", "show", agent, "-o", "json"])?;
+            Ok((answer.code == 0 && answer.json()?["connected"] == true).then_some(()))
+        })
+    }
+
+    /// Declares the repository and a policy that binds every cluster; hosts labelled `restores=yes` may restore.
+    pub fn protect(&self, place: &Place) -> anyhow::Result<()> {
+        let repository = serde_json::json!({
+            "apiVersion": "walfleet/v1", "kind": "Repository", "name": REPOSITORY,
+            "spec": { "url": place.url, "options": place.options },
+        });
+        let policy = serde_json::json!({
+            "apiVersion": "walfleet/v1", "kind": "Policy", "name": "everything",
+            "spec": {
+                "selector": "", "repository": REPOSITORY,
+                "backup": { "fast_checkpoint": true },
+                "objectives": { "rpo": "1m", "backup_age": "1d" },
+                "restore": { "hosts": "restores=yes" },
+            },
+        });
+        self.apply(&format!("{repository}\n---\n{policy}\n"))
+    }
+
+    pub fn apply(&self, yaml: &str) -> anyhow::Result<()> {
+        let file = self.scratch.join("fleet.yaml");
+        os_user().write(&file, yaml)?;
+        self.admin.run(&["apply", "-f", &file.to_string_lossy()])?.ok().map(drop)
+    }
+
+    pub fn cluster(&self, name: &str) -> anyhow::Result<Value> {
+        self.admin.json(&["cluster", "show", name])
+    }
+
+    /// Waits until something is true of a cluster as the controller shows it.
+    pub fn wait_for_cluster(&self, name: &str, what: &str, test: impl Fn(&Value) -> bool) -> anyhow::Result<Value> {
+        let mut last = String::new();
+        let found = wait_for(&format!("cluster {name}: {what}"), FACTS_LIMIT, || {
+            let answer = self.admin.run(&["cluster", "show", name, "-o", "json"])?;
+            last = format!("{}{}", answer.stdout, answer.stderr);
+            Ok((answer.code == 0).then(|| answer.json()).transpose()?.filter(&test))
+        });
+        found.with_context(|| last)
+    }
+
+    /// Waits until every second up to a time can be restored; the time is RFC 3339.
+    pub fn wait_until_recoverable_at(&self, name: &str, time: &jiff::Timestamp) -> anyhow::Result<Value> {
+        let reaches = |cluster: &Value| {
+            let windows = cluster["recovery"].as_array().into_iter().flatten();
+            let mut ranges = windows.flat_map(|window| window["ranges"].as_array().into_iter().flatten());
+            ranges.any(|range| {
+                let end = range["to"].as_str().and_then(|text| text.parse::<jiff::Timestamp>().ok());
+                end.is_some_and(|end| end >= *time)
+            })
+        };
+        self.wait_for_cluster(name, &format!("recoverable at {time}"), reaches)
+    }
+
+    /// Takes a backup now and waits for it; the job as it ended.
+    pub fn backup(&self, cluster: &str) -> anyhow::Result<Value> {
+        self.admin.json(&["backup", "start", cluster, "--wait"])
+    }
+}
