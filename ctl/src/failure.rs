@@ -39,9 +39,7 @@ pub enum Failure {
     JobCancelled { title: String, detail: String, exit: Exit },
     #[error("{title} {why} and goes on\nHINT: follow it with: walfleet job watch {id}")]
     JobGoesOn { id: String, title: String, why: String },
-    #[error(
-        "{title}: {found} damaged\nHINT: take a new backup of the cluster, then see to the store."
-    )]
+    #[error("{title}: {found} damaged\nHINT: take a new backup of the cluster, then see to the store.")]
     Damaged { title: String, found: String },
     #[error("{operation}: {reason}")]
     Identity { operation: &'static str, reason: String },

@@ -21,7 +21,7 @@ pub enum ContextCommand {
     },
     /// Take over a context file, such as the first admin's that walfleet-controller init wrote
     #[command(after_help = "Examples:
-  walfleet context add prod /etc/walfleet/admin.yaml --use")]
+  walfleet context add prod admin.context.yaml --use")]
     Add {
         /// The name it gets here
         name: String,

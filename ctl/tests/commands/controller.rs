@@ -20,6 +20,7 @@ use walfleet_proto::recovery::v1::BackupSummary;
 #[derive(Clone)]
 pub enum Step {
     Job(Box<JobView>),
+    Pause(std::time::Duration),
     /// The stream ends with this status.
     Break(Status),
     /// The stream ends as if all were said.
@@ -199,6 +200,7 @@ impl Jobs for Desk {
                             return;
                         }
                     }
+                    Some(Step::Pause(time)) => tokio::time::sleep(time).await,
                     Some(Step::Break(status)) => {
                         let _ = sender.send(Err(status)).await;
                         return;

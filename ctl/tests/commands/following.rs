@@ -130,6 +130,38 @@ async fn an_operator_who_interrupts_learns_that_the_job_goes_on() {
     assert!(stderr.contains("goes on\nHINT: follow it with: walfleet job watch job_06e3a1b2c3d4e5f6g7h8"), "{stderr}");
 }
 
+#[tokio::test]
+async fn on_a_terminal_progress_is_a_bar_that_leaves_no_trace() {
+    let pause = || Step::Pause(Duration::from_millis(400));
+    let steps = vec![
+        step(canned::running("checkpoint", 0, 0)),
+        pause(),
+        step(canned::running("copy", 3 << 30, 12 << 30)),
+        pause(),
+        step(canned::backed_up()),
+    ];
+    let controller = controller(steps).await;
+    let folder = tempfile::tempdir().unwrap();
+    let context = folder.path().join("c.yaml");
+    std::fs::write(&context, format!("controller: http://{}\n", controller.address)).unwrap();
+    let line = format!("{} backup start orders --wait --context {}", env!("CARGO_BIN_EXE_walfleet"), context.display());
+    // util-linux gives the program a terminal of its own.
+    let child = tokio::process::Command::new("script")
+        .args(["--quiet", "--return", "--command", &format!("stty cols 160; {line}"), "/dev/null"])
+        .env("TERM", "xterm")
+        .env_remove("NO_COLOR")
+        .stdin(std::process::Stdio::null())
+        .output();
+    let output = child.await.unwrap();
+    let screen = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{screen}");
+    assert!(screen.contains("backup of orders on db2  checkpoint"), "{screen:?}");
+    assert!(screen.contains("25%") && screen.contains("copy  3.0 GiB of 12.0 GiB"), "{screen:?}");
+    // The last bar is erased (EL) before the report is written.
+    let report = screen.rfind("bk_06e2r4ycmn8q7t1w5x3z  committed").unwrap();
+    assert!(screen[..report].ends_with("\u{1b}[2K"), "{screen:?}");
+}
+
 struct Broken(ErrorKind);
 
 impl Write for Broken {
