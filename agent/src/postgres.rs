@@ -4,6 +4,8 @@
 
 pub mod backup_label;
 mod bytes;
+pub mod control;
+pub mod instance;
 pub mod page;
 pub mod relation;
 pub mod server;

@@ -5,6 +5,7 @@
 mod backup;
 mod error;
 mod facts;
+mod recovery;
 
 use std::path::Path;
 use std::time::Duration;
@@ -18,6 +19,7 @@ use walfleet_repository::postgres::Lsn;
 pub use backup::{BackupSession, BackupStop, CheckpointPace};
 pub use error::{Refusal, ServerError, Target};
 pub use facts::{ArchiveSettings, ArchiverState, Rights, ServerFacts, ServerRole, ServerTablespace};
+pub use recovery::RecoveryStanding;
 
 /// In pg_stat_activity.
 const APPLICATION_NAME: &str = "walfleet-agent";

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::postgres::backup_label::BackupSource;
+use crate::postgres::control::{ClusterState, ControlFile};
 use crate::postgres::test_server::{Installation, TestServer, installations};
 
 #[tokio::test]
@@ -48,6 +49,10 @@ async fn on_a_standby(installation: &Installation, primary: &TestServer) {
     let session = server.start_backup("from a standby", CheckpointPace::Fast).await.unwrap();
     let stop = session.stop().await.unwrap();
     assert_eq!((stop.label.source, stop.timeline.0), (BackupSource::Standby, 1));
+    let control = ControlFile::read(&standby.data_dir).unwrap();
+    assert_eq!(control.state, ClusterState::InArchiveRecovery);
+    let (min_recovery, timeline) = control.min_recovery.unwrap();
+    assert!(min_recovery >= stop.stop_lsn && timeline.0 == 1, "the copy of pg_control ends the backup");
 
     installation.run("pg_ctl", &["-D", &data_dir, "-w", "promote"]);
     let server = Server::connect(&standby.connection_string()).await.unwrap();
