@@ -3,13 +3,17 @@
 //! `config.yaml` holds the name of the current context; each context is a file of its own in `contexts/`, readable by
 //! its owner only, since it carries a private key. Nothing here talks to a controller.
 
+mod file;
+mod folder;
+
 use std::fmt;
-use std::io::{ErrorKind, Write};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
 use crate::surroundings::Surroundings;
+pub use file::{is_exposed, read_file};
+pub use folder::{Contexts, Known, Overwrite};
 
 /// What it takes to talk to one controller as one operator.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -122,128 +126,6 @@ impl Address {
     }
 }
 
-#[derive(Default, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Config {
-    /// The context that is used where none is named.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    current: Option<String>,
-}
-
-/// A context and what is known of it without a controller.
-#[derive(Debug)]
-pub struct Known {
-    pub name: String,
-    pub current: bool,
-    pub path: PathBuf,
-    /// Why it cannot be used, instead of what it holds.
-    pub content: Result<Context, ContextError>,
-}
-
-/// The folder of contexts of one user.
-pub struct Contexts {
-    folder: PathBuf,
-}
-
-impl Contexts {
-    pub fn of(surroundings: &Surroundings) -> Result<Contexts, ContextError> {
-        surroundings.configuration_folder().map(|folder| Contexts { folder }).ok_or(ContextError::NoHome)
-    }
-
-    fn config_path(&self) -> PathBuf {
-        self.folder.join("config.yaml")
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.folder.join("contexts").join(format!("{name}.yaml"))
-    }
-
-    pub fn current(&self) -> Result<Option<String>, ContextError> {
-        let path = self.config_path();
-        let text = match std::fs::read_to_string(&path) {
-            Ok(text) => text,
-            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
-            Err(source) => return Err(ContextError::File { operation: "read", path, source }),
-        };
-        if text.trim().is_empty() {
-            return Ok(None);
-        }
-        let config: Config = serde_yaml_ng::from_str(&text).map_err(|error| ContextError::Syntax {
-            path,
-            what: "a walfleet configuration",
-            reason: error.to_string(),
-        })?;
-        Ok(config.current)
-    }
-
-    pub fn names(&self) -> Result<Vec<String>, ContextError> {
-        let folder = self.folder.join("contexts");
-        let entries = match std::fs::read_dir(&folder) {
-            Ok(entries) => entries,
-            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
-            Err(source) => return Err(ContextError::File { operation: "list", path: folder, source }),
-        };
-        let mut names: Vec<String> = entries
-            .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
-            .filter_map(|name| name.strip_suffix(".yaml").map(str::to_owned))
-            .filter(|name| is_name(name))
-            .collect();
-        names.sort();
-        Ok(names)
-    }
-
-    pub fn list(&self) -> Result<Vec<Known>, ContextError> {
-        let current = self.current()?;
-        let known = |name: String| {
-            let path = self.path(&name);
-            Known { current: current.as_ref() == Some(&name), content: read_file(&path), name, path }
-        };
-        Ok(self.names()?.into_iter().map(known).collect())
-    }
-
-    /// Makes `name` the context that is used where none is named.
-    pub fn choose(&self, name: &str) -> Result<(), ContextError> {
-        if !self.names()?.iter().any(|known| known == name) {
-            return Err(ContextError::Unknown { name: name.to_owned(), known: self.known() });
-        }
-        let text = serde_yaml_ng::to_string(&Config { current: Some(name.to_owned()) }).unwrap_or_default();
-        write_private(&self.config_path(), &text)
-    }
-
-    pub fn save(&self, name: &str, context: &Context, overwrite: Overwrite) -> Result<PathBuf, ContextError> {
-        if !is_name(name) {
-            return Err(ContextError::BadName { name: name.to_owned() });
-        }
-        let path = self.path(name);
-        if overwrite == Overwrite::Refuse && path.exists() {
-            return Err(ContextError::Exists { name: name.to_owned() });
-        }
-        write_private(&path, &to_yaml(context, &path)?)?;
-        Ok(path)
-    }
-
-    pub fn check_free(&self, name: &str) -> Result<(), ContextError> {
-        if !is_name(name) {
-            return Err(ContextError::BadName { name: name.to_owned() });
-        }
-        if self.path(name).exists() { Err(ContextError::Exists { name: name.to_owned() }) } else { Ok(()) }
-    }
-
-    fn known(&self) -> String {
-        match self.names() {
-            Ok(names) if names.is_empty() => "none".to_owned(),
-            Ok(names) => names.join(", "),
-            Err(error) => format!("not readable: {error}"),
-        }
-    }
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Overwrite {
-    Refuse,
-    Replace,
-}
-
 /// The context a command uses: `--context`, else `WALFLEET_CONTEXT`, else the current one.
 ///
 /// What has a slash in it, or ends in `.yaml` or `.yml`, is a file; anything else is a name.
@@ -281,71 +163,14 @@ impl Resolved {
 
     /// Writes the context back to where it came from.
     pub fn store(&self) -> Result<(), ContextError> {
-        write_private(&self.path, &to_yaml(&self.context, &self.path)?)
+        file::write_private(&self.path, &file::to_yaml(&self.context, &self.path)?)
     }
-}
-
-fn to_yaml(context: &Context, path: &Path) -> Result<String, ContextError> {
-    serde_yaml_ng::to_string(context).map_err(|error| ContextError::Syntax {
-        path: path.to_owned(),
-        what: "a context",
-        reason: error.to_string(),
-    })
-}
-
-/// A context file, read and checked.
-pub fn read_file(path: &Path) -> Result<Context, ContextError> {
-    let text = std::fs::read_to_string(path).map_err(|source| ContextError::File {
-        operation: "read context",
-        path: path.to_owned(),
-        source,
-    })?;
-    // The parser's message can quote what it met, and a context holds a key: only the place is told.
-    let context: Context = serde_yaml_ng::from_str(&text).map_err(|error| ContextError::Syntax {
-        path: path.to_owned(),
-        what: "a context file",
-        reason: match error.location() {
-            Some(at) => format!(
-                "line {}, column {} (fields: controller, server_name, authorities, certificate, key)",
-                at.line(),
-                at.column()
-            ),
-            None => "fields are controller, server_name, authorities, certificate, key".to_owned(),
-        },
-    })?;
-    context.validate(&path.display().to_string())?;
-    Ok(context)
-}
-
-/// Whether anybody but its owner may read the file.
-pub fn is_exposed(path: &Path) -> bool {
-    use std::os::unix::fs::PermissionsExt;
-    std::fs::metadata(path).is_ok_and(|metadata| metadata.permissions().mode() & 0o077 != 0)
-}
-
-fn is_name(name: &str) -> bool {
-    name.bytes().next().is_some_and(|byte| byte.is_ascii_alphanumeric())
-        && name.len() <= 63
-        && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.'))
-}
-
-/// Writes beside, makes durable, renames: a crash leaves the old file or the new one. Owner only, folders too.
-fn write_private(path: &Path, text: &str) -> Result<(), ContextError> {
-    use std::os::unix::fs::DirBuilderExt;
-    let failed = |operation| {
-        let path = path.to_owned();
-        move |source| ContextError::File { operation, path, source }
-    };
-    let folder = path.parent().unwrap_or(Path::new("."));
-    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(folder).map_err(failed("make the folder of"))?;
-    let mut file = tempfile::NamedTempFile::new_in(folder).map_err(failed("write"))?;
-    file.write_all(text.as_bytes()).and_then(|()| file.as_file().sync_all()).map_err(failed("write"))?;
-    file.persist(path).map_err(|error| error.error).map_err(failed("write"))?;
-    std::fs::File::open(folder).and_then(|folder| folder.sync_all()).map_err(failed("make durable"))
 }
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
 
     fn plain(controller: &str) -> Context {

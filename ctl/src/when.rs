@@ -146,7 +146,7 @@ fn offset_name(offset: Offset) -> String {
     let sign = if seconds < 0 { '-' } else { '+' };
     let seconds = seconds.unsigned_abs();
     let minutes = format!("{sign}{:02}:{:02}", seconds / 3600, seconds % 3600 / 60);
-    if seconds % 60 == 0 { minutes } else { format!("{minutes}:{:02}", seconds % 60) }
+    if seconds.is_multiple_of(60) { minutes } else { format!("{minutes}:{:02}", seconds % 60) }
 }
 
 /// Date and clock, then what stands behind them; `None` if it does not begin as a time.

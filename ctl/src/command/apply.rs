@@ -41,7 +41,7 @@ impl ApplyArgs {
             return session.show(&changes);
         }
         // Standard input cannot both hold the documents and answer a question.
-        let can_ask = session.surroundings.stdin_is_terminal && self.file != PathBuf::from("-");
+        let can_ask = session.surroundings.stdin_is_terminal && self.file.as_os_str() != "-";
         if can_ask && !self.yes {
             let planned = client.apply(&yaml, Intent::DryRun).await?;
             if planned.touch_existing() {
@@ -66,9 +66,7 @@ pub fn documents(session: &Session<'_>, file: &std::path::Path) -> Result<String
     use serde::Deserialize;
     let yaml = session.read_input(file)?;
     let name = ink::finish(&file.display().to_string(), false);
-    let mut number = 0;
-    for document in serde_yaml_ng::Deserializer::from_str(&yaml) {
-        number += 1;
+    for (number, document) in (1..).zip(serde_yaml_ng::Deserializer::from_str(&yaml)) {
         serde_yaml_ng::Value::deserialize(document)
             .map_err(|error| Failure::Usage(format!("{name}, document {number}, is not YAML: {error}")))?;
     }

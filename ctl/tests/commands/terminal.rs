@@ -45,7 +45,7 @@ impl Terminal {
             .with_variable("HOME", home.path().display().to_string())
             .with_variable("USER", "ann");
         let masks = vec![(home.path().display().to_string(), "HOME")];
-        Terminal { surroundings, masks, home: home }
+        Terminal { surroundings, masks, home }
     }
 
     pub fn at(self, controller: &Controller) -> Terminal {
