@@ -59,10 +59,10 @@ pub fn run(keep: bool) -> ExitCode {
 
 /// Everything that runs in the end, so that it can be left running.
 struct Stage {
-    fleet: Fleet,
-    agents: Vec<Agent>,
-    servers: Vec<PgServer>,
     load: Load,
+    agents: Vec<Agent>,
+    fleet: Fleet,
+    servers: Vec<PgServer>,
     restored: PathBuf,
     restored_connection: String,
 }
@@ -141,7 +141,7 @@ fn tell(scratch: &Scratch, say: &Narrator) -> anyhow::Result<Stage> {
     })?;
     say.detail(&format!("restored: {}", summary(&copy.session()?)?));
     let restored_connection = copy.connection();
-    Ok(Stage { fleet, agents, servers: vec![orders, lab, copy], load, restored, restored_connection })
+    Ok(Stage { load, agents, fleet, servers: vec![orders, lab, copy], restored, restored_connection })
 }
 
 fn judge_copy(copy: &PgServer, truth: &Barrier) -> anyhow::Result<()> {

@@ -1,6 +1,9 @@
 //! Whole-system tests: one binary, because each links for seconds; a module per subject.
 
+mod bad_input;
 mod barrier;
+mod crashes;
+mod damage;
 mod matrix;
 mod repository_on_s3;
 mod servers;

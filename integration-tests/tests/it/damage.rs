@@ -1,0 +1,147 @@
+//! A repository that was tampered with, or a disk that is full: found, named, and never restored as if it were whole.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use walfleet_integration_tests::fleet::standalone::CLUSTER;
+use walfleet_integration_tests::fleet::{Place, Standalone};
+use walfleet_integration_tests::postgres::PgVersion;
+use walfleet_integration_tests::process::run;
+use walfleet_integration_tests::scratch::{Scratch, in_scratch};
+
+#[derive(Clone, Copy, Debug)]
+enum Damage {
+    FlipMiddle,
+    CutHalf,
+    Empty,
+    Remove,
+}
+
+impl Damage {
+    fn inflict(self, file: &Path) -> std::io::Result<()> {
+        let mut bytes = std::fs::read(file)?;
+        match self {
+            Damage::FlipMiddle => {
+                let middle = bytes.len() / 2;
+                bytes[middle] ^= 0x10;
+            }
+            Damage::CutHalf => bytes.truncate(bytes.len() / 2),
+            Damage::Empty => bytes.clear(),
+            Damage::Remove => return std::fs::remove_file(file),
+        }
+        std::fs::write(file, bytes)
+    }
+}
+
+#[test]
+fn damaged_objects_are_found_by_verify_and_never_restored() {
+    in_scratch(|scratch| {
+        let host = Standalone::start(scratch, &PgVersion::newest()?, Place::folder(scratch)?)?;
+        host.backup()?;
+        host.archive_all()?;
+        let repository = scratch.join("repository");
+        let cluster = repository.join("clusters").join(CLUSTER);
+        let verify = |deep: bool| {
+            let mut words = vec!["verify".to_owned()];
+            words.extend(host.place.flags(&host.key_file));
+            words.extend(["--cluster", CLUSTER, "-o", "json"].map(str::to_owned));
+            words.extend(deep.then(|| "--deep".to_owned()));
+            host.run(&words)
+        };
+        verify(false)?.ok()?;
+        verify(true)?.ok()?;
+
+        let damages = [Damage::FlipMiddle, Damage::CutHalf, Damage::Empty, Damage::Remove];
+        let cases = ["packs", "backups", "wal"].into_iter().flat_map(|folder| damages.map(|damage| (folder, damage)));
+        for (tried, (folder, damage)) in cases.enumerate() {
+            let file = largest_file(&cluster.join(folder));
+            let saved = std::fs::read(&file)?;
+            damage.inflict(&file)?;
+            let what = format!("{damage:?} of {}", file.display());
+            let found = verify(true)?;
+            anyhow::ensure!(
+                found.code == 1,
+                "{what}: verify ended with {}:\n{}{}",
+                found.code,
+                found.stdout,
+                found.stderr
+            );
+            let name = file.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            let said = format!("{}{}", found.stdout, found.stderr);
+            anyhow::ensure!(said.contains(name.split('.').next().unwrap_or_default()), "{what}: not named:\n{said}");
+
+            let data_dir = scratch.join(&format!("from-damaged-{tried}"));
+            let mut words = host.restore_words(&data_dir, &["--latest", "--start", "--port", "1"]);
+            words.extend(["--config".to_owned(), host.agent.config().display().to_string()]);
+            let restore = host.run(&words)?;
+            anyhow::ensure!(restore.code != 0, "{what}: restored:\n{}{}", restore.stdout, restore.stderr);
+            // Either nothing is there, or nothing that PostgreSQL would start.
+            if data_dir.exists() {
+                let mut postgres = host.server.version().command("postgres");
+                postgres.args(["-c", "port=1", "-c", "restore_command=false", "-D"]).arg(&data_dir);
+                let refused =
+                    walfleet_integration_tests::output::Output::of(postgres, std::time::Duration::from_secs(20))?;
+                anyhow::ensure!(refused.code != 0, "{what}: PostgreSQL starts on what is left");
+            }
+            std::fs::write(&file, saved)?;
+            walfleet_integration_tests::os_user::os_user().own(&file)?;
+        }
+        verify(true)?.ok()?;
+        Ok(())
+    });
+}
+
+/// A manifest's reference part is smaller than the manifest, a history file smaller than a segment.
+fn largest_file(folder: &Path) -> PathBuf {
+    let mut files = Vec::new();
+    let mut open = vec![folder.to_owned()];
+    while let Some(folder) = open.pop() {
+        for entry in std::fs::read_dir(&folder).into_iter().flatten().flatten() {
+            match entry.metadata() {
+                Ok(meta) if meta.is_dir() => open.push(entry.path()),
+                Ok(meta) => files.push((meta.len(), entry.path())),
+                Err(_) => {}
+            }
+        }
+    }
+    files.into_iter().max().map(|(_, path)| path).unwrap_or_else(|| panic!("nothing in {}", folder.display()))
+}
+
+/// Needs the right to mount; without it there is nothing to see here, and the test says so.
+#[test]
+fn a_full_disk_ends_a_restore_with_a_message_and_an_unfinished_directory() {
+    in_scratch(|scratch| {
+        if !rustix::process::geteuid().is_root() {
+            eprintln!("skipped: mounting a small disk needs root");
+            return Ok(());
+        }
+        let host = Standalone::start(scratch, &PgVersion::newest()?, Place::folder(scratch)?)?;
+        host.backup()?;
+        host.archive_all()?;
+        let disk = SmallDisk::mount(scratch, 12)?;
+        let data_dir = disk.0.join("data");
+        host.run(&host.restore_words(&data_dir, &["--latest"]))?.exit(1)?.says("o space left")?;
+        let mut postgres = host.server.version().command("postgres");
+        postgres.arg("-D").arg(&data_dir);
+        assert!(run(postgres).is_err(), "PostgreSQL starts on what is left");
+        Ok(())
+    });
+}
+
+struct SmallDisk(PathBuf);
+
+impl SmallDisk {
+    fn mount(scratch: &Scratch, megabytes: u32) -> anyhow::Result<SmallDisk> {
+        let folder = scratch.dir("small")?;
+        let mut mount = Command::new("mount");
+        mount.args(["-t", "tmpfs", "-o", &format!("size={megabytes}m,mode=777"), "tmpfs"]).arg(&folder);
+        run(mount)?;
+        Ok(SmallDisk(folder))
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
+    }
+}
