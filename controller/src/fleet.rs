@@ -23,6 +23,7 @@ pub use clusters::{AgentSeen, Assembly, ClusterSeen, Enrolled, MemberSeen, Pin};
 pub use link::{Link, LinkId, ToAgent};
 pub use observed::{AgentObserved, FactsObserved, HelloObserved, InstanceObserved, InstanceRole};
 
+use crate::config::Config;
 use crate::jobs::FencingToken;
 
 /// The paces of the fleet. One place, so that tests can be quick.
@@ -30,35 +31,43 @@ use crate::jobs::FencingToken;
 pub struct Timing {
     pub heartbeat: Duration,
     pub facts_interval: Duration,
+    /// A stream that is silent for this long is closed.
+    pub lost_after: Duration,
     /// An agent not heard for this long has lost the lease of its jobs.
     pub lease: Duration,
-    /// After a start of the controller, how long jobs wait for their agents to come back.
-    pub grace: Duration,
+    /// An offer that is not answered within this is sent again.
+    pub offer: Duration,
     /// A fresh stream must say hello within this.
-    pub hello_deadline: Duration,
+    pub hello: Duration,
     /// Facts that changed are stored at most this often.
     pub store_interval: Duration,
     /// How long a lost attempt's agent may take to come back before the repository's log is asked.
     pub patience: Duration,
     /// The reconciler runs at least this often.
     pub tick: Duration,
-    /// Finished jobs kept of each cluster.
-    pub history: usize,
+    /// How long an agent's right to write lasts.
+    pub writer: Duration,
+    /// How long jobs that are over are kept.
+    pub history: Duration,
 }
 
-impl Default for Timing {
-    fn default() -> Timing {
+impl Timing {
+    pub fn of(config: &Config) -> Timing {
+        let seconds = |seconds: u32| Duration::from_secs(seconds.into());
         Timing {
-            heartbeat: Duration::from_secs(5),
-            facts_interval: Duration::from_secs(10),
-            // Six heartbeats: a garbage-collected VM or a slow DNS answer is no failure.
-            lease: Duration::from_secs(30),
-            grace: Duration::from_secs(60),
-            hello_deadline: Duration::from_secs(10),
+            heartbeat: seconds(config.agents.heartbeat_seconds),
+            facts_interval: seconds(config.agents.facts_interval_seconds),
+            lost_after: seconds(config.agents.lost_after_seconds),
+            lease: seconds(config.jobs.lease_seconds),
+            offer: seconds(config.jobs.offer_seconds),
+            hello: Duration::from_secs(10),
+            // A fleet of 10,000 then makes at most 170 writes of a few kilobytes a second.
             store_interval: Duration::from_secs(60),
+            // Longer than a host takes to reboot and recover its disks.
             patience: Duration::from_secs(30 * 60),
-            tick: Duration::from_secs(2),
-            history: 50,
+            tick: seconds(config.jobs.reconcile_seconds),
+            writer: config.certificates.writer(),
+            history: Duration::from_secs(u64::from(config.jobs.history_days) * 86_400),
         }
     }
 }
@@ -264,7 +273,8 @@ impl Fleet {
             Some(heard) if heard.elapsed() > self.timing.lease => {
                 Some(format!("agent {agent} was last heard {}s ago", heard.elapsed().as_secs()))
             }
-            None if self.started.elapsed() > self.timing.grace => {
+            // After a start, agents have as long to come back as they may be silent.
+            None if self.started.elapsed() > self.timing.lease => {
                 Some(format!("agent {agent} did not come back after the controller's start"))
             }
             Some(_) | None => None,

@@ -9,6 +9,7 @@
 pub mod deliver;
 pub mod desired;
 pub mod leases;
+pub mod measure;
 pub mod report;
 pub mod schedules;
 pub mod writers;
@@ -193,7 +194,10 @@ impl Reconciler {
 
     async fn steps(&self, now: Timestamp, memory: &mut Memory, report: &mut PassReport) -> Result<(), ReconcileError> {
         for (agent, observed) in self.fleet.take_unstored() {
-            store::store_agent(&self.state, &agent, &observed).await?;
+            // One agent's facts that cannot be stored must not keep the fleet from its work.
+            if let Err(error) = store::store_agent(&self.state, &agent, &observed).await {
+                report.problems.push(format!("store the facts of agent {agent}: {}", in_full(&error)));
+            }
         }
         let picture = self.picture(now).await?;
         let assembly = picture.assemble();
@@ -210,7 +214,7 @@ impl Reconciler {
         report.desired_changed = deliver::desired(self, &picture, &assembly, &jobs).await?;
         deliver::orders(self, &jobs, &mut memory.delivered);
         self.fleet.keep_progress_of(|job| jobs.iter().any(|active| active.id == *job));
-        self.prune(&assembly, &mut memory.last_pruned, &jobs).await
+        self.prune(&assembly, &mut memory.last_pruned, &jobs, now).await
     }
 
     async fn dispatch(
@@ -238,17 +242,20 @@ impl Reconciler {
         Ok(())
     }
 
-    /// Looks at a cluster's history only when the number of its active jobs fell: then one has joined the history.
+    /// Looks at a cluster's history only when the number of its active jobs fell (then one has joined the history), and
+    /// once after the start.
     async fn prune(
         &self,
         assembly: &Assembly<'_>,
         last: &mut BTreeMap<ClusterName, usize>,
         jobs: &[Job],
+        now: Timestamp,
     ) -> Result<(), ReconcileError> {
+        let before = now.checked_sub(self.fleet.timing.history).unwrap_or(Timestamp::MIN);
         for cluster in assembly.clusters.keys() {
             let active = jobs.iter().filter(|job| job.cluster == *cluster).count();
-            if last.insert(cluster.clone(), active).is_none_or(|before| before > active) {
-                self.jobs.prune(cluster, self.fleet.timing.history).await?;
+            if last.insert(cluster.clone(), active).is_none_or(|had| had > active) {
+                self.jobs.prune(cluster, before).await?;
             }
         }
         Ok(())

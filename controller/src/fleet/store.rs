@@ -17,8 +17,17 @@ pub async fn load_agents(state: &State) -> Result<BTreeMap<String, AgentObserved
     Ok(rows.into_iter().map(|row| (row.key.trim_start_matches(AGENTS).to_owned(), row.value)).collect())
 }
 
+/// Backups stored of each instance. The rest comes again with the agent's next facts; until then the newest are enough
+/// to judge by, and a fleet of ten thousand fits into the state.
+const STORED_BACKUPS: usize = 10;
+
 pub async fn store_agent(state: &State, agent: &str, observed: &AgentObserved) -> Result<(), RowError> {
-    state.txn(Txn::new().then(put_row(format!("{AGENTS}{agent}"), observed)?)).await?;
+    let mut stored = observed.clone();
+    for instance in stored.facts.iter_mut().flat_map(|facts| &mut facts.instances) {
+        let surplus = instance.backups.len().saturating_sub(STORED_BACKUPS);
+        instance.backups.drain(..surplus);
+    }
+    state.txn(Txn::new().then(put_row(format!("{AGENTS}{agent}"), &stored)?)).await?;
     Ok(())
 }
 

@@ -90,6 +90,10 @@ pub struct Jobs {
     reported: Arc<Mutex<BTreeMap<ClusterName, BackupSummary>>>,
 }
 
+/// Finished jobs kept of each cluster: a month of daily backups and then some, and few enough that ten thousand clusters
+/// stay within a gigabyte.
+pub const HISTORY: usize = 60;
+
 /// Conflicts are rare and short: one controller writes, from few tasks.
 const ATTEMPTS: usize = 32;
 
@@ -278,11 +282,14 @@ impl Jobs {
         self.reported().clone()
     }
 
-    /// Forgets all but the newest `keep` finished jobs of a cluster. Says how many went.
-    pub async fn prune(&self, cluster: &ClusterName, keep: usize) -> Result<usize, JobStoreError> {
+    /// Forgets finished jobs of a cluster: all that ended before `before`, and all but the newest [`HISTORY`]. Says how
+    /// many went.
+    pub async fn prune(&self, cluster: &ClusterName, before: Timestamp) -> Result<usize, JobStoreError> {
         let (rows, _) = self.state.rows::<Job>(&format!("{DONE}{cluster}/")).await?;
-        let surplus = rows.len().saturating_sub(keep);
-        for row in rows.iter().take(surplus) {
+        let surplus = rows.len().saturating_sub(HISTORY);
+        let old = |row: &Row<Job>| row.value.finished_at.is_some_and(|at| at < before);
+        let mut pruned = 0;
+        for (_, row) in rows.iter().enumerate().filter(|(i, row)| *i < surplus || old(row)) {
             let mut txn = Txn::new()
                 .when(row.unchanged())
                 .then(Op::delete(row.key.clone()))
@@ -291,8 +298,9 @@ impl Jobs {
                 txn = txn.then(Op::delete(key.clone()));
             }
             self.state.txn(txn).await?;
+            pruned += 1;
         }
-        Ok(surplus)
+        Ok(pruned)
     }
 }
 

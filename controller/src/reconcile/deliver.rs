@@ -3,8 +3,8 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::Duration;
 
+use jiff::SignedDuration;
 use serde::{Deserialize, Serialize};
 use tokio::time::Instant;
 use walfleet_repository::ids::JobId;
@@ -26,12 +26,9 @@ pub enum Said {
     Cancel,
 }
 
-/// An agent answers an offer within moments; repeating one costs nothing, since it changes nothing.
-const REPEAT: Duration = Duration::from_secs(10);
-
 /// Sends offers and cancels that wait for an answer, and stops attempts that nobody waits for any more.
 pub fn orders(reconciler: &Reconciler, jobs: &[Job], delivered: &mut Delivered) {
-    delivered.retain(|_, (_, at)| at.elapsed() < REPEAT);
+    delivered.retain(|_, (_, at)| at.elapsed() < reconciler.fleet.timing.offer);
     let mut say = |agent: &str, id: &JobId, token: FencingToken, said: Said, message: &dyn Fn() -> ToAgent| {
         let Some(link) = reconciler.fleet.link(agent) else { return };
         let key = (id.clone(), token, said);
@@ -86,7 +83,9 @@ pub async fn desired(
         let row: Option<Row<Told>> = reconciler.state.row(&key).await?;
         let told = row.as_ref().map(|row| &row.value);
         let clusters = content.member_of();
-        let writer = writers::chain(&reconciler.keeper, &member, clusters, told.map(|told| &told.writer), picture.now)?;
+        let lifetime = SignedDuration::try_from(reconciler.fleet.timing.writer).unwrap_or(SignedDuration::MAX);
+        let last = told.map(|told| &told.writer);
+        let writer = writers::chain(&reconciler.keeper, &member, clusters, last, lifetime, picture.now)?;
         let generation = match told.filter(|told| told.content == content && told.writer == writer) {
             Some(told) => told.generation,
             None => {

@@ -25,29 +25,28 @@ pub enum WriterError {
     BadKey { agent: String },
 }
 
-/// An agent that the controller does not reach goes on writing until then.
-const LIFETIME: SignedDuration = SignedDuration::from_hours(90 * 24);
-/// Half of it: then no outage shorter than 45 days stops an agent.
-const RENEW_BEFORE: SignedDuration = SignedDuration::from_hours(45 * 24);
-
-/// The chain told last, while it fits; else a fresh one.
+/// The chain told last, while it fits; else a fresh one. Renewed after a third of its life: an agent that loses the
+/// controller can write for the rest.
 pub fn chain(
     keeper: &KeeperKey,
     agent: &Member,
     clusters: Vec<ClusterName>,
     told: Option<&WriterChain>,
+    lifetime: SignedDuration,
     now: Timestamp,
 ) -> Result<WriterChain, WriterError> {
     let name = agent.name.to_string();
     let writer_key = agent.writer_public_key.clone().ok_or_else(|| WriterError::NoKey { agent: name.clone() })?;
     let fits = |told: &&WriterChain| {
-        told.clusters == clusters && told.writer_key == writer_key && told.not_after.duration_since(now) > RENEW_BEFORE
+        told.clusters == clusters
+            && told.writer_key == writer_key
+            && told.not_after.duration_since(now) > lifetime * 2 / 3
     };
     if let Some(told) = told.filter(fits) {
         return Ok(told.clone());
     }
     let public_key: PublicKey = writer_key.parse().map_err(|_| WriterError::BadKey { agent: name.clone() })?;
-    let not_after = now.checked_add(LIFETIME).unwrap_or(Timestamp::MAX);
+    let not_after = now.checked_add(lifetime).unwrap_or(Timestamp::MAX);
     let certificates = keeper.writer_chain(&name, public_key, clusters.clone(), not_after.as_microsecond());
     Ok(WriterChain { certificates, writer_key, clusters, not_after })
 }

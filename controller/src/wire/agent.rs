@@ -149,11 +149,14 @@ fn instance_in(instance: pb::InstanceFacts) -> Result<InstanceObserved, WireErro
         pb::InstanceRole::Down => InstanceRole::Down,
         pb::InstanceRole::Unspecified => return Err(WireError::new("role", "it is not given")),
     };
-    // The newest of each list are kept: ids and ranges come in order of time.
     let newest = |len: usize, limit: usize| len.saturating_sub(limit);
-    let skipped = newest(instance.backups.len(), MAX_BACKUPS);
+    // Ids sort by time: the newest stay, in whatever order they came.
+    let mut backups = instance.backups.into_iter().map(recovery::backup_in).collect::<Result<Vec<_>, _>>()?;
+    backups.sort_by(|a, b| a.id.cmp(&b.id));
+    backups.drain(..newest(backups.len(), MAX_BACKUPS));
     let mut windows = instance.windows.into_iter().take(16).map(recovery::window_in).collect::<Result<Vec<_>, _>>()?;
     for window in &mut windows {
+        window.ranges.sort_by_key(|range| range.from);
         window.ranges.drain(..newest(window.ranges.len(), MAX_RANGES));
         window.gaps.drain(..newest(window.gaps.len(), MAX_RANGES));
     }
@@ -170,7 +173,7 @@ fn instance_in(instance: pb::InstanceFacts) -> Result<InstanceObserved, WireErro
         data_checksums: instance.data_checksums,
         archive: instance.archive.map(archive_in).transpose()?,
         windows,
-        backups: instance.backups.into_iter().skip(skipped).map(recovery::backup_in).collect::<Result<_, _>>()?,
+        backups,
         problems: instance.problems.into_iter().take(MAX_PROBLEMS).map(bounded).collect(),
         tablespaces: instance
             .tablespaces
