@@ -89,3 +89,20 @@ async fn every_view_is_one_json_document_and_the_same_as_yaml() {
         assert_eq!(json, from_yaml, "{command}");
     }
 }
+
+#[tokio::test]
+async fn every_command_is_the_root_of_a_trace() {
+    // The program itself: spans have ids only where telemetry is installed, once for a process.
+    let controller = Controller::with(fleet()).await;
+    let folder = tempfile::tempdir().unwrap();
+    let context = folder.path().join("c.yaml");
+    std::fs::write(&context, format!("controller: http://{}\n", controller.address)).unwrap();
+    let program = env!("CARGO_BIN_EXE_walfleet");
+    let output =
+        tokio::process::Command::new(program).args(["status", "--context"]).arg(&context).output().await.unwrap();
+    assert!(output.status.success(), "{output:?}");
+    let sent = controller.script().traceparents.clone();
+    let [traceparent] = sent.as_slice() else { panic!("{sent:?}") };
+    assert_eq!(traceparent.len(), 55, "{traceparent}");
+    assert!(!traceparent.contains("00000000000000000000000000000000"), "{traceparent}");
+}
