@@ -32,7 +32,8 @@ pub struct ScanSpec {
     /// Of the server, from pg_control or the server itself; names the tablespaces' version directory.
     pub major: u32,
     pub catalog_version: u32,
-    /// Paths below the data directory of which only the directory itself is kept: the server's log directory.
+    /// Directories of which only the directory itself is kept, absolute or below the data directory: the server's
+    /// log_directory. PostgreSQL's own are not among them, whatever stands here.
     pub without_content: Vec<PathBuf>,
 }
 
@@ -291,8 +292,9 @@ impl Scan {
             self.stack.push(Level { path, absolute, room, directory: None, listing, next: 0 });
             return Ok(());
         }
-        let excluded = |without: &PathBuf| without.as_os_str().as_bytes() == path.as_slice();
-        if self.tablespaces_inside.contains(&path) || self.spec.without_content.iter().any(excluded) {
+        let excluded = |without: &PathBuf| self.spec.data_dir.join(without) == absolute;
+        let is_log = room == Room::Other && self.spec.without_content.iter().any(excluded);
+        if is_log || self.tablespaces_inside.contains(&path) {
             return Ok(());
         }
         // Only tablespaces are reached by a link.

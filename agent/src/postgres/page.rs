@@ -143,7 +143,7 @@ impl PageHeader {
             & (self.lower <= self.upper)
             & (self.upper <= self.special)
             & (usize::from(self.special) <= page_bytes)
-            & (self.special % 8 == 0)
+            & self.special.is_multiple_of(8)
     }
 }
 

@@ -2,7 +2,7 @@
 //! visibly where none is installed.
 
 use std::fs;
-use std::os::unix::fs::{PermissionsExt, chown};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -47,6 +47,15 @@ impl Installation {
             eprintln!("SKIPPED for release {}: {program} is not installed", self.major);
         }
         has
+    }
+
+    /// Makes the servers' user the owner of everything under `path`.
+    pub fn give(&self, path: &Path) {
+        let Some((uid, gid)) = user() else { return };
+        std::os::unix::fs::lchown(path, Some(uid), Some(gid)).unwrap();
+        if fs::symlink_metadata(path).unwrap().is_dir() {
+            fs::read_dir(path).unwrap().flatten().for_each(|entry| self.give(&entry.path()));
+        }
     }
 
     /// Runs one of the programs as the servers' user; panics if it fails.
@@ -106,9 +115,7 @@ impl TestServer {
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
         let folder = dir.path().join("pg");
         fs::create_dir(&folder).unwrap();
-        if let Some((uid, gid)) = user() {
-            chown(&folder, Some(uid), Some(gid)).unwrap();
-        }
+        installation.give(&folder);
         // Only names a socket: each directory has its own.
         TestServer { installation: installation.clone(), data_dir: folder.join("data"), port: 5432, dir }
     }

@@ -37,7 +37,7 @@ impl Tree {
     }
 
     fn scan(&self) -> Scan {
-        let without_content = vec![PathBuf::from("log")];
+        let without_content = vec!["log".into(), self.data_dir.join("more/log"), "global".into()];
         Scan::new(ScanSpec { data_dir: self.data_dir.clone(), major: 18, catalog_version: 202506291, without_content })
             .unwrap()
     }
@@ -76,6 +76,7 @@ fn what_pg_basebackup_leaves_out_is_left_out_and_the_rest_is_there_in_order() {
         "global/pg_internal.init",
         "log/today.log",
         "lost+found/x",
+        "more/log/today.log",
         "pg_notify/0000",
         "pg_replslot/one/state",
         "pg_stat/pgstat.stat",
@@ -105,6 +106,8 @@ fn what_pg_basebackup_leaves_out_is_left_out_and_the_rest_is_there_in_order() {
         "global/1260",
         "log/",
         "lost+found?",
+        "more/",
+        "more/log/",
         "pg_notify/",
         "pg_replslot/",
         "pg_stat/",

@@ -39,6 +39,7 @@ pub struct ServerFacts {
     pub full_page_writes: bool,
     pub archive: ArchiveSettings,
     pub archiver: Option<ArchiverState>,
+    /// But for the two built-in ones.
     pub tablespaces: Vec<ServerTablespace>,
     /// The server's clock, microseconds since the Unix epoch.
     pub clock_us: i64,
@@ -79,7 +80,7 @@ impl ArchiverState {
 pub struct ServerTablespace {
     pub oid: u32,
     pub name: String,
-    /// Empty for the two built-in ones; relative for in-place ones.
+    /// Relative to the data directory for in-place ones.
     pub location: PathBuf,
 }
 
@@ -118,7 +119,9 @@ const ARCHIVER_SQL: &str = "SELECT archived_count, last_archived_wal, \
     (extract(epoch FROM last_archived_time) * 1000000)::bigint, failed_count, last_failed_wal, \
     (extract(epoch FROM last_failed_time) * 1000000)::bigint FROM pg_stat_archiver";
 
-const TABLESPACES_SQL: &str = "SELECT oid, spcname::text, pg_tablespace_location(oid) FROM pg_tablespace ORDER BY oid";
+/// Without pg_default and pg_global, which have no location.
+const TABLESPACES_SQL: &str = "SELECT oid, spcname::text, pg_tablespace_location(oid) FROM pg_tablespace \
+    WHERE oid NOT IN (1663, 1664) ORDER BY oid";
 
 impl Server {
     pub async fn facts(&self) -> Result<ServerFacts, ServerError> {
