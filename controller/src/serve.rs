@@ -14,8 +14,10 @@ use walfleet_proto::agent::v1::enrolment_server::EnrolmentServer;
 use walfleet_proto::operator::v1::access_server::AccessServer;
 use walfleet_proto::telemetry;
 
+use crate::api::{Api, Ground};
 use crate::audit::Audit;
 use crate::config::Config;
+use crate::fleet::Timing;
 use crate::identity::api::IdentityApi;
 use crate::identity::keeper_key::KeeperKeyError;
 use crate::identity::permission::{Gate, GateLayer};
@@ -52,8 +54,8 @@ pub enum StartError {
     State(#[from] StateError),
     #[error(transparent)]
     Transfer(#[from] transfer::TransferError),
-    #[error("read the members")]
-    Members(#[from] RowError),
+    #[error("read the fleet's state")]
+    Row(#[from] RowError),
     #[error(transparent)]
     Tls(#[from] tls::TlsError),
     #[error("listen on {address} ({option})")]
@@ -151,6 +153,9 @@ async fn start_on(foundation: Foundation) -> Result<Running, StartError> {
         .map_err(listen("listen", config.listen))?;
     let address = door.address().map_err(listen("listen", config.listen))?;
 
+    // The loops begin only once the port is ours: a second controller on this host has decided nothing by then.
+    let api = Api::open(ground(&foundation)).await?;
+    api.start();
     let stop = cancel.clone();
     foundation.tasks.spawn("server certificate", async move { certificate.keep_fresh(&stop).await });
     foundation.tasks.spawn("state check", watch_state(foundation.clone()));
@@ -164,18 +169,32 @@ async fn start_on(foundation: Foundation) -> Result<Running, StartError> {
         .trace_fn(telemetry::server_span)
         .layer(measure::MeasureLayer { metrics: metrics.clone() })
         .layer(gate)
-        .add_routes(routes(&foundation));
+        .add_routes(routes(&foundation, &api));
     let incoming = door.connections(cancel.clone());
     let server = tokio::spawn(server.serve_with_incoming_shutdown(incoming, cancel.clone().cancelled_owned()));
     metrics.set_readiness("door", Readiness::Ready);
     Ok(Running { address, metrics_address, foundation, server })
 }
 
+/// What the fleet's half stands on.
+fn ground(foundation: &Foundation) -> Ground {
+    Ground {
+        name: foundation.config.controller_name(),
+        state: foundation.state.clone(),
+        roster: foundation.roster().clone(),
+        keeper_key: foundation.keeper_key.clone(),
+        audit: foundation.audit.clone(),
+        metrics: foundation.metrics.clone(),
+        timing: Timing::of(&foundation.config),
+        cancel: foundation.cancel.clone(),
+    }
+}
+
 /// Every service the controller offers.
-fn routes(foundation: &Foundation) -> Routes {
+fn routes(foundation: &Foundation, api: &Api) -> Routes {
     let Foundation { state, enrolment, audit, .. } = foundation;
     let identity = IdentityApi::new(state.clone(), enrolment.clone(), audit.clone());
-    Routes::new(EnrolmentServer::new(identity.clone())).add_service(AccessServer::new(identity))
+    api.add_to(Routes::new(EnrolmentServer::new(identity.clone())).add_service(AccessServer::new(identity)))
 }
 
 async fn serve_metrics(foundation: &Foundation) -> Result<Option<SocketAddr>, StartError> {
