@@ -78,7 +78,7 @@ fn place(
     if kind == JobKind::Backup
         && let Some(other) = taken.backups.get(&job.cluster)
     {
-        return Err(format!("{other} backs up {} now", job.cluster));
+        return Err(format!("{other} backs {} up now", job.cluster));
     }
     let candidates = match &job.on {
         Some(agent) => vec![agent.as_str()],

@@ -130,7 +130,12 @@ pub fn parse(text: &str) -> Result<Vec<Document>, ResourceError> {
     for ((at, reader), kind) in serde_yaml_ng::Deserializer::from_str(text).enumerate().zip(kinds) {
         let Some(kind) = kind else { continue };
         let document = at + 1;
-        let read = Document::read(kind, reader).map_err(|error| yaml_error(document, &error))?;
+        let read = Document::read(kind, reader).map_err(|error| match yaml_error(document, &error) {
+            ResourceError::Yaml { document, problem, hint } => {
+                ResourceError::Yaml { document, problem: with_field(text, at, problem), hint }
+            }
+            other => other,
+        })?;
         read.validate(document)?;
         if let Some((earlier, _)) =
             documents.iter().find(|(_, other)| (other.kind(), other.name()) == (read.kind(), read.name()))
@@ -157,6 +162,25 @@ fn yaml_error(document: usize, error: &serde_yaml_ng::Error) -> ResourceError {
         None => (text, String::new()),
     };
     ResourceError::Yaml { document, problem, hint }
+}
+
+/// The parser names the section in which a value was refused; the field is the one in it that holds the refused text.
+fn with_field(text: &str, at: usize, problem: String) -> String {
+    let document = serde_yaml_ng::Deserializer::from_str(text).nth(at);
+    let tree = document.and_then(|reader| serde_yaml_ng::Value::deserialize(reader).ok());
+    let (Some(tree), Some((section, refused))) = (tree, problem.split_once(": \"")) else { return problem };
+    let Some((refused, _)) = refused.split_once('"') else { return problem };
+    let place = section.split('.').try_fold(&tree, |value, part| value.get(part));
+    let Some(serde_yaml_ng::Value::Mapping(fields)) = place else { return problem };
+    let mut holding = fields.iter().filter(|(_, value)| {
+        serde_yaml_ng::to_string(value).is_ok_and(|text| text.trim_end().trim_matches(['\'', '"']) == refused)
+    });
+    match (holding.next(), holding.next()) {
+        (Some((serde_yaml_ng::Value::String(field), _)), None) => {
+            problem.replacen(section, &format!("{section}.{field}"), 1)
+        }
+        _ => problem,
+    }
 }
 
 fn kind_of(document: usize, head: &Head) -> Result<Kind, ResourceError> {

@@ -1,1 +1,159 @@
-//! stub
+use std::sync::Arc;
+
+use super::*;
+use crate::fleet::clusters::{Enrolled, Pin, assemble};
+use crate::fleet::observed::{AgentObserved, FactsObserved, HelloObserved, InstanceObserved};
+use crate::jobs::work::{BackupWork, VerifyWork, Work};
+use crate::jobs::{FencingToken, JobState};
+use crate::resources::document;
+use crate::resources::stored::Catalog;
+use walfleet_repository::ids::RecipientId;
+use walfleet_repository::postgres::Lsn;
+
+const NOW: i64 = 1_780_000_000;
+
+fn at(seconds: i64) -> Timestamp {
+    Timestamp::from_second(NOW + seconds).expect("in range")
+}
+
+fn agent(role: InstanceRole, lsn: u64, connected: bool) -> AgentSeen {
+    let instance = InstanceObserved {
+        cluster: "orders".to_owned(),
+        system_identifier: 7,
+        server_version_num: 170_000,
+        role,
+        data_dir: "/data".to_owned(),
+        port: 5432,
+        timeline: 1,
+        current_lsn: Some(Lsn(lsn)),
+        cluster_bytes: 0,
+        data_checksums: true,
+        archive: None,
+        windows: vec![],
+        backups: vec![],
+        problems: vec![],
+        tablespaces: BTreeMap::new(),
+    };
+    let hello = HelloObserved {
+        version: "1".to_owned(),
+        incarnation: "a".to_owned(),
+        hostname: "h".to_owned(),
+        labels: BTreeMap::new(),
+        recipient: RecipientId([1; 32]),
+        capabilities: vec!["backup".to_owned(), "restore".to_owned()],
+    };
+    let facts = FactsObserved { at: at(0), received_at: at(0), instances: vec![instance] };
+    let observed = AgentObserved { hello: Some(hello), facts: Some(facts), last_seen: Some(at(0)) };
+    AgentSeen { observed: Arc::new(observed), connected, last_seen: Some(at(0)), enrolled: Enrolled::default() }
+}
+
+fn catalog(prefer: &str) -> Catalog {
+    let text = format!(
+        "apiVersion: walfleet/v1\nkind: Repository\nname: main\nspec: {{url: 'file:///r'}}\n---\n\
+         apiVersion: walfleet/v1\nkind: Policy\nname: gold\nspec: {{selector: '', repository: main, backup: {{prefer: {prefer}}}}}\n"
+    );
+    document::parse(&text).expect("good").into_iter().collect()
+}
+
+fn job(id: &str, work: Work, state: JobState, agent: Option<&str>) -> Job {
+    Job {
+        id: id.parse().expect("an id"),
+        cluster: "orders".parse().expect("a name"),
+        work,
+        on: None,
+        requested_by: "ann".to_owned(),
+        run: None,
+        request_key: None,
+        traceparent: String::new(),
+        created_at: at(0),
+        started_at: None,
+        finished_at: None,
+        retries: 0,
+        failures: 0,
+        attempt: 0,
+        token: FencingToken(0),
+        agent: agent.map(str::to_owned),
+        cancel: None,
+        state,
+        outcome: None,
+    }
+}
+
+fn backup() -> Work {
+    Work::Backup(BackupWork {
+        repository: "main".to_owned(),
+        fast_checkpoint: true,
+        compression_level: None,
+        processes: None,
+    })
+}
+
+fn verify() -> Work {
+    Work::Verify(VerifyWork { repository: "main".to_owned(), backup: None, deep: false })
+}
+
+fn queued() -> JobState {
+    JobState::Queued { reason: String::new(), not_before: at(0) }
+}
+
+fn decide(jobs: &[Job], agents: &[(&str, AgentSeen)], prefer: &str) -> Vec<String> {
+    let agents: BTreeMap<String, AgentSeen> =
+        agents.iter().map(|(name, seen)| ((*name).to_owned(), seen.clone())).collect();
+    let pin = Pin { system_identifier: 7, discovered_by: "db1".to_owned(), discovered_at: at(0) };
+    let pins = [("orders".parse().expect("a name"), pin)].into();
+    let catalog = catalog(prefer);
+    let assembly = assemble(at(0), &agents, &pins, &catalog);
+    plan(at(0), jobs, &agents, &assembly)
+        .into_iter()
+        .map(|(_, decision)| match decision {
+            Decision::Offer { agent } => format!("to {agent}"),
+            Decision::Wait { reason } => reason,
+        })
+        .collect()
+}
+
+#[test]
+fn the_member_for_a_backup_is_the_preferred_one_among_those_that_are_fit() {
+    use InstanceRole::{Down, Primary, Standby};
+    let one = [job("job_1", backup(), queued(), None)];
+    let (primary, near, far) = (agent(Primary, 100, true), agent(Standby, 90, true), agent(Standby, 50, true));
+    let away = agent(Standby, 95, false);
+    let table = [
+        (vec![("db1", primary.clone()), ("db2", far.clone()), ("db3", near.clone())], "standby", "to db3"),
+        (vec![("db1", primary.clone()), ("db2", far.clone())], "primary", "to db1"),
+        (vec![("db1", primary.clone()), ("db2", away.clone())], "standby", "to db1"),
+        (vec![("db1", agent(Down, 0, true)), ("db2", far)], "primary", "to db2"),
+        (vec![("db1", agent(Down, 0, true))], "primary", "no server of orders answers (asked: db1)"),
+        (vec![("db2", away)], "standby", "agent db2 is not connected"),
+    ];
+    for (agents, prefer, expected) in table {
+        assert_eq!(decide(&one, &agents, prefer), [expected]);
+    }
+}
+
+#[test]
+fn a_cluster_is_backed_up_by_one_job_at_a_time_even_if_that_one_is_unknown() {
+    let agents = [("db1", agent(InstanceRole::Primary, 100, true)), ("db2", agent(InstanceRole::Standby, 90, true))];
+    let unknown = JobState::Unknown { since: at(0), reason: String::new(), accepted: true };
+    let jobs = [job("job_1", backup(), unknown, Some("db1")), job("job_2", backup(), queued(), None)];
+    assert_eq!(decide(&jobs, &agents, "standby"), ["job_1 backs orders up now"]);
+    let jobs = [job("job_1", backup(), queued(), None), job("job_2", backup(), queued(), None)];
+    assert_eq!(decide(&jobs, &agents, "standby"), ["to db2", "job_1 backs orders up now"]);
+}
+
+#[test]
+fn what_waits_says_why_and_a_pause_is_kept() {
+    let agents = [("db1", agent(InstanceRole::Primary, 100, true))];
+    let later = JobState::Queued { reason: String::new(), not_before: at(1) };
+    assert!(decide(&[job("job_1", backup(), later, None)], &agents, "primary").is_empty());
+    assert_eq!(
+        decide(&[job("job_1", verify(), queued(), None)], &agents, "primary"),
+        ["agent db1 does not offer verify"]
+    );
+    let elsewhere = Job { on: Some("db9".to_owned()), ..job("job_1", backup(), queued(), None) };
+    assert_eq!(decide(&[elsewhere], &agents, "primary"), ["agent db9 never connected"]);
+    assert_eq!(
+        decide(&[job("job_1", backup(), queued(), None)], &[], "primary"),
+        ["no agent declares an instance of orders"]
+    );
+}

@@ -142,7 +142,7 @@ fn every_course_ends_where_the_diagram_says() {
 #[test]
 fn an_attempt_that_was_replaced_changes_nothing_any_more() {
     let first = after(job(3), vec![offer(7), accepted(), lease_lost(), not_in_journal()]);
-    let second = after(first, vec![offer(9)]);
+    let second = after_at(first, offer(9), at(19_000));
     assert_eq!((second.phase(), second.attempt), (Phase::Offered, 2));
     for late in [accepted(), ended(succeeded()), ended(failed(false)), declined(false), not_in_journal()] {
         let step = second.on_event(late.clone(), at(20_000));
