@@ -1,3 +1,409 @@
-//! To be filled.
+//! A base backup: always a full one in the repository, at the cost of what changed.
+//!
+//! [`run`] is the whole of it: start in Postgres, open a session in the cluster's log, copy, stop, wait until the archive
+//! holds the WAL that makes it consistent, commit. [`scan`] lists what belongs into it, [`copy`] and [`stretch`] read and
+//! pack, [`manifest_json`] writes PostgreSQL's own backup_manifest on restore.
 
+pub mod copy;
+pub mod manifest_json;
 pub mod scan;
+pub mod stretch;
+mod wal_wait;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::runtime::Handle;
+use tokio_util::sync::CancellationToken;
+use walfleet_repository::backup::commit::{BackupSession, Parent, SessionError, SessionSpec, parent_packs};
+use walfleet_repository::backup::file_list::{PlacedFile, resolve_entry};
+use walfleet_repository::backup::write::{PackSession, WriteError};
+use walfleet_repository::cluster::{ClusterError, OpenCluster};
+use walfleet_repository::format::manifest::{Counters, DamagedPages, FileEntry, Manifest, Tablespace};
+use walfleet_repository::postgres::{Lsn, WalBranch};
+use walfleet_repository::signature::Signer;
+
+use crate::backup::copy::{BadFile, CopyError, CopyReport, CopySpec};
+use crate::backup::scan::{Scan, ScanError, ScanSpec, ScannedFile};
+use crate::backup::stretch::{PageCheck, StretchError};
+use crate::postgres::page::PageRules;
+use crate::backup::wal_wait::WalWaitError;
+use crate::failure::{ExitCode, Failure, Remedy};
+use crate::facts::repository::summary;
+use crate::jobs::report::BackupReport;
+use crate::postgres::control::{ControlCopy, ControlError, ControlFile};
+use crate::postgres::server::{BackupStop, CheckpointPace, Server, ServerError, ServerFacts, ServerRole};
+use crate::progress::Progress;
+use crate::wal::ship::{ShipError, Shipper};
+
+/// A page that claims a change further than this behind the start of the backup is looked at again when its end is
+/// known: few clusters write 16 GiB of WAL during a backup, and those that do only pay for the second look.
+const PLAUSIBLE_WAL: u64 = 16 << 30;
+
+/// What a backup is taken of, and how.
+pub struct BackupRequest {
+    pub cluster: OpenCluster,
+    pub signer: Arc<Signer>,
+    /// This agent's name.
+    pub member: String,
+    pub data_dir: PathBuf,
+    /// As for libpq.
+    pub connection: String,
+    /// The scheduled run it serves.
+    pub run: Option<String>,
+    pub pace: CheckpointPace,
+    pub compression_level: i32,
+    pub processes: u32,
+    /// Ships what the archive still lacks when the backup ends.
+    pub shipper: Arc<Shipper>,
+    /// How long to wait then for WAL that this host cannot ship itself.
+    pub wal_wait: Duration,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum BackupError {
+    #[error(transparent)]
+    Server(#[from] ServerError),
+    #[error("the server's data directory is {found}, and this instance's is {expected}\nHINT: check the instance's connection and data_dir in the agent's configuration.")]
+    DataDirectory { found: PathBuf, expected: PathBuf },
+    #[error(transparent)]
+    Control(#[from] ControlError),
+    #[error(transparent)]
+    Session(#[from] SessionError),
+    #[error(transparent)]
+    Cluster(#[from] ClusterError),
+    #[error(transparent)]
+    Copy(#[from] CopyError),
+    #[error(transparent)]
+    Scan(#[from] ScanError),
+    #[error(transparent)]
+    Write(#[from] WriteError),
+    #[error(transparent)]
+    WalWait(#[from] WalWaitError),
+    #[error("find the branch of timeline {timeline}: {source}")]
+    Branch { timeline: walfleet_repository::postgres::Timeline, source: Arc<ShipError> },
+    #[error("the server was promoted during the backup, from timeline {from} to {to}\nHINT: take the backup again.")]
+    Promoted { from: u32, to: u32 },
+    #[error("the copying thread ended without a result")]
+    CopyLost,
+    #[error("cancelled")]
+    Cancelled,
+}
+
+impl BackupError {
+    pub fn is_cancelled(&self) -> bool {
+        matches!(
+            self,
+            BackupError::Cancelled
+                | BackupError::Copy(CopyError::Cancelled | CopyError::Read(StretchError::Cancelled))
+                | BackupError::WalWait(WalWaitError::Cancelled)
+        )
+    }
+}
+
+impl From<BackupError> for Failure {
+    fn from(error: BackupError) -> Failure {
+        use BackupError as E;
+        if error.is_cancelled() {
+            return Failure::cancelled();
+        }
+        let (code, exit, remedy) = match &error {
+            E::Server(_) => ("backup.postgres", ExitCode::Failed, Remedy::Retry),
+            E::DataDirectory { .. } => ("backup.data_directory", ExitCode::Refused, Remedy::Operator),
+            E::Control(_) => ("backup.pg_control", ExitCode::Failed, Remedy::Operator),
+            E::Session(SessionError::RunServed { .. }) => ("backup.run_served", ExitCode::Refused, Remedy::Operator),
+            E::Session(error) if error.is_retryable() => ("backup.repository", ExitCode::Failed, Remedy::Retry),
+            E::Session(_) => ("backup.repository", ExitCode::Failed, Remedy::Operator),
+            E::Cluster(error) if error.is_retryable() => ("backup.repository", ExitCode::Failed, Remedy::Retry),
+            E::Cluster(_) => ("backup.repository", ExitCode::Failed, Remedy::Operator),
+            E::Write(_) => ("backup.repository", ExitCode::Failed, Remedy::Retry),
+            E::Copy(_) | E::CopyLost => ("backup.read", ExitCode::Failed, Remedy::Retry),
+            E::Scan(_) => ("backup.read", ExitCode::Failed, Remedy::Operator),
+            E::WalWait(_) => ("backup.wal_missing", ExitCode::Failed, Remedy::Retry),
+            E::Branch { .. } => ("backup.wal_missing", ExitCode::Failed, Remedy::Retry),
+            E::Promoted { .. } => ("backup.promoted", ExitCode::Failed, Remedy::Retry),
+            E::Cancelled => ("cancelled", ExitCode::Failed, Remedy::Operator),
+        };
+        Failure::new(code, exit, remedy, error)
+    }
+}
+
+/// Takes a backup. After cancellation or an error the session is aborted in the log where that is still possible, and
+/// the server is out of backup mode; packs already stored are garbage that nothing refers to.
+pub async fn run(
+    request: BackupRequest,
+    progress: &Progress,
+    cancel: &CancellationToken,
+) -> Result<BackupReport, BackupError> {
+    let requests_before = request.cluster.repository().store().counters().requests();
+    progress.enter("checkpoint", 0);
+    let server = Server::connect(&request.connection).await?;
+    let facts = server.facts().await?;
+    check_data_directory(&request, &facts)?;
+    let cluster_bytes = server.cluster_bytes().await.ok().flatten().unwrap_or(0);
+    let label = format!("walfleet {}", request.cluster.name());
+    let starting = tokio::select! {
+        // Dropping the connection ends backup mode by itself.
+        () = cancel.cancelled() => return Err(BackupError::Cancelled),
+        started = server.start_backup(&label, request.pace) => started?,
+    };
+    let wal = branch(&request, &facts).await?;
+    let spec = SessionSpec { run: request.run.clone(), wal, wal_floor: starting.start_lsn };
+    let opened = BackupSession::open(request.cluster.clone(), request.signer.clone(), &request.member, spec).await;
+    let (session, parent) = opened?;
+    tracing::info!(backup = %session.id(), start_lsn = %starting.start_lsn, parents = ?session.parents(), "backup started");
+
+    let taken = take(&request, &session, parent, starting, &facts, wal, cluster_bytes, (progress, cancel)).await;
+    let (manifest, packs, damaged) = match taken {
+        Ok(taken) => taken,
+        Err(error) => {
+            let id = session.id().clone();
+            if let Err(abort) = session.abort(&error.to_string()).await {
+                tracing::warn!(backup = %id, "the session could not be aborted and stays open: {abort}");
+            }
+            return Err(error);
+        }
+    };
+    progress.enter("commit", 0);
+    let mut manifest = manifest;
+    manifest.counters.store_requests =
+        request.cluster.repository().store().counters().requests().saturating_sub(requests_before);
+    let committed = session.commit(&manifest, packs, damaged).await?;
+    tracing::info!(backup = %committed.reference.backup, stop_lsn = %committed.reference.stop_lsn,
+        read_bytes = manifest.counters.read_bytes, stored_bytes = manifest.counters.stored_bytes, "backup committed");
+    Ok(summary(&committed))
+}
+
+type Taken = (Manifest, Vec<walfleet_repository::backup::write::UsedPack>, u64);
+
+/// Everything between the session's opening and its commit.
+#[allow(clippy::too_many_arguments, reason = "one caller, which owns them all for the time of the backup")]
+async fn take(
+    request: &BackupRequest,
+    session: &BackupSession,
+    parent: Option<Parent>,
+    starting: crate::postgres::server::BackupSession,
+    facts: &ServerFacts,
+    wal: WalBranch,
+    cluster_bytes: u64,
+    (progress, cancel): (&Progress, &CancellationToken),
+) -> Result<Taken, BackupError> {
+    let start_lsn = starting.start_lsn;
+    let started_at_us = starting.started_at_us;
+    progress.enter("copy", cluster_bytes);
+    let packs = PackSession::begin(
+        request.cluster.repository().store().clone(),
+        request.cluster.name().clone(),
+        session.id().clone(),
+        request.cluster.keys().newest().clone(),
+        request.compression_level,
+        parent.iter().flat_map(|parent| parent_packs(&parent.backup)),
+    );
+    // A lost connection ends the backup at once: Postgres has left backup mode.
+    let stop_copy = cancel.child_token();
+    let copying = copy_files(request, facts, start_lsn, parent, &packs, progress, &stop_copy);
+    tokio::pin!(copying);
+    let copied = tokio::select! {
+        copied = &mut copying => copied?,
+        lost = starting.lost() => {
+            stop_copy.cancel();
+            // The threads end at their next read; what they hand back no longer matters.
+            let _ = copying.await;
+            return Err(lost.into());
+        }
+    };
+    let (copied, control, control_entry) = copied;
+    progress.enter("stop", 0);
+    let stop = starting.stop().await?;
+    if stop.timeline != facts.timeline {
+        return Err(BackupError::Promoted { from: facts.timeline.0, to: stop.timeline.0 });
+    }
+    let used = packs.finish().await?;
+    progress.enter("wait for wal", 0);
+    let wait = wal_wait::WalWait {
+        shipper: &request.shipper,
+        archive: request.cluster.wal_archive(request.compression_level),
+        wal,
+        segment_size: facts.wal_segment_size,
+        deadline: request.wal_wait,
+    };
+    wait.until_archived(start_lsn, stop.stop_lsn, facts.role == ServerRole::Primary, cancel).await?;
+    let (new_bytes, stored_bytes, new_packs) = packs.written();
+    let counters = Counters {
+        cluster_bytes: copied.cluster_bytes,
+        files: copied.file_count,
+        read_bytes: copied.read_bytes,
+        new_bytes,
+        stored_bytes,
+        new_packs,
+        store_requests: 0,
+    };
+    let damaged_pages = damaged_pages(&copied.bad_pages, stop.stop_lsn);
+    let damaged = damaged_pages.iter().map(|file| file.blocks.len() as u64).sum();
+    let times = (started_at_us, start_lsn);
+    let mut manifest = manifest(request, session, facts, wal, times, stop, copied, &control, control_entry, counters);
+    manifest.damaged_pages = damaged_pages;
+    Ok((manifest, used, damaged))
+}
+
+/// Copies all files, pg_control last, on a thread of its own.
+async fn copy_files(
+    request: &BackupRequest,
+    facts: &ServerFacts,
+    start_lsn: Lsn,
+    parent: Option<Parent>,
+    packs: &Arc<PackSession>,
+    progress: &Progress,
+    cancel: &CancellationToken,
+) -> Result<(CopyReport, ControlFile, FileEntry), BackupError> {
+    let scan_spec = ScanSpec {
+        data_dir: request.data_dir.clone(),
+        major: facts.version_num / 10_000,
+        catalog_version: facts.catalog_version,
+        without_content: facts.log_directory.iter().cloned().collect(),
+    };
+    let blocks_per_segment = ControlFile::read(&request.data_dir)?.blocks_per_segment;
+    let spec = CopySpec {
+        threads: request.processes.max(1) as usize,
+        pages: PageCheck {
+            rules: PageRules {
+                block_bytes: facts.block_bytes as usize,
+                checksums: facts.data_checksums,
+                start_lsn,
+                end_lsn: Lsn(start_lsn.0.saturating_add(PLAUSIBLE_WAL)),
+            },
+            blocks_per_segment,
+        },
+        parent: parent.map(|parent| parent.reader),
+    };
+    let (packs, progress, cancel) = (packs.clone(), progress.clone(), cancel.clone());
+    let runtime = Handle::current();
+    let data_dir = request.data_dir.clone();
+    let span = tracing::Span::current();
+    let copied = tokio::task::spawn_blocking(move || {
+        let _entered = span.enter();
+        let scan = Scan::new(scan_spec)?;
+        let control_file = scan.pg_control()?;
+        let report = copy::copy(scan, &packs, &spec, &runtime, &progress, &cancel)?;
+        let (control, entry) = copy_control(&data_dir, &control_file, &packs)?;
+        Ok::<_, BackupError>((report, control, entry))
+    });
+    copied.await.map_err(|_| BackupError::CopyLost)?
+}
+
+/// pg_control is read last, whole and by its own checksum: it can be caught half written, and on a standby its
+/// minimum recovery point is the end of the backup (do_pg_backup_stop, src/backend/access/transam/xlog.c).
+fn copy_control(
+    data_dir: &Path,
+    file: &ScannedFile,
+    packs: &Arc<PackSession>,
+) -> Result<(ControlFile, FileEntry), BackupError> {
+    let ControlCopy { file: control, bytes: content } = ControlCopy::read(data_dir)?;
+    let mut writer = packs.writer();
+    let chunk = writer.store(&content, None)?;
+    writer.flush()?;
+    let placed = PlacedFile {
+        path: Bytes::copy_from_slice(&file.path),
+        mode: file.mode,
+        mtime_us: file.mtime_us,
+        kind: walfleet_repository::backup::file_list::PlacedKind::File {
+            size: content.len() as u64,
+            crc32c: crc32c::crc32c(&content),
+            content: walfleet_repository::backup::file_list::PlacedContent::Chunk(chunk),
+        },
+    };
+    let entry = resolve_entry(packs, &placed).ok_or(WriteError::UnfinishedPack)?;
+    Ok((control, entry))
+}
+
+/// What is really damaged, told: a page from the future counts only if it is newer than the end of the backup.
+fn damaged_pages(files: &[BadFile], stop_lsn: Lsn) -> Vec<DamagedPages> {
+    let mut damaged = Vec::new();
+    for file in files {
+        let real = file.pages.iter().filter(|page| page.future.is_none_or(|lsn| lsn > stop_lsn));
+        let blocks: Vec<u32> = real.map(|page| page.block).collect();
+        if !blocks.is_empty() {
+            tracing::warn!(path = file.path, ?blocks, "damaged pages, read several times; they are backed up as they are");
+            damaged.push(DamagedPages { path: file.path.clone(), blocks });
+        }
+    }
+    damaged
+}
+
+/// The data directory that the server names must be the one that is copied.
+fn check_data_directory(request: &BackupRequest, facts: &ServerFacts) -> Result<(), BackupError> {
+    let Some(found) = &facts.data_directory else { return Ok(()) };
+    let real = |path: &PathBuf| path.canonicalize().unwrap_or_else(|_| path.clone());
+    if real(found) == real(&request.data_dir) {
+        return Ok(());
+    }
+    Err(BackupError::DataDirectory { found: found.clone(), expected: request.data_dir.clone() })
+}
+
+async fn branch(request: &BackupRequest, facts: &ServerFacts) -> Result<WalBranch, BackupError> {
+    let timeline = facts.timeline;
+    let branch = request.shipper.branch(timeline).await;
+    branch.map_err(|source| BackupError::Branch { timeline, source: Arc::new(source) })
+}
+
+#[allow(clippy::too_many_arguments, reason = "puts together what the steps of one backup found")]
+fn manifest(
+    request: &BackupRequest,
+    session: &BackupSession,
+    facts: &ServerFacts,
+    wal: WalBranch,
+    (started_at_us, start_lsn): (i64, Lsn),
+    stop: BackupStop,
+    copied: CopyReport,
+    control: &ControlFile,
+    control_file: FileEntry,
+    counters: Counters,
+) -> Manifest {
+    Manifest {
+        backup: session.id().clone(),
+        cluster: request.cluster.name().clone(),
+        server_version_num: facts.version_num,
+        wal,
+        start_lsn,
+        stop_lsn: stop.stop_lsn,
+        started_at_us,
+        stopped_at_us: stop.stopped_at_us,
+        segment_size: facts.wal_segment_size,
+        block_bytes: facts.block_bytes,
+        catalog_version: facts.catalog_version,
+        control_version: facts.control_version,
+        data_checksums: facts.data_checksums,
+        group_access: control_file.mode & 0o040 != 0,
+        member: request.member.clone(),
+        member_role: match facts.role {
+            ServerRole::Primary => "primary".to_owned(),
+            ServerRole::Standby => "standby".to_owned(),
+        },
+        tool_version: env!("CARGO_PKG_VERSION").to_owned(),
+        backup_label: stop.label_file.into(),
+        tablespace_map: stop.tablespace_map.into(),
+        tablespaces: facts
+            .tablespaces
+            .iter()
+            .map(|t| {
+                let location = t.location.to_string_lossy().into_owned();
+                // An in-place tablespace is named relative to the data directory.
+                let location = if t.location.is_absolute() { location } else { String::new() };
+                Tablespace { oid: t.oid, location }
+            })
+            .collect(),
+        recovery_settings: control
+            .recovery_settings
+            .named()
+            .iter()
+            .map(|(name, value)| ((*name).to_owned(), *value))
+            .collect(),
+        file_list: copied.file_list,
+        file_count: copied.file_count,
+        control_file,
+        damaged_pages: Vec::new(),
+        counters,
+    }
+}

@@ -16,3 +16,4 @@ pub mod signature;
 pub mod store;
 pub mod verify;
 pub mod wal_archive;
+pub mod wal_catalog;

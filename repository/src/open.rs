@@ -204,16 +204,23 @@ impl Repository {
     /// Every committed backup of a cluster that is not purged, with its reference part checked against the log's digest
     /// and its signature. A bad one does not hide the others.
     pub async fn backups(&self, log: &ClusterLog) -> CommittedBackups {
-        let committed = log.state().backups();
-        let reads = committed.into_iter().map(|(session, committed)| async move {
-            let life = match &session.state {
-                SessionState::Expired(_, reason) => BackupLife::Expired { reason: reason.clone() },
-                _ => BackupLife::Live,
-            };
-            let read = self.reference(log.cluster(), session.id(), committed).await;
-            let read =
-                read.map(|(reference, writer)| CommittedBackup { reference, commit: committed.clone(), life, writer });
-            (session.id().clone(), read)
+        // Owned, since a stream of futures over borrowed rows is not Send for the compiler.
+        let committed: Vec<(BackupId, Committed, BackupLife)> = log
+            .state()
+            .backups()
+            .into_iter()
+            .map(|(session, committed)| {
+                let life = match &session.state {
+                    SessionState::Expired(_, reason) => BackupLife::Expired { reason: reason.clone() },
+                    _ => BackupLife::Live,
+                };
+                (session.id().clone(), committed.clone(), life)
+            })
+            .collect();
+        let reads = committed.into_iter().map(|(id, commit, life)| async move {
+            let read = self.reference(log.cluster(), &id, &commit).await;
+            let read = read.map(|(reference, writer)| CommittedBackup { reference, commit, life, writer });
+            (id, read)
         });
         let read: Vec<_> = futures::stream::iter(reads).buffered(REFERENCE_READS).collect().await;
         let mut backups = CommittedBackups::default();

@@ -23,10 +23,10 @@ use walfleet_repository::backup::file_list::{FileListWriter, PlacedContent, Plac
 use walfleet_repository::backup::read::{BackupReader, ParentFiles, ReadError};
 use walfleet_repository::backup::write::{PackSession, PlacedSlot, WriteError};
 use walfleet_repository::format::file_map::{ChunkPlace, FileMap, SLOT_BYTES, Slot};
-use walfleet_repository::format::manifest::{Content, DamagedPages, EntryKind, FileEntry};
+use walfleet_repository::format::manifest::{Content, EntryKind, FileEntry};
 
 use crate::backup::scan::{Omitted, Scan, ScanError, Scanned, ScannedFile, ScannedKind};
-use crate::backup::stretch::{self, PageRules, StretchError, StretchJob, StretchResult};
+use crate::backup::stretch::{self, BadPage, PageCheck, StretchError, StretchJob, StretchResult};
 use crate::progress::Progress;
 
 /// Slots of one stretch: 32 MiB, the unit that threads share. Small enough that the last one does not leave a thread
@@ -59,8 +59,15 @@ pub enum CopyError {
 /// What copying needs to know.
 pub struct CopySpec {
     pub threads: usize,
-    pub pages: PageRules,
+    pub pages: PageCheck,
     pub parent: Option<Arc<BackupReader>>,
+}
+
+/// Bad pages of one file.
+#[derive(Debug)]
+pub struct BadFile {
+    pub path: String,
+    pub pages: Vec<BadPage>,
 }
 
 /// What was copied.
@@ -70,7 +77,7 @@ pub struct CopyReport {
     pub file_count: u64,
     pub cluster_bytes: u64,
     pub read_bytes: u64,
-    pub damaged_pages: Vec<DamagedPages>,
+    pub bad_pages: Vec<BadFile>,
     pub omitted: Vec<Omitted>,
 }
 
@@ -136,7 +143,7 @@ fn read_all(
     work: &Mutex<Receiver<Work>>,
     done: &mpsc::Sender<Done>,
     session: &Arc<PackSession>,
-    pages: &PageRules,
+    pages: &PageCheck,
     read_bytes: &AtomicU64,
     progress: &Progress,
     cancel: &CancellationToken,
@@ -193,7 +200,6 @@ impl UnderWay {
 }
 
 struct Walk<'a> {
-    session: &'a Arc<PackSession>,
     parent_files: Option<ParentFiles>,
     parent: Option<Arc<BackupReader>>,
     list: FileListWriter,
@@ -214,7 +220,6 @@ impl<'a> Walk<'a> {
         let parent_parts = spec.parent.as_ref().map_or(&[][..], |parent| &parent.manifest.file_list);
         Walk {
             list: FileListWriter::new(session.clone(), parent_parts),
-            session,
             parent_files: spec.parent.clone().map(ParentFiles::new),
             parent: spec.parent.clone(),
             runtime,
@@ -230,7 +235,6 @@ impl<'a> Walk<'a> {
     }
 
     fn run(&mut self, scan: Scan, work: SyncSender<Work>, cancel: &CancellationToken) -> Result<(), CopyError> {
-        self.report.cluster_bytes = 0;
         for scanned in scan {
             if cancel.is_cancelled() {
                 return Err(CopyError::Cancelled);
@@ -445,20 +449,18 @@ impl<'a> Walk<'a> {
         if let PlacedKind::File { size, .. } = kind {
             self.report.cluster_bytes += size;
         }
-        let _ = self.session;
         let placed = PlacedFile { path: Bytes::from(file.path), mode: file.mode, mtime_us: file.mtime_us, kind };
         Ok(self.list.push(placed)?)
     }
 
     fn note_damage(&mut self, file: &ScannedFile, result: &StretchResult) {
-        if result.damaged.is_empty() {
+        if result.bad_pages.is_empty() {
             return;
         }
         let path = String::from_utf8_lossy(&file.path).into_owned();
-        tracing::warn!(path, blocks = ?result.damaged, "pages with a wrong checksum, read twice; they are backed up as they are");
-        match self.report.damaged_pages.last_mut().filter(|last| last.path == path) {
-            Some(last) => last.blocks.extend(&result.damaged),
-            None => self.report.damaged_pages.push(DamagedPages { path, blocks: result.damaged.clone() }),
+        match self.report.bad_pages.last_mut().filter(|last| last.path == path) {
+            Some(last) => last.pages.extend(&result.bad_pages),
+            None => self.report.bad_pages.push(BadFile { path, pages: result.bad_pages.clone() }),
         }
     }
 }

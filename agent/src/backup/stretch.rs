@@ -13,7 +13,7 @@ use walfleet_repository::format::file_map::{ChunkPlace, SLOT_BYTES, Slot};
 use walfleet_repository::postgres::Lsn;
 
 use crate::backup::scan::{ScannedFile, ScannedKind};
-use crate::postgres::page::{self, PAGE_BYTES};
+use crate::postgres::page::{Damage, PageRules, SuspiciousPage, first_block_of_segment};
 use crate::progress::Progress;
 
 /// Bytes asked of the kernel at once: eight slots.
@@ -38,11 +38,19 @@ pub enum StretchError {
 
 /// How pages are judged.
 #[derive(Clone, Copy, Debug)]
-pub struct PageRules {
-    /// The cluster has data checksums.
-    pub checksums: bool,
-    /// Pages written after this may be torn: WAL brings them whole.
-    pub start_lsn: Lsn,
+pub struct PageCheck {
+    pub rules: PageRules,
+    /// Blocks of a full relation segment (RELSEG_SIZE, from pg_control).
+    pub blocks_per_segment: u32,
+}
+
+/// A page that is not as it should be.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct BadPage {
+    /// Within the whole relation fork.
+    pub block: u32,
+    /// Set if all that is wrong is a change from a future: it counts only if that is behind the end of the backup.
+    pub future: Option<Lsn>,
 }
 
 /// Part of a file of several slots.
@@ -67,14 +75,13 @@ pub struct StretchResult {
     pub bytes: u64,
     /// Of the stretch alone.
     pub crc32c: u32,
-    /// Blocks of the relation fork whose checksum is wrong.
-    pub damaged: Vec<u32>,
+    pub bad_pages: Vec<BadPage>,
 }
 
 /// One thread's reader.
 pub struct Reader<'a> {
     writer: ChunkWriter,
-    pages: &'a PageRules,
+    pages: &'a PageCheck,
     progress: &'a Progress,
     read_bytes: &'a AtomicU64,
     cancel: &'a CancellationToken,
@@ -84,7 +91,7 @@ pub struct Reader<'a> {
 impl<'a> Reader<'a> {
     pub fn new(
         writer: ChunkWriter,
-        pages: &'a PageRules,
+        pages: &'a PageCheck,
         progress: &'a Progress,
         read_bytes: &'a AtomicU64,
         cancel: &'a CancellationToken,
@@ -94,7 +101,7 @@ impl<'a> Reader<'a> {
 
     pub fn stretch(&mut self, job: &StretchJob) -> Result<StretchResult, StretchError> {
         let mut result =
-            StretchResult { part: job.part, slots: Vec::with_capacity(job.slots), bytes: 0, crc32c: 0, damaged: Vec::new() };
+            StretchResult { part: job.part, slots: Vec::with_capacity(job.slots), bytes: 0, crc32c: 0, bad_pages: Vec::new() };
         let start = job.first_slot as u64 * u64::from(SLOT_BYTES);
         let end = (start + job.slots as u64 * u64::from(SLOT_BYTES)).min(job.size);
         let mut buffer = std::mem::take(&mut self.buffer);
@@ -105,7 +112,7 @@ impl<'a> Reader<'a> {
             }
             let len = (end - offset).min(READ_BYTES as u64) as usize;
             let Some(content) = buffer.get_mut(..len) else { break };
-            self.read(&job.file, &job.path, job.kind, offset, content, &mut result.damaged)?;
+            self.read(&job.file, &job.path, job.kind, offset, content, &mut result.bad_pages)?;
             result.crc32c = crc32c::crc32c_append(result.crc32c, content);
             for slot in content.chunks(SLOT_BYTES as usize) {
                 let parent = match job.parent.get(result.slots.len()) {
@@ -130,7 +137,7 @@ impl<'a> Reader<'a> {
         if self.cancel.is_cancelled() {
             return Err(StretchError::Cancelled);
         }
-        let mut result = StretchResult { part: 0, slots: Vec::new(), bytes: file.size, crc32c: 0, damaged: Vec::new() };
+        let mut result = StretchResult { part: 0, slots: Vec::new(), bytes: file.size, crc32c: 0, bad_pages: Vec::new() };
         let open = match File::open(&file.absolute) {
             Ok(open) => open,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
@@ -141,7 +148,7 @@ impl<'a> Reader<'a> {
         }
         let mut buffer = std::mem::take(&mut self.buffer);
         if let Some(content) = buffer.get_mut(..file.size as usize) {
-            self.read(&open, &file.absolute, file.kind, 0, content, &mut result.damaged)?;
+            self.read(&open, &file.absolute, file.kind, 0, content, &mut result.bad_pages)?;
             result.crc32c = crc32c::crc32c(content);
             result.slots.push(self.writer.store_slot(content, parent)?);
         }
@@ -161,43 +168,47 @@ impl<'a> Reader<'a> {
         kind: ScannedKind,
         offset: u64,
         content: &mut [u8],
-        damaged: &mut Vec<u32>,
+        bad: &mut Vec<BadPage>,
     ) -> Result<(), StretchError> {
         let failed = |offset| move |source| StretchError::Read { path: path.to_owned(), offset, source };
         read_padded(file, offset, content).map_err(failed(offset))?;
-        let ScannedKind::Relation(relation) = kind else { return self.count(content.len()) };
-        if !self.pages.checksums {
-            return self.count(content.len());
-        }
-        let first_block = relation.first_block() + (offset / PAGE_BYTES as u64) as u32;
-        let rules = self.pages.start_lsn;
-        let mut suspects = page::wrong_checksums(content, first_block, rules);
+        self.count(content.len());
+        let ScannedKind::Relation(relation) = kind else { return Ok(()) };
+        let rules = self.pages.rules;
+        let page_bytes = rules.block_bytes;
+        let first = first_block_of_segment(relation.file.segment, self.pages.blocks_per_segment)
+            + (offset / page_bytes as u64) as u32;
+        let mut suspects = rules.suspicious(content, first);
         for _ in 0..REREADS {
-            if suspects.is_empty() {
+            if suspects.iter().all(|page| future(page).is_some()) {
                 break;
             }
             std::thread::sleep(REREAD_PAUSE);
-            for index in &suspects {
-                let at = index * PAGE_BYTES;
-                if let Some(page) = content.get_mut(at..at + PAGE_BYTES) {
-                    let at = offset + at as u64;
-                    read_padded(file, at, page).map_err(failed(at))?;
-                }
+            let mut still = Vec::new();
+            for suspect in suspects {
+                let at = suspect.index * page_bytes;
+                let Some(page) = content.get_mut(at..at + page_bytes) else { continue };
+                let position = offset + at as u64;
+                read_padded(file, position, page).map_err(failed(position))?;
+                let again = rules.suspicious(page, suspect.block);
+                still.extend(again.first().map(|page| SuspiciousPage { index: suspect.index, ..*page }));
             }
-            suspects.retain(|index| {
-                let at = index * PAGE_BYTES;
-                let page = content.get(at..at + PAGE_BYTES).unwrap_or_default();
-                !page::wrong_checksums(page, first_block + *index as u32, rules).is_empty()
-            });
+            suspects = still;
         }
-        damaged.extend(suspects.iter().map(|index| first_block + *index as u32));
-        self.count(content.len())
+        bad.extend(suspects.iter().map(|page| BadPage { block: page.block, future: future(page) }));
+        Ok(())
     }
 
-    fn count(&self, bytes: usize) -> Result<(), StretchError> {
+    fn count(&self, bytes: usize) {
         self.read_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
         self.progress.add(bytes as u64);
-        Ok(())
+    }
+}
+
+fn future(page: &SuspiciousPage) -> Option<Lsn> {
+    match page.damage {
+        Damage::Future { lsn } => Some(lsn),
+        Damage::Checksum { .. } | Damage::Header => None,
     }
 }
 

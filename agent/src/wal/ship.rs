@@ -238,7 +238,7 @@ impl Shipper {
     }
 
     /// Where a timeline's WAL lies. The first time, its history file is archived before any of its segments.
-    async fn branch(&self, timeline: Timeline) -> Result<WalBranch, ShipError> {
+    pub async fn branch(&self, timeline: Timeline) -> Result<WalBranch, ShipError> {
         let system_id = self.source.system_id;
         let known = self.state().branches.get(&timeline).copied();
         if let Some(branch) = known {

@@ -1,0 +1,95 @@
+//! A backup counts only once the archive holds the WAL that makes it consistent.
+//!
+//! On a primary the end of the backup has closed its last segment, so whatever the archiver has not brought yet is
+//! shipped from here. On a standby the last segment is closed by the primary, in its own time.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio_util::sync::CancellationToken;
+use walfleet_repository::postgres::{Lsn, Segment, SegmentSize, WalBranch};
+use walfleet_repository::wal_archive::{ArchiveError, SegmentForm, WalArchive};
+
+use crate::wal::ship::{ShipError, Shipper};
+
+/// How long Postgres's own archiver is given before its work is done for it.
+const GRACE: Duration = Duration::from_secs(2);
+
+const POLL: Duration = Duration::from_millis(200);
+
+#[derive(Debug, thiserror::Error)]
+pub enum WalWaitError {
+    #[error("look for {segment} in the archive: {source}")]
+    Archive { segment: String, source: ArchiveError },
+    #[error(
+        "the archive does not hold {segment}, which the backup needs (WAL from {start} to {stop}): {source}\nHINT: is archiving on? \"walfleet-agent doctor\" says what to set."
+    )]
+    Missing { segment: String, start: Lsn, stop: Lsn, source: Arc<ShipError> },
+    #[error(
+        "the primary has not finished {segment} within {} seconds, and the backup of its standby needs it\nHINT: run SELECT pg_switch_wal() on the primary, or set its archive_timeout.", waited.as_secs()
+    )]
+    NotFinished { segment: String, waited: Duration },
+    #[error("cancelled")]
+    Cancelled,
+}
+
+pub struct WalWait<'a> {
+    pub shipper: &'a Arc<Shipper>,
+    pub archive: WalArchive,
+    pub wal: WalBranch,
+    pub segment_size: SegmentSize,
+    pub deadline: Duration,
+}
+
+impl WalWait<'_> {
+    /// Returns once every segment of `[start, stop)` is in the archive.
+    pub async fn until_archived(
+        &self,
+        start: Lsn,
+        stop: Lsn,
+        is_primary: bool,
+        cancel: &CancellationToken,
+    ) -> Result<(), WalWaitError> {
+        let size = self.segment_size;
+        let last = Lsn(stop.0.saturating_sub(1)).segment_number(size).max(start.segment_number(size));
+        let began = Instant::now();
+        for number in start.segment_number(size)..=last {
+            let segment = Segment { timeline: self.wal.timeline, number };
+            self.wait_for(segment, (start, stop), is_primary, began, cancel).await?;
+        }
+        Ok(())
+    }
+
+    async fn wait_for(
+        &self,
+        segment: Segment,
+        (start, stop): (Lsn, Lsn),
+        is_primary: bool,
+        began: Instant,
+        cancel: &CancellationToken,
+    ) -> Result<(), WalWaitError> {
+        let name = segment.file_name(self.segment_size);
+        loop {
+            match self.archive.directory(self.wal, segment, self.segment_size, SegmentForm::Whole).await {
+                Ok(_) => return Ok(()),
+                Err(error) if error.is_not_found() => {}
+                Err(source) => return Err(WalWaitError::Archive { segment: name, source }),
+            }
+            let waited = began.elapsed();
+            if waited >= GRACE {
+                if is_primary {
+                    let shipped = self.shipper.ship(&name).await;
+                    let missing = |source| WalWaitError::Missing { segment: name.clone(), start, stop, source };
+                    return shipped.map_err(missing);
+                }
+                if waited >= self.deadline {
+                    return Err(WalWaitError::NotFinished { segment: name, waited });
+                }
+            }
+            tokio::select! {
+                () = cancel.cancelled() => return Err(WalWaitError::Cancelled),
+                () = tokio::time::sleep(POLL) => {}
+            }
+        }
+    }
+}

@@ -1,0 +1,197 @@
+//! What a restore takes: which backup, which WAL, over which timelines; or why the target cannot be reached.
+//!
+//! The decision itself is pure ([`choose_backup`]); here the repository is read for it, no more than it needs.
+
+use std::collections::BTreeSet;
+
+use jiff::Timestamp;
+use walfleet_repository::cluster::{ClusterError, OpenCluster};
+use walfleet_repository::ids::BackupId;
+use walfleet_repository::open::CommittedBackup;
+use walfleet_repository::postgres::{Lsn, Timeline, WalBranch};
+use walfleet_repository::recovery_window::{
+    BackupFacts, Choice, NotRecoverable, Pick, StopAt, TargetPoint as Point, TimelineChoice, WalCatalog, choose_backup,
+};
+use walfleet_repository::wal_archive::{ArchiveError, WalArchive};
+use walfleet_repository::wal_catalog;
+
+use crate::failure::{ExitCode, Remedy};
+use crate::jobs::order::{RecoveryTarget, TargetAction, TargetPoint, TargetTimeline};
+
+/// What a restore moves in a second where nothing is known yet: writing to one disk, measured (docs/performance.md).
+const ASSUMED_BYTES_PER_SECOND: f64 = 400e6;
+
+/// Replay of WAL in a second, as above.
+const ASSUMED_REPLAY_PER_SECOND: f64 = 80e6;
+
+#[derive(Debug, thiserror::Error)]
+pub enum PlanError {
+    #[error(transparent)]
+    NotRecoverable(#[from] NotRecoverable),
+    #[error("no restore point \"{name}\" lies in the WAL that the repository holds\nHINT: names are case-sensitive; pg_create_restore_point() made it, and its segment must have been archived.")]
+    NoRestorePoint { name: String },
+    #[error("the target says \"exclusive\", and {0} has no before and after\nHINT: leave --exclusive out.")]
+    Exclusive(&'static str),
+    #[error(transparent)]
+    Cluster(#[from] ClusterError),
+    #[error(transparent)]
+    Archive(#[from] ArchiveError),
+    #[error("backup {0} was chosen and is not in the log any more\nHINT: try again.")]
+    Vanished(BackupId),
+}
+
+impl PlanError {
+    pub fn classify(&self) -> (&'static str, ExitCode, Remedy) {
+        match self {
+            PlanError::NotRecoverable(NotRecoverable::NoSuchBackup { .. }) => {
+                ("restore.no_backup", ExitCode::NotFound, Remedy::Operator)
+            }
+            PlanError::NotRecoverable(_) | PlanError::NoRestorePoint { .. } => {
+                ("restore.not_recoverable", ExitCode::NotRecoverable, Remedy::Operator)
+            }
+            PlanError::Exclusive(_) => ("restore.target", ExitCode::Usage, Remedy::Operator),
+            PlanError::Cluster(ClusterError::Unknown(_)) => {
+                ("restore.no_cluster", ExitCode::NotFound, Remedy::Operator)
+            }
+            PlanError::Cluster(error) if error.is_retryable() => {
+                ("restore.repository", ExitCode::Failed, Remedy::Retry)
+            }
+            PlanError::Archive(error) if error.is_retryable() => {
+                ("restore.repository", ExitCode::Failed, Remedy::Retry)
+            }
+            PlanError::Cluster(_) | PlanError::Archive(_) => {
+                ("restore.repository", ExitCode::Failed, Remedy::Operator)
+            }
+            PlanError::Vanished(_) => ("restore.repository", ExitCode::Failed, Remedy::Retry),
+        }
+    }
+}
+
+/// How a target is reached.
+#[derive(Clone, Debug)]
+pub struct RestorePlan {
+    pub backup: CommittedBackup,
+    /// The branches that WAL is read from, oldest first; the last is the one recovered to.
+    pub chain: Vec<WalBranch>,
+    /// What recovery is told: as asked, or without a target where the end of the WAL is the target.
+    pub target: RecoveryTarget,
+    /// WAL that replay reads: `[from, to)`.
+    pub wal_from: Lsn,
+    pub wal_to: Lsn,
+    pub notes: Vec<String>,
+}
+
+impl RestorePlan {
+    pub fn timeline(&self) -> Timeline {
+        self.chain.last().map_or(self.backup.reference.wal.timeline, |wal| wal.timeline)
+    }
+
+    /// Bytes that a restore fetches at least.
+    pub fn stored_bytes(&self) -> u64 {
+        self.packs().map(|pack| pack.used_bytes).sum()
+    }
+
+    /// Requests that a restore makes, roughly: a pack is read in ranges of 8 MiB.
+    pub fn store_requests(&self) -> u64 {
+        let packs: u64 = self.packs().map(|pack| pack.used_bytes.div_ceil(8 << 20)).sum();
+        let segment = u64::from(self.backup.reference.segment_size.bytes());
+        packs + self.wal_to.saturating_sub(self.wal_from).div_ceil(segment)
+    }
+
+    fn packs(&self) -> impl Iterator<Item = &walfleet_repository::format::reference::PackUse> {
+        self.backup.reference.sessions.iter().flat_map(|session| &session.packs)
+    }
+
+    pub fn estimated_seconds(&self, cluster_bytes: u64) -> f64 {
+        let replay = self.wal_to.saturating_sub(self.wal_from) as f64 / ASSUMED_REPLAY_PER_SECOND;
+        cluster_bytes as f64 / ASSUMED_BYTES_PER_SECOND + replay
+    }
+}
+
+/// Reads the repository and decides.
+pub async fn plan(
+    cluster: &OpenCluster,
+    target: &RecoveryTarget,
+    backup: Option<&BackupId>,
+) -> Result<RestorePlan, PlanError> {
+    if target.exclusive && !target.point.can_be_exclusive() {
+        return Err(PlanError::Exclusive(match target.point {
+            TargetPoint::Name(_) => "a restore point",
+            TargetPoint::Immediate => "the end of the backup",
+            _ => "the end of the WAL",
+        }));
+    }
+    let log = cluster.log().await?;
+    let backups = cluster.repository().backups(&log).await.readable;
+    let facts: Vec<BackupFacts> = backups.iter().map(|backup| BackupFacts::from(&backup.reference)).collect();
+    let sizes: Vec<_> = backups.iter().map(|backup| backup.reference.segment_size).collect();
+    let archive = cluster.wal_archive(3);
+    let mut catalog = wal_catalog::read(&archive, &wal_catalog::systems(&facts, &sizes)).await?;
+    let point = point(target, &archive, &catalog).await?;
+    let pick = Pick { target: point, timeline: timeline(target.timeline), backup: backup.cloned() };
+    let mut choice = choose_backup(&pick, &facts, &catalog)?;
+    if let Point::Time { at_us, .. } = point {
+        // Now that the way is known, find where on it recovery ends.
+        for read in &choice.reads {
+            wal_catalog::read_around(&archive, &mut catalog, read.wal, read.from, at_us).await?;
+        }
+        choice = choose_backup(&pick, &facts, &catalog)?;
+    }
+    let chosen = backups.into_iter().find(|backup| backup.reference.backup == choice.backup);
+    let chosen = chosen.ok_or_else(|| PlanError::Vanished(choice.backup.clone()))?;
+    Ok(finish(target, choice, chosen))
+}
+
+fn finish(target: &RecoveryTarget, choice: Choice, backup: CommittedBackup) -> RestorePlan {
+    let mut chain: Vec<WalBranch> = Vec::new();
+    for wal in choice.reads.iter().map(|read| read.wal).chain([choice.wal]) {
+        if chain.last() != Some(&wal) {
+            chain.push(wal);
+        }
+    }
+    let mut notes = Vec::new();
+    let mut target = target.clone();
+    if choice.stop == StopAt::EndOfWal {
+        if target.point != TargetPoint::Latest {
+            notes.push("the target is the newest commit there is: recovery goes to the end of the WAL".to_owned());
+        }
+        if target.action != TargetAction::Promote {
+            notes.push("recovery to the end of the WAL always ends in a promotion".to_owned());
+        }
+        target.point = TargetPoint::Latest;
+        target.exclusive = false;
+        target.action = TargetAction::Promote;
+    }
+    if let Some(gap) = choice.ends_at_gap {
+        notes.push(format!("WAL is missing from {} to {}: what comes behind is not reached", gap.from, gap.to));
+    }
+    if backup.reference.damaged_page_count > 0 {
+        notes.push(format!("the source had {} damaged pages when it was backed up", backup.reference.damaged_page_count));
+    }
+    RestorePlan { wal_from: choice.from, wal_to: choice.to, backup, chain, target, notes }
+}
+
+fn timeline(timeline: TargetTimeline) -> TimelineChoice {
+    match timeline {
+        TargetTimeline::Latest => TimelineChoice::Latest,
+        TargetTimeline::Current => TimelineChoice::Current,
+        TargetTimeline::Number(number) => TimelineChoice::Number(number),
+    }
+}
+
+/// The target as the planner takes it. A restore point is looked for, so that the backup before it is taken.
+async fn point(target: &RecoveryTarget, archive: &WalArchive, catalog: &WalCatalog) -> Result<Point, PlanError> {
+    Ok(match &target.point {
+        TargetPoint::Time(at) => Point::Time { at_us: Timestamp::as_microsecond(*at), inclusive: !target.exclusive },
+        TargetPoint::Lsn(lsn) => Point::Lsn(*lsn),
+        TargetPoint::Xid(_) => Point::Somewhere,
+        TargetPoint::Name(name) => {
+            let branches: BTreeSet<WalBranch> = catalog.branches.keys().copied().collect();
+            let found = wal_catalog::find_restore_point(archive, catalog, &branches, name).await?;
+            let (_, found) = found.ok_or_else(|| PlanError::NoRestorePoint { name: name.clone() })?;
+            Point::Lsn(found.point.lsn)
+        }
+        TargetPoint::Immediate => Point::Immediate,
+        TargetPoint::Latest => Point::Latest,
+    })
+}
