@@ -11,6 +11,8 @@ mod page_header;
 mod record;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod waldump_tests;
 
 use std::time::Duration;
 
