@@ -2,9 +2,10 @@
 
 use clap::Subcommand;
 
+use crate::exit::Exit;
 use crate::failure::Failure;
 use crate::session::Session;
-use crate::view::agent::Agents;
+use crate::view::agent::{Agent, Agents};
 
 #[derive(Subcommand, Debug)]
 pub enum AgentCommand {
@@ -21,7 +22,8 @@ pub enum AgentCommand {
     },
     /// Refuse an agent's certificate from now on and close its connection
     ///
-    /// WAL of its instances is then no longer stored. The host needs a new token to come back.
+    /// WAL of its instances is then no longer stored. The host needs a new token to come back. An operator is revoked
+    /// the same way, by name.
     Revoke {
         /// The agent
         name: String,
@@ -49,16 +51,28 @@ impl AgentCommand {
 
 async fn revoke(session: &mut Session<'_>, name: &str, yes: bool) -> Result<(), Failure> {
     let client = session.client().await?;
-    let agent = client.agent(name).await?;
-    for instance in agent.instances.iter().filter(|instance| instance.cluster.is_some()) {
-        let cluster = instance.cluster.as_deref().unwrap_or_default();
-        session.note(&format!("{name} is the {} of {cluster} in {}", instance.role.word(), instance.data_dir));
+    match client.agent(name).await {
+        Ok(agent) => tell_what_goes(session, &agent),
+        // Agents and operators share one namespace of members; the controller knows both.
+        Err(error) if error.exit() == Exit::NotFound => {
+            session.note(&format!("{name} is no agent; if it is an operator, its certificates are refused"));
+        }
+        Err(error) => return Err(error.into()),
+    }
+    session.confirm(&format!("revoke {name}"), name, yes)?;
+    client.revoke_agent(name).await?;
+    session.note(&format!("{name} is revoked"));
+    Ok(())
+}
+
+fn tell_what_goes(session: &mut Session<'_>, agent: &Agent) {
+    let name = &agent.name;
+    for instance in &agent.instances {
+        if let Some(cluster) = &instance.cluster {
+            session.note(&format!("{name} is the {} of {cluster} in {}", instance.role.word(), instance.data_dir));
+        }
     }
     for job in &agent.running_jobs {
         session.note(&format!("{name} runs {job}, which ends as unknown"));
     }
-    session.confirm(&format!("revoke agent {name}"), name, yes)?;
-    client.revoke_agent(name).await?;
-    session.note(&format!("agent {name} is revoked"));
-    Ok(())
 }
