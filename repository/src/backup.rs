@@ -9,3 +9,6 @@ pub mod fetch;
 pub mod file_list;
 pub mod read;
 pub mod write;
+
+#[cfg(test)]
+mod tests;
