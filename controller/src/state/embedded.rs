@@ -6,6 +6,7 @@
 //!
 //! Lease deadlines live in memory; what is durable is a lease's length. After a restart every lease starts anew.
 
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::JoinHandle;
@@ -92,7 +93,12 @@ impl Embedded {
             place: path.display().to_string(),
             source: Arc::new(source),
         };
-        let database = match Database::builder().set_cache_size(options.cache_bytes).create(path) {
+        // For its owner alone: it holds hashes of tokens and the fleet's map.
+        let file =
+            std::fs::OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path);
+        let file = file.and_then(|file| sync_folder(path).map(|()| file));
+        let file = file.map_err(|source| error(redb::Error::Io(source)))?;
+        let database = match Database::builder().set_cache_size(options.cache_bytes).create_file(file) {
             Ok(database) => database,
             Err(DatabaseError::DatabaseAlreadyOpen) => return Err(StateError::Locked { path: path.to_owned() }),
             Err(other) => return Err(error(other.into())),
@@ -141,6 +147,12 @@ impl Drop for Embedded {
             let _ = writer.join();
         }
     }
+}
+
+/// So that a new file's name is as durable as what is acknowledged in it.
+fn sync_folder(path: &Path) -> std::io::Result<()> {
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    std::fs::File::open(folder)?.sync_all()
 }
 
 /// The newest revision, or the format that is not ours; and the lengths of all leases.
