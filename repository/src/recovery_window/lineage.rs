@@ -1,0 +1,255 @@
+//! Timelines followed as PostgreSQL follows them.
+//!
+//! Recovery to a timeline reads each segment from the newest ancestor that begins in or before it
+//! (XLogFileReadAnyTLI, src/backend/access/transam/xlogrecovery.c): the segment in which a timeline branched off is read from the
+//! new timeline, which has a copy of the old one's records up to the switch. PostgreSQL would fall back to an older
+//! timeline's file where the newer one's is absent; past the switch that file tells another story, so here it is a gap.
+
+use std::collections::BTreeMap;
+
+use super::{BackupFacts, BranchWal, SegmentCommits, SegmentFacts, WalCatalog, WalGap};
+use crate::postgres::{Branch, Lsn, SegmentSize, Timeline, WalBranch};
+
+/// The way of the WAL from the first known ancestor to one branch, its tip.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Lineage {
+    pub size: SegmentSize,
+    /// Oldest first, never empty; the last is the tip.
+    legs: Vec<Leg>,
+}
+
+/// One branch's part of the way: `[begin, end)`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Leg {
+    wal: WalBranch,
+    begin: Lsn,
+    /// `None`: the tip.
+    end: Option<Lsn>,
+}
+
+/// Segments without a gap, by number.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Run {
+    first: u64,
+    segments: Vec<SegmentFacts>,
+}
+
+/// One lineage for every branch that has WAL or a backup.
+pub fn all(backups: &[BackupFacts], wal: &WalCatalog) -> Vec<Lineage> {
+    wal.branches.keys().filter_map(|tip| Lineage::to(*tip, wal)).filter(|lineage| lineage.serves(backups)).collect()
+}
+
+impl Lineage {
+    /// The way to a branch; `None` if the catalog does not know it.
+    pub fn to(tip: WalBranch, catalog: &WalCatalog) -> Option<Lineage> {
+        let known = catalog.branches.get(&tip)?;
+        let size = known.segment_size;
+        let mut legs = vec![Leg { wal: tip, begin: Lsn::INVALID, end: None }];
+        let ancestors = known.history.as_ref().map_or(&[][..], |history| &history.ancestors);
+        for (depth, (timeline, end)) in ancestors.iter().enumerate().rev() {
+            if let Some(last) = legs.last_mut() {
+                last.begin = *end;
+            }
+            match ancestor(tip, *timeline, &ancestors[..depth], catalog) {
+                Some(wal) if catalog.branches[&wal].segment_size == size => {
+                    legs.push(Leg { wal, begin: Lsn::INVALID, end: Some(*end) });
+                }
+                // What lies before is not known, or not surely of this way.
+                _ => break,
+            }
+        }
+        legs.reverse();
+        Some(Lineage { size, legs })
+    }
+
+    pub fn tip(&self) -> WalBranch {
+        self.legs.last().map(|leg| leg.wal).expect("a lineage has a tip")
+    }
+
+    fn serves(&self, backups: &[BackupFacts]) -> bool {
+        backups.iter().any(|backup| self.holds(backup))
+    }
+
+    /// Whether a backup lies on the way: on one of its branches, and consistent before the way leaves it.
+    pub fn holds(&self, backup: &BackupFacts) -> bool {
+        self.passes(&backup.wal, backup.stop_lsn)
+    }
+
+    /// Whether this way goes through a branch at least up to a position.
+    pub(super) fn passes(&self, wal: &WalBranch, lsn: Lsn) -> bool {
+        let leg = self.legs.iter().find(|leg| leg.wal == *wal);
+        leg.is_some_and(|leg| leg.end.is_none_or(|end| lsn <= end))
+    }
+
+    /// The branch from which recovery reads a segment.
+    pub fn branch_of(&self, number: u64) -> WalBranch {
+        let begun = |leg: &&Leg| leg.begin.segment_number(self.size) <= number;
+        self.legs.iter().rev().find(begun).map_or_else(|| self.legs[0].wal, |leg| leg.wal)
+    }
+
+    /// The stretches without a gap, ascending.
+    pub fn runs(&self, catalog: &WalCatalog) -> Vec<Run> {
+        let mut runs: Vec<Run> = Vec::new();
+        for (leg, next) in self.legs.iter().zip(self.legs.iter().skip(1).map(Some).chain([None])) {
+            let Some(branch) = catalog.branches.get(&leg.wal) else { continue };
+            let first = leg.begin.segment_number(self.size);
+            let end = next.map_or(u64::MAX, |next| next.begin.segment_number(self.size));
+            for (number, facts) in between(&branch.segments, first, end) {
+                match runs.last_mut().filter(|run| run.next() == *number) {
+                    Some(run) => run.segments.push(*facts),
+                    None => runs.push(Run { first: *number, segments: vec![*facts] }),
+                }
+            }
+        }
+        runs
+    }
+
+    /// What is missing between segment `needed` and the last one there is.
+    pub fn gaps(&self, runs: &[Run], needed: u64) -> Vec<WalGap> {
+        let mut gaps = Vec::new();
+        let mut expected = needed;
+        for run in runs.iter().filter(|run| run.next() > needed) {
+            gaps.extend(self.missing(expected, run.first));
+            expected = run.next();
+        }
+        gaps
+    }
+
+    /// Segments `[from, to)`, each under the branch from which it would be read.
+    fn missing(&self, from: u64, to: u64) -> Vec<WalGap> {
+        let mut gaps = Vec::new();
+        let mut at = from;
+        while at < to {
+            let wal = self.branch_of(at);
+            // Where the next leg begins, the branch changes.
+            let begins = self.legs.iter().map(|leg| leg.begin.segment_number(self.size));
+            let until = begins.filter(|begin| *begin > at).min().unwrap_or(u64::MAX).min(to);
+            gaps.push(WalGap { wal, from: self.start(at), to: self.start(until) });
+            at = until;
+        }
+        gaps
+    }
+
+    /// The first stretch of a backup's own WAL that is missing.
+    pub(super) fn first_missing(&self, catalog: &WalCatalog, backup: &BackupFacts) -> Option<WalGap> {
+        let (first, end) = needed(self, backup);
+        let there = |number: u64| {
+            catalog.branches.get(&self.branch_of(number)).is_some_and(|wal| wal.segments.contains_key(&number))
+        };
+        let from = (first..end).find(|number| !there(*number))?;
+        let to = (from..end).find(|number| there(*number)).unwrap_or(end);
+        self.missing(from, to).into_iter().next()
+    }
+
+    pub fn start(&self, number: u64) -> Lsn {
+        Lsn(number.saturating_mul(self.size.bytes().into()))
+    }
+}
+
+/// Segments that make a backup consistent: `[first, end)`. The stop position is where its last record ends.
+pub(super) fn needed(lineage: &Lineage, backup: &BackupFacts) -> (u64, u64) {
+    let first = backup.start_lsn.segment_number(lineage.size);
+    let last = Lsn(backup.stop_lsn.0.saturating_sub(1)).segment_number(lineage.size);
+    (first, last.max(first).saturating_add(1))
+}
+
+fn between(
+    segments: &BTreeMap<u64, SegmentFacts>,
+    first: u64,
+    end: u64,
+) -> impl Iterator<Item = (&u64, &SegmentFacts)> {
+    segments.range(first..end.max(first))
+}
+
+/// The branch that an ancestor's number means on the way to `tip`, whose own ancestors are `before`.
+///
+/// A history names its ancestors by number alone. Of several branches of that number the right one has the same way
+/// behind it; if that does not tell, none is taken, since a wrong one would be worse than none.
+fn ancestor(tip: WalBranch, timeline: Timeline, before: &[(Timeline, Lsn)], catalog: &WalCatalog) -> Option<WalBranch> {
+    if before.is_empty() {
+        let root = WalBranch { timeline, branch: Branch::ROOT, ..tip };
+        if catalog.branches.contains_key(&root) {
+            return Some(root);
+        }
+    }
+    let same_way = |branch: &BranchWal| branch.history.as_ref().is_some_and(|history| history.ancestors == before);
+    let named = catalog
+        .branches
+        .iter()
+        .filter(|(wal, branch)| wal.system_id == tip.system_id && wal.timeline == timeline && same_way(branch));
+    let mut named = named.map(|(wal, _)| *wal);
+    named.next().filter(|_| named.next().is_none())
+}
+
+impl SegmentCommits {
+    /// By time, whatever their order.
+    fn newest_us(self) -> Option<i64> {
+        match self {
+            SegmentCommits::Between { first_us, last_us } => Some(first_us.max(last_us)),
+            SegmentCommits::Unknown | SegmentCommits::None => None,
+        }
+    }
+}
+
+impl Run {
+    fn next(&self) -> u64 {
+        self.first.saturating_add(self.segments.len() as u64)
+    }
+
+    /// Whether it has all the WAL that makes a backup consistent.
+    pub(super) fn covers(&self, lineage: &Lineage, backup: &BackupFacts) -> bool {
+        let (first, end) = needed(lineage, backup);
+        self.first <= first && end <= self.next()
+    }
+
+    /// Where its last record ends; where that was not read, its last segment.
+    pub(super) fn end(&self, lineage: &Lineage) -> Lsn {
+        let whole = lineage.start(self.next());
+        self.segments.last().and_then(|last| last.records_end).map_or(whole, |end| end.min(whole))
+    }
+
+    /// The branch of its last segment.
+    pub(super) fn ends_on(&self, lineage: &Lineage) -> WalBranch {
+        lineage.branch_of(self.next().saturating_sub(1))
+    }
+
+    /// The newest commit known in it from the segment of a position on.
+    ///
+    /// The newest by time, not the last: clocks go back at a failover, and recovery stops at the first commit later than
+    /// its target, wherever that is.
+    pub(super) fn newest_commit_us(&self, lineage: &Lineage, from: Lsn) -> Option<i64> {
+        self.from(lineage, from).filter_map(|(_, facts)| facts.commits.newest_us()).max()
+    }
+
+    /// The end of the first segment with a commit later than `after_us`, from the segment of a position on: no recovery to
+    /// that time reads farther.
+    pub(super) fn end_of_reading(&self, lineage: &Lineage, from: Lsn, after_us: i64) -> Option<Lsn> {
+        let later = |facts: &SegmentFacts| facts.commits.newest_us().is_some_and(|newest| newest > after_us);
+        self.from(lineage, from)
+            .find(|(_, facts)| later(facts))
+            .map(|(number, _)| lineage.start(number.saturating_add(1)))
+    }
+
+    /// The last segment from the one of a position on that may have commits nobody read.
+    pub(super) fn unread_end(&self, lineage: &Lineage, from: Lsn) -> Option<u64> {
+        let first = from.segment_number(lineage.size);
+        let last = self.next().saturating_sub(1);
+        let backwards = (first..=last).rev().zip(self.segments.iter().rev());
+        backwards
+            .take_while(|(_, facts)| facts.commits.newest_us().is_none())
+            .find_map(|(number, facts)| (facts.commits == SegmentCommits::Unknown).then_some(number))
+    }
+
+    fn from(&self, lineage: &Lineage, from: Lsn) -> impl Iterator<Item = (u64, &SegmentFacts)> {
+        let skip = from.segment_number(lineage.size).saturating_sub(self.first);
+        (self.first..).zip(&self.segments).skip(usize::try_from(skip).unwrap_or(usize::MAX))
+    }
+
+    /// The branches and segments `[first, end)` from which recovery reads between two positions.
+    pub(super) fn reads(&self, lineage: &Lineage, from: Lsn, to: Lsn) -> Vec<super::choose::WalRead> {
+        let first = from.segment_number(lineage.size);
+        let end = Lsn(to.0.saturating_sub(1)).segment_number(lineage.size).saturating_add(1).min(self.next());
+        let reads = lineage.missing(first, end);
+        reads.into_iter().map(|read| super::choose::WalRead { wal: read.wal, from: read.from, to: read.to }).collect()
+    }
+}
