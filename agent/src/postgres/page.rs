@@ -222,7 +222,7 @@ mod tests {
     use std::fs;
 
     use super::super::relation::RelationFile;
-    use super::super::test_server::{TestServer, installations};
+    use super::super::test_server::{TestServer, oldest_and_newest};
     use super::*;
 
     /// Known answers of an implementation of its own, which agrees with servers' pages.
@@ -303,7 +303,7 @@ mod tests {
 
     #[test]
     fn every_page_of_real_clusters_is_right_and_any_flipped_byte_is_found() {
-        for installation in installations() {
+        for installation in oldest_and_newest() {
             let server = TestServer::start(&installation, &["--data-checksums"], "");
             server.stop("fast");
             let far = Lsn(u64::MAX);

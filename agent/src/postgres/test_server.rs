@@ -16,6 +16,15 @@ pub(crate) struct Installation {
     pub bin: PathBuf,
 }
 
+/// The oldest and the newest, for what is the same code for all between. `WALFLEET_TEST_MAJORS=all` makes it all.
+pub(crate) fn oldest_and_newest() -> Vec<Installation> {
+    let mut all = installations();
+    if all.len() > 2 && std::env::var("WALFLEET_TEST_MAJORS").is_err() {
+        all.drain(1..all.len() - 1);
+    }
+    all
+}
+
 /// One per release: what scripts/get_postgres.sh brought, and the system's own. `WALFLEET_TEST_MAJORS=13,18` limits it.
 pub(crate) fn installations() -> Vec<Installation> {
     let mut folders = vec![PathBuf::from("/usr/lib/postgresql"), PathBuf::from("/var/cache/walfleet-test/pg")];

@@ -4,7 +4,7 @@ use std::fs;
 use std::time::Duration;
 
 use super::*;
-use crate::postgres::test_server::{TestServer, installations};
+use crate::postgres::test_server::{TestServer, installations, oldest_and_newest};
 
 #[test]
 fn a_pid_file_reads_whole_and_unfinished() {
@@ -56,7 +56,7 @@ fn a_pid_that_another_process_took_over_is_no_server() {
 
 #[test]
 fn a_server_is_found_while_it_runs_and_gone_when_all_of_it_is() {
-    for installation in installations() {
+    for installation in oldest_and_newest() {
         let server = TestServer::start(&installation, &[], "");
         let found = discover(&[]);
         let (_, instance) = found.into_iter().find(|(path, _)| *path == server.data_dir).expect("a running server");

@@ -69,10 +69,14 @@ impl ServerError {
 
     pub(super) fn connecting(target: Target, source: tokio_postgres::Error) -> ServerError {
         let Some(refusal) = source.as_db_error() else {
-            return match is_authentication(&source) {
-                true => ServerError::Rejected { target, message: whole(&source), hint: PASSWORD },
-                false => ServerError::Unreachable { target, source },
+            let text = source.to_string();
+            // The client library's own complaints: no password given, a method it does not know; TLS, which it lacks.
+            let hint = match () {
+                () if text.starts_with("authentication error") || text.starts_with("invalid configuration") => PASSWORD,
+                () if text.starts_with("error performing TLS") => NO_TLS,
+                () => return ServerError::Unreachable { target, source },
             };
+            return ServerError::Rejected { target, message: whole(&source), hint };
         };
         let message = refusal.message().to_owned();
         let hint = match refusal.code() {
@@ -118,11 +122,7 @@ impl ServerError {
 
 const PASSWORD: &str = "check user and password of the connection string, or pg_hba.conf.";
 
-/// The client library's own complaint: no password given, a method that it does not know, a channel that is not bound.
-fn is_authentication(error: &tokio_postgres::Error) -> bool {
-    let text = error.to_string();
-    text.starts_with("authentication error") || text.starts_with("invalid configuration")
-}
+const NO_TLS: &str = "connect by the Unix socket, or with sslmode=disable: the agent speaks to its own host only.";
 
 fn is_io(error: &tokio_postgres::Error) -> bool {
     std::error::Error::source(error).is_some_and(|source| source.is::<std::io::Error>())
