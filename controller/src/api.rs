@@ -34,6 +34,7 @@ use crate::metrics::Metrics;
 use crate::reconcile::measure::FleetMetrics;
 use crate::reconcile::{Reconciler, next_epoch};
 use crate::resources::ResourceError;
+use crate::serve::Tasks;
 use crate::state::{RowError, State};
 use crate::wire::WireError;
 use status::{of_resource, of_wire};
@@ -50,6 +51,8 @@ pub struct Ground {
     pub timing: Timing,
     /// Ends loops and streams.
     pub cancel: CancellationToken,
+    /// Runs loops and streams; the stop waits for them.
+    pub tasks: Tasks,
 }
 
 /// All four services, and the loops behind them. Cheap to clone.
@@ -61,6 +64,7 @@ pub struct Api {
     audit: Audit,
     metrics: FleetMetrics,
     cancel: CancellationToken,
+    tasks: Tasks,
 }
 
 impl Api {
@@ -77,17 +81,18 @@ impl Api {
             audit: ground.audit,
             metrics: FleetMetrics::register(&ground.metrics),
             cancel: ground.cancel,
+            tasks: ground.tasks,
         })
     }
 
     /// Starts the loops. They end when cancelled; none of them ends by itself.
     pub fn start(&self) {
         let api = self.clone();
-        tokio::spawn(async move { api.reconciler.run(&api.cancel).await });
+        self.tasks.spawn("reconciler", async move { api.reconciler.run(&api.cancel).await });
         let api = self.clone();
-        tokio::spawn(async move { api.keeper.run(&api.cancel).await });
+        self.tasks.spawn("keeper", async move { api.keeper.run(&api.cancel).await });
         let api = self.clone();
-        tokio::spawn(async move { api.metrics.run(&api.reconciler, &api.cancel).await });
+        self.tasks.spawn("fleet metrics", async move { api.metrics.run(&api.reconciler, &api.cancel).await });
     }
 
     pub fn add_to(&self, routes: Routes) -> Routes {

@@ -187,6 +187,7 @@ fn ground(foundation: &Foundation) -> Ground {
         metrics: foundation.metrics.clone(),
         timing: Timing::of(&foundation.config),
         cancel: foundation.cancel.clone(),
+        tasks: foundation.tasks.clone(),
     }
 }
 

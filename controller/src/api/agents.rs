@@ -43,7 +43,7 @@ impl AgentLink for Api {
         let api = self.clone();
         let inbound = request.into_inner();
         // Answered at once: hello may come only after the headers. Ends with the stream.
-        tokio::spawn(async move {
+        self.tasks.spawn("agent stream", async move {
             if let Err(status) = api.converse(&peer, inbound, &out).await {
                 tracing::info!(agent = %peer.name, code = ?status.code(), reason = status.message(), "ended an agent's stream");
                 // An agent that reads no more does not want to know either.

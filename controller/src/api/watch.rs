@@ -20,7 +20,8 @@ pub fn follow(api: Api, peer: PeerIdentity, job: JobId) -> ReceiverStream<Result
     // One: what a reader has not taken is replaced by what is newer when it does.
     let (views, stream) = mpsc::channel(1);
     // Ends with the job, the reader, the reader's rights, or the controller.
-    tokio::spawn(async move {
+    let tasks = api.tasks.clone();
+    tasks.spawn("job watch", async move {
         let end = tokio::select! {
             end = send_changes(&api, &job, &views) => end,
             refusal = api.reconciler.roster.until_refused(&peer) => Err(refusal.into()),
