@@ -3,10 +3,14 @@
 use std::path::PathBuf;
 
 use jiff::Timestamp;
+use serde::{Serialize, Serializer};
 use walfleet_repository::ids::ClusterName;
 use walfleet_repository::postgres::{Branch, Lsn, Timeline};
 
 use crate::jobs::report::BackupReport;
+
+pub mod collect;
+pub mod repository;
 
 #[derive(Clone, PartialEq, Debug)]
 pub struct Facts {
@@ -71,7 +75,7 @@ pub struct TablespaceFacts {
 }
 
 /// What one repository can give back of one cluster.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
 pub struct RecoveryWindow {
     pub repository: String,
     pub as_of: Timestamp,
@@ -83,24 +87,30 @@ pub struct RecoveryWindow {
 }
 
 /// Any second (any LSN) between the two can be restored.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
 pub struct RecoveryRange {
     pub from: Option<Timestamp>,
     pub to: Option<Timestamp>,
     pub from_lsn: Lsn,
     pub to_lsn: Lsn,
     pub timeline: Timeline,
+    #[serde(serialize_with = "as_text")]
     pub branch: Branch,
 }
 
 /// WAL that should be there and is not: [from, to).
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
 pub struct WalGap {
     pub timeline: Timeline,
+    #[serde(serialize_with = "as_text")]
     pub branch: Branch,
     pub from_lsn: Lsn,
     pub to_lsn: Lsn,
     pub acknowledged: bool,
+}
+
+fn as_text<S: Serializer>(branch: &Branch, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(branch)
 }
 
 impl Facts {

@@ -29,6 +29,7 @@ use crate::progress::{Progress, ProgressReading};
 mod decide;
 pub mod order;
 pub mod report;
+pub mod work;
 
 pub use decide::{Answer, Claim, decide};
 use order::{JobOrder, WorkKind};

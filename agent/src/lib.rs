@@ -1,5 +1,7 @@
 //! The host's side of walfleet: finds PostgreSQL instances, ships their WAL, takes backups, restores them.
 
+pub mod access;
+pub mod archiving;
 pub mod backup;
 pub mod cli;
 pub mod config;

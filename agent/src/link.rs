@@ -30,6 +30,7 @@ mod tests;
 use backoff::Backoff;
 
 /// What the link needs of the agent.
+#[derive(Clone)]
 pub struct Link {
     pub controller: String,
     pub identity: watch::Receiver<Arc<Identity>>,

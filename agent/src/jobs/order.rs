@@ -23,6 +23,13 @@ pub struct JobOrder {
     pub work: WorkOrder,
 }
 
+impl JobOrder {
+    /// Given at the host itself, where nothing can come before it.
+    pub fn of_a_person(job: JobId, cluster: ClusterName, work: WorkOrder) -> JobOrder {
+        JobOrder { job, attempt: 1, fencing_token: 0, cluster, traceparent: None, work }
+    }
+}
+
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum WorkOrder {
     Backup(BackupOrder),

@@ -1,0 +1,76 @@
+//! Granting: every host that the desired state names gets the clusters' keys wrapped for it, by a host that has them.
+//!
+//! The controller cannot do it, since it holds no data key. Granting again changes nothing.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use walfleet_repository::ids::{ClusterName, RecipientId};
+
+use super::{Access, AccessError, ClusterAccess};
+
+/// How soon a grant that failed is tried again, and how soon a new key version is noticed.
+const AGAIN: std::time::Duration = std::time::Duration::from_secs(60);
+
+type Granted = BTreeSet<(ClusterName, [u8; 32])>;
+
+/// Grants whatever is wanted and missing, for as long as the agent runs.
+pub async fn keep_granted(mut access: watch::Receiver<Option<Arc<Access>>>, cancel: CancellationToken) {
+    let mut granted = Granted::new();
+    loop {
+        let present = access.borrow_and_update().clone();
+        if let Some(present) = present {
+            tokio::select! {
+                // Between two objects; each is written whole or not at all.
+                () = cancel.cancelled() => return,
+                () = grant_all(&present, &mut granted) => {}
+            }
+        }
+        tokio::select! {
+            () = cancel.cancelled() => return,
+            changed = access.changed() => if changed.is_err() { return },
+            () = tokio::time::sleep(AGAIN) => {}
+        }
+    }
+}
+
+async fn grant_all(access: &Access, granted: &mut Granted) {
+    for cluster in access.clusters.values() {
+        let missing = missing(cluster, access.key.file.recipient.id(), granted);
+        if cluster.instance.is_none() || missing.is_empty() {
+            continue;
+        }
+        match grant(access, cluster, &missing).await {
+            Ok(()) => granted.extend(missing.into_iter().map(|(recipient, _)| (cluster.name.clone(), recipient))),
+            Err(error) => {
+                tracing::warn!(cluster = %cluster.name, %error, "the cluster's key is not granted yet to every host that may restore it")
+            }
+        }
+    }
+}
+
+/// Recipients that this run of the agent has not granted yet, itself aside.
+fn missing(cluster: &ClusterAccess, own: RecipientId, granted: &Granted) -> Vec<([u8; 32], String)> {
+    cluster
+        .recipients
+        .iter()
+        .filter(|recipient| recipient.public_key != own.0)
+        .filter(|recipient| !granted.contains(&(cluster.name.clone(), recipient.public_key)))
+        .map(|recipient| (recipient.public_key, recipient.label.clone()))
+        .collect()
+}
+
+async fn grant(access: &Access, cluster: &ClusterAccess, missing: &[([u8; 32], String)]) -> Result<(), AccessError> {
+    let open = access.open_or_begin(&cluster.repository, cluster.name.clone()).await?;
+    for (recipient, label) in missing {
+        let granting = open.keys().grant(open.repository().store(), RecipientId(*recipient), label).await;
+        granting.map_err(|source| walfleet_repository::cluster::ClusterError::Key {
+            cluster: cluster.name.clone(),
+            source,
+        })?;
+        tracing::info!(cluster = %cluster.name, to = label, "the cluster's key is granted");
+    }
+    Ok(())
+}

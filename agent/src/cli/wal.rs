@@ -1,0 +1,174 @@
+//! `wal push` and `wal fetch`: dispatched before anything else, and ended with codes that Postgres understands.
+//!
+//! Postgres takes 1 to 125 from `restore_command` for "no such file" and ends recovery there without a word
+//! (RestoreArchivedFile, src/backend/access/transam/xlogarchive.c). So a fetch ends with 0 or 1 only where
+//! [`client::fetch`] says so; every other way out, a misspelt command included, is above 125.
+
+use std::ffi::{OsStr, OsString};
+use std::panic::AssertUnwindSafe;
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::config::{DEFAULT_STATE_DIR, default_socket};
+use crate::wal::client::{self, FetchArgs, PushArgs};
+use crate::wal::fetch::SOURCE_FILE;
+
+/// Wrong arguments of `wal fetch`.
+const FETCH_USAGE: i32 = 129;
+
+/// A bug. As if aborted (128 + SIGABRT).
+const FETCH_PANICKED: i32 = 134;
+
+/// Wrong arguments of everything else.
+const USAGE: i32 = 2;
+
+#[derive(Subcommand, Debug)]
+pub enum WalCommand {
+    /// For archive_command: ends with 0 once the file is durable in the repository.
+    Push(PushCommand),
+    /// For restore_command: 0 delivered whole, 1 the archive does not have it, above 125 anything else.
+    Fetch(FetchCommand),
+}
+
+#[derive(Args, Debug)]
+pub struct PushCommand {
+    /// %p
+    path: PathBuf,
+    /// Where the agent listens; $WALFLEET_SOCKET, or the default, if not given.
+    #[arg(long, value_name = "PATH", env = "WALFLEET_SOCKET")]
+    socket: Option<PathBuf>,
+}
+
+#[derive(Args, Debug)]
+pub struct FetchCommand {
+    /// %f
+    name: String,
+    /// %p
+    path: PathBuf,
+    /// What the restore wrote down about where to fetch from.
+    #[arg(long, value_name = "FILE", default_value = SOURCE_FILE)]
+    source: PathBuf,
+}
+
+/// A parser of its own for each, so that nothing else is set up.
+#[derive(Parser, Debug)]
+#[command(name = "walfleet-agent wal push")]
+struct PushParser {
+    #[command(flatten)]
+    push: PushCommand,
+}
+
+#[derive(Parser, Debug)]
+#[command(name = "walfleet-agent wal fetch")]
+struct FetchParser {
+    #[command(flatten)]
+    fetch: FetchCommand,
+}
+
+/// Carries out `wal push` and `wal fetch`; `None` for every other command line.
+pub fn dispatch(arguments: &[OsString]) -> Option<i32> {
+    let word = |index: usize| arguments.get(index).and_then(|word| word.to_str());
+    match (word(1), word(2)) {
+        (Some("wal"), Some("push")) => Some(push(arguments.get(2..).unwrap_or_default())),
+        (Some("wal"), Some("fetch")) => {
+            let arguments = arguments.get(2..).unwrap_or_default();
+            Some(contained(|| fetch(arguments)))
+        }
+        _ => None,
+    }
+}
+
+/// The exit code of a command line that was not understood. One that may have been meant as a restore_command must not
+/// look like the end of WAL.
+pub fn usage_code(arguments: &[OsString]) -> i32 {
+    let says = |word: &str| arguments.iter().skip(1).take(3).any(|argument| argument == OsStr::new(word));
+    if says("fetch") || (says("wal") && !says("push")) { FETCH_USAGE } else { USAGE }
+}
+
+fn push(arguments: &[OsString]) -> i32 {
+    match PushParser::try_parse_from(arguments) {
+        Ok(PushParser { push }) => {
+            let socket = push.socket.unwrap_or_else(|| default_socket(DEFAULT_STATE_DIR.as_ref()));
+            client::push(&PushArgs { socket, path: push.path })
+        }
+        Err(error) => {
+            let _ = error.print();
+            if error.use_stderr() { USAGE } else { 0 }
+        }
+    }
+}
+
+fn fetch(arguments: &[OsString]) -> i32 {
+    match FetchParser::try_parse_from(arguments) {
+        Ok(FetchParser { fetch }) => {
+            client::fetch(&FetchArgs { source: fetch.source, name: fetch.name, destination: fetch.path })
+        }
+        Err(error) => {
+            let _ = error.print();
+            // Only a person asks for help and nothing else. In a restore_command even that delivered no file.
+            let alone = arguments.len() == 2;
+            if error.use_stderr() || !alone { FETCH_USAGE } else { 0 }
+        }
+    }
+}
+
+/// A panic would exit with 101, the end of WAL.
+fn contained(act: impl FnOnce() -> i32) -> i32 {
+    std::panic::catch_unwind(AssertUnwindSafe(act)).unwrap_or(FETCH_PANICKED)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn words(line: &str) -> Vec<OsString> {
+        std::iter::once("walfleet-agent").chain(line.split_whitespace()).map(OsString::from).collect()
+    }
+
+    #[test]
+    fn only_the_two_are_dispatched_early() {
+        for line in ["", "run", "wal", "wal fetsch a b", "doctor", "list wal push x"] {
+            assert_eq!(dispatch(&words(line)), None, "{line}");
+        }
+    }
+
+    #[test]
+    fn a_wrong_fetch_never_looks_like_the_end_of_wal() {
+        for line in [
+            "wal fetch",
+            "wal fetch onlyname",
+            "wal fetch a b c",
+            "wal fetch --nonsense a b",
+            "wal fetch --help a b",
+            "wal fetch --source",
+            "wal fetch 000000010000000000000001 /nonexistent/x --source /nonexistent/y",
+        ] {
+            let code = dispatch(&words(line)).unwrap();
+            assert!(code > 125, "{line}: {code}");
+        }
+        for line in ["wal", "wal fetsch a b", "wla fetch a b", "fetch a b", "wal --x fetch"] {
+            assert!(usage_code(&words(line)) > 125, "{line}");
+        }
+        use std::os::unix::ffi::OsStringExt;
+        let mut broken = words("wal fetch");
+        broken.push(OsString::from_vec(vec![0xFF]));
+        broken.push("x".into());
+        assert!(dispatch(&broken).unwrap() > 125);
+    }
+
+    #[test]
+    fn a_panic_never_looks_like_the_end_of_wal() {
+        assert_eq!(contained(|| panic!("scripted")), FETCH_PANICKED);
+        assert_eq!(contained(|| 1), 1);
+    }
+
+    #[test]
+    fn a_failed_push_is_counted_by_postgres_and_does_not_restart_its_archiver() {
+        for line in ["wal push", "wal push a b", "wal push --socket /nonexistent/agent.sock x"] {
+            let code = dispatch(&words(line)).unwrap();
+            assert!((1..=125).contains(&code), "{line}: {code}");
+        }
+        assert_eq!(usage_code(&words("wal push")), USAGE);
+    }
+}
