@@ -55,14 +55,14 @@ pub enum LogError {
     #[error("log of {cluster}: {source}")]
     Store { cluster: ClusterName, source: StoreError },
     #[error(
-        "log of {cluster}: entry {sequence} is damaged, and nothing can be decided on what follows it\nHINT: put the same object back from a replica or an older version of it; entries are never skipped."
+        "log of {cluster}: entry {sequence} does not read, and nothing can be decided on what follows it: {source}"
     )]
     Unreadable { cluster: ClusterName, sequence: u64, source: ClearError },
     #[error(
         "log of {cluster}: entry {missing} is missing, and entry {present} is there\nHINT: an entry was removed from the store; put it back from a replica or an older version of it."
     )]
     Hole { cluster: ClusterName, missing: u64, present: u64 },
-    #[error("log of {cluster}: this writer's certificates are not of this repository")]
+    #[error("log of {cluster}: this writer may not append: {source}")]
     Writer { cluster: ClusterName, source: SignatureError },
     #[error("log of {cluster}: the entry would not count: {source}")]
     Void { cluster: ClusterName, source: Void },

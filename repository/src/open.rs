@@ -334,7 +334,7 @@ mod tests {
         for backup in ["bk_3", "bk_1", "bk_2"] {
             back_up(&repository, &cluster, backup).await;
         }
-        assert_eq!(repository.list_clusters().await.unwrap(), [cluster.clone()]);
+        assert_eq!(repository.list_clusters().await.unwrap(), std::slice::from_ref(&cluster));
         let mut log = repository.cluster_log(&cluster);
         log.refresh().await.unwrap();
         let ids = |backups: &CommittedBackups| -> Vec<String> {

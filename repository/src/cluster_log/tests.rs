@@ -118,7 +118,7 @@ async fn an_entry_that_would_be_void_is_not_written() {
     for (signer, action, expected) in [
         (&root(), commit("bk_1"), "session bk_1 is not open"),
         (&agent("db1"), Action::Purge { backup: id("bk_1") }, "\"db1\" may not write this entry"),
-        (&stranger, open("bk_1", None, None, 1), "certificates are not of this repository"),
+        (&stranger, open("bk_1", None, None, 1), "neither the root key"),
     ] {
         let error = append(&mut log, signer, action).await.unwrap_err();
         assert!(error.to_string().contains(expected), "{error}");

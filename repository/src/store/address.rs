@@ -82,14 +82,14 @@ fn open_folder(text: &str, url: &Url, options: &StoreOptions) -> Result<Backend,
         .map_err(|()| unusable("not an absolute path\nHINT: write three slashes, as in file:///backups.".to_owned()))?;
     if options.folder == Folder::Create {
         std::fs::create_dir_all(&path)
-            .map_err(|source| unusable(format!("create folder {}", path.display())).with_source(source))?;
+            .map_err(|source| unusable(format!("create folder {}", path.display())).with_cause(&source))?;
     }
     if !path.is_dir() {
         let hint = "HINT: check the mount, or make the folder with \"repository init\".";
         return Err(unusable(format!("{} is not a folder\n{hint}", path.display())));
     }
     let store = LocalFileSystem::new_with_prefix(&path)
-        .map_err(|source| unusable(format!("open folder {}", path.display())).with_source(source))?
+        .map_err(|source| unusable(format!("open folder {}", path.display())).with_cause(&source))?
         .with_fsync(true);
     Ok(Backend { store: Arc::new(store), folder: Some(path) })
 }
@@ -99,7 +99,7 @@ fn open_s3(text: &str, url: &Url, options: &StoreOptions) -> Result<Backend, Sto
     let bucket = url.host_str().filter(|host| !host.is_empty());
     let bucket = bucket.ok_or_else(|| unusable("no bucket\nHINT: write s3://bucket/prefix.".to_owned()))?;
     let prefix = Path::from_url_path(url.path())
-        .map_err(|source| unusable("the prefix is not a key".to_owned()).with_source(source))?;
+        .map_err(|source| unusable("the prefix is not a key".to_owned()).with_cause(&source))?;
 
     let mut builder = AmazonS3Builder::from_env().with_bucket_name(bucket);
     for (name, value) in &options.settings {
@@ -120,7 +120,7 @@ fn open_s3(text: &str, url: &Url, options: &StoreOptions) -> Result<Backend, Sto
             ),
         )
         .build()
-        .map_err(|source| unusable("the settings do not make a store".to_owned()).with_source(source))?;
+        .map_err(|source| unusable("the settings do not make a store".to_owned()).with_cause(&source))?;
     let store: Arc<dyn ObjectStore> =
         if prefix.is_root() { Arc::new(store) } else { Arc::new(PrefixStore::new(store, prefix)) };
     Ok(Backend { store, folder: None })

@@ -36,42 +36,106 @@ impl fmt::Display for Operation {
 }
 
 /// Why it did not work.
-#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub enum StoreErrorKind {
-    #[error("no such object")]
     NotFound,
-    #[error("another object lies there")]
+    /// Another object lies there.
     AlreadyExists,
-    #[error("bytes {start} to {end} of an object of {size}")]
-    OutOfRange { start: u64, end: u64, size: u64 },
-    #[error(
-        "access refused\nHINT: check the credentials (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY), what they may do with this bucket or folder, and this host's clock."
-    )]
+    OutOfRange {
+        start: u64,
+        end: u64,
+        size: u64,
+    },
     Unauthorized,
-    #[error("the store is out of space\nHINT: make room in the file system of the repository.")]
     NoSpace,
-    #[error("the store does not answer properly\nHINT: check that the endpoint is reachable from this host.")]
     Unreachable,
-    #[error("no answer within {after:?}\nHINT: check that the endpoint is reachable from this host, and its load.")]
-    TimedOut { after: Duration },
-    #[error("{received} bytes came where {expected} were announced")]
-    Torn { expected: u64, received: u64 },
-    #[error("{0}")]
+    TimedOut {
+        after: Duration,
+    },
+    /// A body shorter than announced.
+    Torn {
+        expected: u64,
+        received: u64,
+    },
+    /// A URL or setting that cannot work, in words.
     Unusable(String),
-    #[error("the store refused")]
     Other,
 }
 
+impl StoreErrorKind {
+    fn hint(&self) -> Option<&'static str> {
+        match self {
+            StoreErrorKind::Unauthorized => Some(
+                "check the credentials (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY), what they may do with this bucket or \
+                 folder, and this host's clock.",
+            ),
+            StoreErrorKind::NoSpace => Some("make room in the file system of the repository."),
+            StoreErrorKind::Unreachable | StoreErrorKind::TimedOut { .. } => {
+                Some("check that the store's endpoint is up and reachable from this host.")
+            }
+            StoreErrorKind::NotFound
+            | StoreErrorKind::AlreadyExists
+            | StoreErrorKind::OutOfRange { .. }
+            | StoreErrorKind::Torn { .. }
+            | StoreErrorKind::Unusable(_)
+            | StoreErrorKind::Other => None,
+        }
+    }
+}
+
+impl fmt::Display for StoreErrorKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            StoreErrorKind::NotFound => f.write_str("no such object"),
+            StoreErrorKind::AlreadyExists => f.write_str("another object lies there"),
+            StoreErrorKind::OutOfRange { start, end, size } => {
+                write!(f, "bytes {start} to {end} of an object of {size}")
+            }
+            StoreErrorKind::Unauthorized => f.write_str("access refused"),
+            StoreErrorKind::NoSpace => f.write_str("the store is out of space"),
+            StoreErrorKind::Unreachable => f.write_str("the store does not answer properly"),
+            StoreErrorKind::TimedOut { after } => write!(f, "no answer within {after:?}"),
+            StoreErrorKind::Torn { expected, received } => {
+                write!(f, "{received} bytes came where {expected} were announced")
+            }
+            StoreErrorKind::Unusable(why) => f.write_str(why),
+            StoreErrorKind::Other => f.write_str("the store refused"),
+        }
+    }
+}
+
 /// An operation that failed for good: attempts are over when one sees it.
-#[derive(Debug, thiserror::Error)]
-#[error("{operation} \"{key}\"{tries}: {kind}")]
-pub struct StoreError {
+#[derive(Clone, Debug)]
+pub struct StoreError(Box<Failed>);
+
+#[derive(Clone, Debug)]
+struct Failed {
     operation: Operation,
     key: String,
     kind: StoreErrorKind,
     tries: Tries,
-    source: Option<Box<dyn Error + Send + Sync>>,
+    /// What the store or the system said.
+    cause: Option<String>,
 }
+
+impl Error for StoreError {}
+
+impl fmt::Display for StoreError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let kind = self.0.kind.to_string();
+        // Words about a URL or setting bring their own hint.
+        let (what, own_hint) =
+            kind.split_once("\nHINT: ").map_or((kind.as_str(), None), |(what, hint)| (what, Some(hint)));
+        write!(f, "{} \"{}\"{}: {what}", self.0.operation, self.0.key, self.0.tries)?;
+        if let Some(cause) = &self.0.cause {
+            write!(f, ": {cause}")?;
+        }
+        own_hint.or(self.0.kind.hint()).map_or(Ok(()), |hint| write!(f, "\nHINT: {hint}"))
+    }
+}
+
+/// Of a cause's text: a store may answer with a page of XML.
+const LONGEST_CAUSE: usize = 400;
 
 #[derive(Clone, Copy, Debug, Default)]
 struct Tries {
@@ -87,28 +151,28 @@ impl fmt::Display for Tries {
 
 impl StoreError {
     pub fn new(operation: Operation, key: impl fmt::Display, kind: StoreErrorKind) -> Self {
-        StoreError { operation, key: key.to_string(), kind, tries: Tries::default(), source: None }
+        StoreError(Box::new(Failed { operation, key: key.to_string(), kind, tries: Tries::default(), cause: None }))
     }
 
     pub fn operation(&self) -> Operation {
-        self.operation
+        self.0.operation
     }
 
     pub fn key(&self) -> &str {
-        &self.key
+        &self.0.key
     }
 
     pub fn kind(&self) -> &StoreErrorKind {
-        &self.kind
+        &self.0.kind
     }
 
     pub fn is_not_found(&self) -> bool {
-        self.kind == StoreErrorKind::NotFound
+        self.0.kind == StoreErrorKind::NotFound
     }
 
     /// Whether the same request may succeed later without anyone changing anything.
     pub fn is_retryable(&self) -> bool {
-        match self.kind {
+        match self.0.kind {
             StoreErrorKind::Unreachable | StoreErrorKind::TimedOut { .. } | StoreErrorKind::Torn { .. } => true,
             StoreErrorKind::NotFound
             | StoreErrorKind::AlreadyExists
@@ -120,30 +184,47 @@ impl StoreError {
         }
     }
 
-    pub(super) fn with_source(mut self, source: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
-        self.source = Some(source.into());
+    pub(super) fn with_cause(mut self, cause: &(dyn Error + 'static)) -> Self {
+        // object_store repeats its sources in its own text, but not the innermost ones, such as a refused connection.
+        let mut innermost = cause;
+        while let Some(inner) = innermost.source() {
+            innermost = inner;
+        }
+        let innermost = innermost.to_string();
+        let mut text = cause.to_string().split_whitespace().collect::<Vec<_>>().join(" ");
+        if let Some((end, _)) = text.char_indices().nth(LONGEST_CAUSE) {
+            text.truncate(end);
+            text.push('…');
+        }
+        if innermost.len() < 100 && !text.contains(&innermost) {
+            text = format!("{text}: {innermost}");
+        }
+        self.0.cause = Some(text);
         self
     }
 
     pub(super) fn after(mut self, made: u32, took: Duration) -> Self {
-        self.tries = Tries { made, took };
+        self.0.tries = Tries { made, took };
         self
     }
 
     /// A conflict under which nothing lies is S3's 409: concurrent creates met, and none is said to have won.
     pub(super) fn into_passing_conflict(mut self) -> Self {
-        if self.kind == StoreErrorKind::AlreadyExists {
-            self.kind = StoreErrorKind::Unreachable;
+        if self.0.kind == StoreErrorKind::AlreadyExists {
+            self.0.kind = StoreErrorKind::Unreachable;
         }
         self
     }
 
     pub(super) fn from_io(operation: Operation, key: &Path, source: std::io::Error) -> Self {
-        StoreError::new(operation, key, kind_of_io(&source)).with_source(source)
+        StoreError::new(operation, key, kind_of_io(&source)).with_cause(&source)
     }
 
     pub(super) fn from_store(operation: Operation, key: &Path, source: object_store::Error) -> Self {
-        StoreError::new(operation, key, classify(&source)).with_source(source)
+        let error = StoreError::new(operation, key, classify(&source));
+        // Of what is not there, the kind says it all.
+        let plain = matches!(error.0.kind, StoreErrorKind::NotFound | StoreErrorKind::AlreadyExists);
+        if plain { error } else { error.with_cause(&source) }
     }
 }
 
