@@ -1,5 +1,5 @@
-//! Looking: at the servers of this host every few seconds, at what the repositories hold of them every minute and after
-//! each job. The two do not wait for each other, and no instance waits for another.
+//! Looking: at the servers of this host every few seconds, at what the repositories hold of them every minute or so and
+//! after each job. The two do not wait for each other, and no instance waits for another.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
@@ -12,9 +12,9 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use walfleet_repository::ids::ClusterName;
 
-use super::repository::{RepositoryView, view};
+use super::repository::{ClusterWatch, RepositoryView};
 use super::{ArchiveFacts, Facts, InstanceFacts, InstanceRole, TablespaceFacts};
-use crate::access::{Access, ClusterAccess, InstanceAccess};
+use crate::access::{Access, AccessError, ClusterAccess, InstanceAccess};
 use crate::archiving::Archiving;
 use crate::config::Config;
 use crate::identity::connect::chain;
@@ -26,8 +26,9 @@ use crate::wal::ship::ShipStatus;
 /// The controller's own interval is longer; this is how soon a change of role or a failing archiver is noticed.
 const SERVERS: Duration = Duration::from_secs(10);
 
-/// A few small objects per cluster and look.
+/// Between two looks at repositories: see [`pause`].
 const REPOSITORIES: Duration = Duration::from_secs(60);
+const LONGEST_PAUSE: Duration = Duration::from_secs(900);
 
 /// For one server's answers, and for one repository's.
 const SERVER_DEADLINE: Duration = Duration::from_secs(15);
@@ -76,16 +77,22 @@ impl Collector {
 
     async fn look_at_repositories(&self, views: &Views) {
         let (mut access, mut ends) = (self.access.clone(), self.jobs.ends());
+        let mut watches = Watches::new();
         loop {
             let present = access.borrow_and_update().clone();
+            let mut requests = 0;
             if let Some(present) = present {
-                let members = present.clusters.values().filter(|cluster| cluster.instance.is_some()).cloned();
-                let looks: Vec<_> = members.map(|cluster| look_at_repository(cluster, views)).collect();
-                join_all(looks).await;
+                requests = look_at_clusters(present, &mut watches, views).await;
             }
             tokio::select! {
-                () = tokio::time::sleep(REPOSITORIES) => {}
-                changed = access.changed() => if changed.is_err() { return },
+                () = tokio::time::sleep(pause(requests)) => {}
+                changed = access.changed() => {
+                    if changed.is_err() {
+                        return;
+                    }
+                    // Keys, certificates or places may have changed.
+                    watches.clear();
+                }
                 _ = ends.changed() => {}
             }
         }
@@ -114,19 +121,66 @@ impl Collector {
     }
 }
 
-async fn look_at_repository(cluster: ClusterAccess, views: &Views) {
-    let looked = tokio::time::timeout(REPOSITORY_DEADLINE, view(&cluster)).await;
-    let mut views = views.lock().unwrap_or_else(PoisonError::into_inner);
-    let former = views.entry(cluster.name.clone()).or_default();
-    match looked {
-        Ok(Ok(view)) => *former = view,
-        // What was last seen stays, with its own time beside it.
-        Ok(Err(error)) => former.problem = Some(chain(&error)),
-        Err(_) => {
-            let seconds = REPOSITORY_DEADLINE.as_secs();
-            former.problem = Some(format!("repository {}: no answer within {seconds} s", cluster.repository.name));
+/// Clusters opened before, by name.
+type Watches = HashMap<ClusterName, ClusterWatch>;
+
+/// Looks at every cluster that lives here, all at once; returns what it cost.
+async fn look_at_clusters(access: Arc<Access>, watches: &mut Watches, views: &Views) -> u64 {
+    let members: Vec<ClusterAccess> =
+        access.clusters.values().filter(|cluster| cluster.instance.is_some()).cloned().collect();
+    let looks: Vec<_> = members
+        .into_iter()
+        .map(|cluster| {
+            let watch = watches.remove(&cluster.name);
+            look_at_cluster(Arc::clone(&access), cluster, watch)
+        })
+        .collect();
+    let mut requests: u64 = 0;
+    for (cluster, watch, looked) in join_all(looks).await {
+        if let Some(watch) = watch {
+            watches.insert(cluster.clone(), watch);
+        }
+        let mut views = views.lock().unwrap_or_else(PoisonError::into_inner);
+        let former = views.entry(cluster).or_default();
+        match looked {
+            Ok(view) => {
+                requests = requests.saturating_add(view.requests);
+                *former = view;
+            }
+            // What was last seen stays, with its own time beside it.
+            Err(problem) => former.problem = Some(problem),
         }
     }
+    requests
+}
+
+type ClusterLook = (ClusterName, Option<ClusterWatch>, Result<RepositoryView, String>);
+
+async fn look_at_cluster(access: Arc<Access>, cluster: ClusterAccess, watch: Option<ClusterWatch>) -> ClusterLook {
+    let looking = async {
+        let watch = match watch {
+            Some(watch) => Some(watch),
+            None => ClusterWatch::open(&access, &cluster).await?,
+        };
+        let Some(mut watch) = watch else { return Ok((None, RepositoryView::default())) };
+        let view = watch.look().await?;
+        Ok::<_, AccessError>((Some(watch), view))
+    };
+    let name = cluster.name.clone();
+    match tokio::time::timeout(REPOSITORY_DEADLINE, looking).await {
+        Ok(Ok((watch, view))) => (name, watch, Ok(view)),
+        Ok(Err(error)) => (name, None, Err(chain(&error))),
+        Err(_) => {
+            let seconds = REPOSITORY_DEADLINE.as_secs();
+            (name, None, Err(format!("repository {}: no answer within {seconds} s", cluster.repository.name)))
+        }
+    }
+}
+
+/// Until the next look: the more requests one takes, the more seldom. A cluster with a hundred thousand segments costs
+/// some hundred requests a look, and so at most 1200 an hour; requests are money at most stores.
+fn pause(requests: u64) -> Duration {
+    Duration::from_secs(requests.saturating_mul(3)).clamp(REPOSITORIES, LONGEST_PAUSE)
 }
 
 /// What one look at an instance saw.

@@ -1,13 +1,29 @@
 //! What a repository holds of a cluster, as facts and lists show it.
+//!
+//! A look costs what changed: the log is read on from where the last look ended, and reference parts, which never
+//! change, are read once.
 
+use std::collections::BTreeMap;
+
+use futures::StreamExt;
 use futures::future::BoxFuture;
 use jiff::Timestamp;
-use walfleet_repository::cluster_log::ClusterLog;
-use walfleet_repository::open::{BackupLife, CommittedBackup, CommittedBackups, Repository};
+use walfleet_repository::cluster::{ClusterError, OpenCluster};
+use walfleet_repository::cluster_log::{ClusterLog, Committed, SessionState};
+use walfleet_repository::format::reference::ReferencePart;
+use walfleet_repository::ids::BackupId;
+use walfleet_repository::open::{BackupLife, CommittedBackup, Repository, RepositoryError};
+use walfleet_repository::recovery_window::{BackupFacts, WalCatalog, Windows, recovery_windows};
+use walfleet_repository::wal_archive::{ArchiveError, WalArchive};
+use walfleet_repository::wal_catalog;
 
-use super::RecoveryWindow;
-use crate::access::{AccessError, ClusterAccess};
+use super::{RecoveryRange, RecoveryWindow, WalGap};
+use crate::access::{Access, AccessError, ClusterAccess};
+use crate::identity::connect::chain;
 use crate::jobs::report::{BackupReport, BackupState};
+
+/// Reference parts read at once: small objects, so latency counts.
+const READS: usize = 16;
 
 /// Backups told to the controller: the newest, in one message of a few hundred KiB at most.
 const NEWEST_BACKUPS: usize = 500;
@@ -19,36 +35,182 @@ pub struct RepositoryView {
     pub backups: Vec<BackupReport>,
     /// Why it could not be read, or what in it does not read.
     pub problem: Option<String>,
+    /// Requests that this look cost.
+    pub requests: u64,
 }
 
-/// Reads a cluster's log, its backups and its archive. A cluster that nobody wrote anything of yet is empty.
-pub async fn view(cluster: &ClusterAccess) -> Result<RepositoryView, AccessError> {
-    let repository = cluster.repository.open().await?;
-    let mut log = repository.cluster_log(&cluster.name);
-    log.refresh().await.map_err(walfleet_repository::open::RepositoryError::from)?;
-    let committed = committed(&repository, &log).await;
-    let mut view = RepositoryView::default();
-    let skipped = committed.readable.len().saturating_sub(NEWEST_BACKUPS);
-    view.backups = committed.readable.iter().skip(skipped).map(summary).collect();
-    if let Some((id, error)) = committed.unreadable.first() {
-        let others = committed.unreadable.len() - 1;
-        let more = if others == 0 { String::new() } else { format!(" (and {others} more)") };
-        view.problem = Some(format!("backup {id}{more} does not read: {error}"));
-    }
-    Ok(view)
+/// A cluster's place in its repository, looked at again and again.
+pub struct ClusterWatch {
+    repository_name: String,
+    cluster: OpenCluster,
+    archive: WalArchive,
+    log: ClusterLog,
+    references: BTreeMap<BackupId, ReferencePart>,
 }
+
+impl ClusterWatch {
+    /// `None`: nobody has written anything of this cluster yet.
+    pub async fn open(access: &Access, cluster: &ClusterAccess) -> Result<Option<ClusterWatch>, AccessError> {
+        let open = match access.open(&cluster.repository, cluster.name.clone()).await {
+            Err(AccessError::Cluster(ClusterError::Unknown(_))) => return Ok(None),
+            open => open?,
+        };
+        Ok(Some(ClusterWatch {
+            repository_name: cluster.repository.name.clone(),
+            archive: open.wal_archive(cluster.compression_level),
+            log: open.log().await?,
+            cluster: open,
+            references: BTreeMap::new(),
+        }))
+    }
+
+    /// Reads what is new, and works out what can be recovered. One bad object does not hide the rest.
+    pub async fn look(&mut self) -> Result<RepositoryView, AccessError> {
+        let requests_before = self.requests();
+        self.log.refresh().await.map_err(RepositoryError::from)?;
+        let mut problems = self.read_references().await;
+        let mut view = RepositoryView::default();
+        let mut facts = Vec::new();
+        let mut sizes = Vec::new();
+        for (session, _) in self.log.state().backups() {
+            let Some(reference) = self.references.get(session.id()) else { continue };
+            let expired = matches!(session.state, SessionState::Expired(..));
+            view.backups
+                .push(summary_of(reference, if expired { BackupState::Expired } else { BackupState::Committed }));
+            if !expired {
+                facts.push(BackupFacts::from(reference));
+                sizes.push(reference.segment_size);
+            }
+        }
+        view.backups.drain(..view.backups.len().saturating_sub(NEWEST_BACKUPS));
+        let as_of = Timestamp::now();
+        let systems = wal_catalog::systems(&facts, &sizes);
+        match read_catalog(&self.archive, &systems).await {
+            Ok(catalog) => {
+                let windows = recovery_windows(&facts, &catalog);
+                problems.extend(windows.unrestorable.iter().map(|lost| {
+                    let gap = &lost.missing;
+                    format!("backup {} cannot be restored: WAL {} to {} is missing", lost.backup, gap.from, gap.to)
+                }));
+                view.windows = vec![window(&self.repository_name, as_of, windows)];
+            }
+            Err(error) => problems.push(format!("list the WAL archive: {}", chain(&error))),
+        }
+        view.problem = (!problems.is_empty()).then(|| problems.join("; "));
+        view.requests = self.requests().saturating_sub(requests_before);
+        Ok(view)
+    }
+
+    fn requests(&self) -> u64 {
+        self.cluster.repository().store().counters().requests()
+    }
+
+    /// Reads the reference parts that are not known yet; returns what does not read.
+    async fn read_references(&mut self) -> Vec<String> {
+        let backups = self.log.state().backups();
+        let present: Vec<BackupId> = backups.iter().map(|(session, _)| session.id().clone()).collect();
+        let missing: Vec<(BackupId, Committed)> = backups
+            .into_iter()
+            .filter(|(session, _)| !self.references.contains_key(session.id()))
+            .map(|(session, committed)| (session.id().clone(), committed.clone()))
+            .collect();
+        self.references.retain(|id, _| present.contains(id));
+        let repository = self.cluster.repository();
+        let reads: Vec<_> = missing
+            .into_iter()
+            .map(|(id, committed)| read_reference(repository, &self.cluster, id, committed))
+            .collect();
+        let read: Vec<_> = futures::stream::iter(reads).buffer_unordered(READS).collect().await;
+        let mut problems = Vec::new();
+        for (id, reference) in read {
+            match reference {
+                Ok(reference) => drop(self.references.insert(id, reference)),
+                Err(error) => problems.push(format!("backup {id} does not read: {}", chain(&error))),
+            }
+        }
+        problems
+    }
+}
+
+/// What lies there of a cluster, at once.
+pub async fn view(access: &Access, cluster: &ClusterAccess) -> Result<RepositoryView, AccessError> {
+    match ClusterWatch::open(access, cluster).await? {
+        Some(mut watch) => watch.look().await,
+        None => Ok(RepositoryView::default()),
+    }
+}
+
+type Read = (BackupId, Result<ReferencePart, RepositoryError>);
 
 /// Boxed here, where the lifetimes have names: inside a larger future rustc 1.95 cannot prove that it may be sent
-/// (rust-lang/rust#102211).
-fn committed<'a>(repository: &'a Repository, log: &'a ClusterLog) -> BoxFuture<'a, CommittedBackups> {
-    Box::pin(repository.backups(log))
+/// (rust-lang/rust#102211). So is the next one.
+fn read_reference<'a>(
+    repository: &'a Repository,
+    cluster: &'a OpenCluster,
+    id: BackupId,
+    committed: Committed,
+) -> BoxFuture<'a, Read> {
+    Box::pin(async move {
+        let read = repository.reference(cluster.name(), &id, &committed).await;
+        (id, read.map(|(reference, _)| reference))
+    })
+}
+
+type Systems = BTreeMap<walfleet_repository::postgres::SystemId, walfleet_repository::postgres::SegmentSize>;
+
+fn read_catalog<'a>(archive: &'a WalArchive, systems: &'a Systems) -> BoxFuture<'a, Result<WalCatalog, ArchiveError>> {
+    Box::pin(wal_catalog::read(archive, systems))
+}
+
+/// Microseconds outside of jiff's range come from nonsense in the store, which shows as the epoch.
+fn time(us: i64) -> Timestamp {
+    Timestamp::from_microsecond(us).unwrap_or(Timestamp::UNIX_EPOCH)
+}
+
+fn window(repository: &str, as_of: Timestamp, windows: Windows) -> RecoveryWindow {
+    let newest = windows.newest().cloned();
+    RecoveryWindow {
+        repository: repository.to_owned(),
+        as_of,
+        newest_commit: newest.as_ref().map(|range| time(range.to.at_us)),
+        newest_lsn: newest.as_ref().map(|range| range.to.lsn),
+        newest_timeline: newest.as_ref().map(|range| range.wal.timeline),
+        ranges: windows
+            .ranges
+            .iter()
+            .map(|range| RecoveryRange {
+                from: Some(time(range.from.at_us)),
+                to: Some(time(range.to.at_us)),
+                from_lsn: range.from.lsn,
+                to_lsn: range.to.lsn,
+                timeline: range.wal.timeline,
+                branch: range.wal.branch,
+            })
+            .collect(),
+        gaps: windows
+            .gaps
+            .iter()
+            .map(|gap| WalGap {
+                timeline: gap.wal.timeline,
+                branch: gap.wal.branch,
+                from_lsn: gap.from,
+                to_lsn: gap.to,
+                acknowledged: false,
+            })
+            .collect(),
+    }
 }
 
 /// As lists show it.
 pub fn summary(backup: &CommittedBackup) -> BackupReport {
-    let reference = &backup.reference;
-    // Times outside of jiff's range come from nonsense in the store, which shows as the epoch.
-    let time = |us| Timestamp::from_microsecond(us).unwrap_or(Timestamp::UNIX_EPOCH);
+    let state = match backup.life {
+        BackupLife::Live => BackupState::Committed,
+        BackupLife::Expired { .. } => BackupState::Expired,
+    };
+    summary_of(&backup.reference, state)
+}
+
+fn summary_of(reference: &ReferencePart, state: BackupState) -> BackupReport {
     BackupReport {
         id: reference.backup.clone(),
         cluster: reference.cluster.clone(),
@@ -66,10 +228,7 @@ pub fn summary(backup: &CommittedBackup) -> BackupReport {
         new_bytes: reference.counters.new_bytes,
         stored_bytes: reference.counters.stored_bytes,
         damaged_pages: reference.damaged_page_count,
-        state: match backup.life {
-            BackupLife::Live => BackupState::Committed,
-            BackupLife::Expired { .. } => BackupState::Expired,
-        },
+        state,
         store_requests: reference.counters.store_requests,
     }
 }

@@ -1,20 +1,21 @@
 //! Orders carried out on this host: finds the cluster, the repository and the key that an order is about, and hands over
-//! to `backup`, `restore` and `verify`. Used by the job runner and by the host's own commands alike.
+//! to `backup`, `restore` and `walfleet_repository::verify`. Used by the job runner and by the host's own commands alike.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
+use futures::future::BoxFuture;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
-use walfleet_repository::cluster::{ClusterError, OpenCluster};
-use walfleet_repository::keyring::KeyringError;
-use walfleet_repository::verify::{self, Depth, VerifyError, VerifySpec};
+use walfleet_repository::cluster::OpenCluster;
+use walfleet_repository::verify::{Depth, VerifyError, VerifySpec, verify};
 
 use super::Work;
 use super::order::{BackupOrder, Checkpoint, JobOrder, RestoreOrder, VerifyOrder, WorkOrder};
 use super::report::{Report, VerifyFinding, VerifyReport};
-use crate::access::{Access, AccessError, ClusterAccess, RepositoryAccess};
+use crate::access::{Access, AccessError, ClusterAccess, InstanceAccess, cluster_failure};
 use crate::archiving::Archiving;
 use crate::backup::{self, BackupRequest};
 use crate::config::Config;
@@ -24,17 +25,17 @@ use crate::progress::Progress;
 use crate::restore::{self, RestoreRequest};
 use crate::wal::socket::Shippers;
 
-/// How long a backup of a standby waits for the primary to finish the segment that makes it consistent.
-const WAL_WAIT: Duration = Duration::from_secs(15 * 60);
-
-/// How long a restore waits to be granted the cluster's key by a host that has it.
-const GRANT_WAIT: Duration = Duration::from_secs(60);
+/// At the end of a backup: for WAL that another host ships, or that archive_command has yet to bring. Longer than any
+/// archive_timeout in use, shorter than the patience of a schedule.
+const WAL_WAIT: Duration = Duration::from_secs(3600);
 
 /// The real [`Work`].
 pub struct HostWork {
     config: Arc<Config>,
     access: watch::Receiver<Option<Arc<Access>>>,
     archiving: Arc<Archiving>,
+    /// As it was started: a package upgrade replaces the file under the running agent.
+    program: PathBuf,
 }
 
 impl HostWork {
@@ -43,7 +44,8 @@ impl HostWork {
         access: watch::Receiver<Option<Arc<Access>>>,
         archiving: Arc<Archiving>,
     ) -> HostWork {
-        HostWork { config, access, archiving }
+        let program = std::env::current_exe().unwrap_or_else(|_| PathBuf::from("walfleet-agent"));
+        HostWork { config, access, archiving, program }
     }
 
     fn access(&self) -> Result<Arc<Access>, Failure> {
@@ -61,20 +63,16 @@ impl HostWork {
         cancel: &CancellationToken,
     ) -> Result<Report, Failure> {
         let access = self.access()?;
-        let cluster = member(&access, job, &order.repository)?;
-        let instance = cluster.instance.clone().ok_or_else(|| no_instance(cluster))?;
-        let connection = blocking({
-            let instance = instance.clone();
-            move || instance.connection_string()
-        })
-        .await?
-        .map_err(|error| Failure::new("backup.postgres", ExitCode::Failed, Remedy::Retry, error))?;
+        let cluster = known(&access, job, &order.repository)?;
+        let instance = cluster.instance.as_ref().ok_or_else(|| no_instance(cluster))?;
+        let connection = connection(instance.clone()).await?;
         let shipper = self.archiving.shipper(&instance.data_dir).await;
+        let archiving = |message| Failure::new("backup.archiving", ExitCode::Failed, Remedy::Retry, message);
         let request = BackupRequest {
             cluster: access.open_or_begin(&cluster.repository, cluster.name.clone()).await?,
             signer: Arc::new(access.key.signer().map_err(AccessError::from)?),
             member: access.member.clone(),
-            data_dir: instance.data_dir,
+            data_dir: instance.data_dir.clone(),
             connection,
             run: Some(order.run.clone()),
             pace: match order.checkpoint {
@@ -83,7 +81,7 @@ impl HostWork {
             },
             compression_level: order.compression_level.unwrap_or(cluster.compression_level),
             processes: order.processes.unwrap_or(cluster.processes),
-            shipper: shipper.map_err(|e| Failure::new("backup.repository", ExitCode::Failed, Remedy::Retry, e))?,
+            shipper: shipper.map_err(archiving)?,
             wal_wait: WAL_WAIT,
         };
         Ok(Report::Backup(backup::run(request, progress, cancel).await?))
@@ -96,23 +94,15 @@ impl HostWork {
         progress: &Progress,
         cancel: &CancellationToken,
     ) -> Result<Report, Failure> {
-        let unsupported =
-            [(order.delta, "a delta restore"), (order.standby || order.apply_delay.is_some(), "restoring a standby")];
-        if let Some((_, what)) = unsupported.iter().find(|(asked, _)| *asked) {
-            let message =
-                format!("{what} is not supported by this version\nHINT: restore into an empty directory, without it.");
+        if order.delta || order.standby {
+            let message = "this agent restores to an empty directory and to a primary only";
             return Err(Failure::new("restore.unsupported", ExitCode::Refused, Remedy::Operator, message));
         }
         let access = self.access()?;
-        let cluster = access.cluster(&job.cluster)?;
-        let repository = if order.repository.is_empty() {
-            cluster.repository.clone()
-        } else {
-            access.repository(&order.repository)?.clone()
-        };
-        progress.enter("open", 0);
+        let cluster = known(&access, job, &order.repository)?;
+        let repository = &cluster.repository;
         let request = RestoreRequest {
-            cluster: open_granted(&access, &repository, cluster, cancel).await?,
+            cluster: access.open(repository, cluster.name.clone()).await?,
             key_file: access.key.path.clone(),
             url: repository.url.clone(),
             options: repository.options.clone(),
@@ -126,14 +116,7 @@ impl HostWork {
             plan_only: order.plan_only,
             processes: cluster.processes,
             bin_dirs: self.config.postgres.bin_dirs.clone(),
-            program: std::env::current_exe().map_err(|error| {
-                Failure::new(
-                    "restore.program",
-                    ExitCode::Failed,
-                    Remedy::Operator,
-                    format!("find this program: {error}"),
-                )
-            })?,
+            program: self.program.clone(),
         };
         Ok(Report::Restore(restore::run(request, progress, cancel).await?))
     }
@@ -146,66 +129,27 @@ impl HostWork {
         cancel: &CancellationToken,
     ) -> Result<Report, Failure> {
         let access = self.access()?;
-        let cluster = access.cluster(&job.cluster)?;
-        let opened = access.open(&cluster.repository, cluster.name.clone()).await?;
+        let cluster = known(&access, job, &order.repository)?;
+        let open = access.open(&cluster.repository, cluster.name.clone()).await?;
         let depth = if order.deep { Depth::Content } else { Depth::Stored };
         let spec = VerifySpec { backup: order.backup.clone(), depth };
         progress.enter("verify", 0);
-        let verified = verify::verify(&opened, &spec, |bytes| progress.add(bytes), cancel).await;
-        let report = verified.map_err(|error| match error {
-            VerifyError::Cancelled => Failure::cancelled(),
-            VerifyError::NoSuchBackup(_) => {
-                Failure::new("verify.no_backup", ExitCode::NotFound, Remedy::Operator, error)
-            }
-            VerifyError::Cluster(error) => AccessError::Cluster(error).into(),
-        })?;
-        let finding = |finding: verify::Finding| VerifyFinding {
-            object: finding.object,
-            problem: finding.problem,
-            backups: finding.backups,
-        };
+        let report = verifying(&open, &spec, progress, cancel).await.map_err(verify_failure)?;
         Ok(Report::Verify(VerifyReport {
             packs: report.packs,
             segments: report.segments,
             bytes: report.bytes,
-            findings: report.findings.into_iter().map(finding).collect(),
+            findings: report
+                .findings
+                .into_iter()
+                .map(|finding| VerifyFinding {
+                    object: finding.object,
+                    problem: finding.problem,
+                    backups: finding.backups,
+                })
+                .collect(),
         }))
     }
-}
-
-/// Opens a cluster that another host may be granting to this one just now.
-async fn open_granted(
-    access: &Access,
-    repository: &RepositoryAccess,
-    cluster: &ClusterAccess,
-    cancel: &CancellationToken,
-) -> Result<OpenCluster, Failure> {
-    let began = tokio::time::Instant::now();
-    loop {
-        match access.open(repository, cluster.name.clone()).await {
-            Err(AccessError::Cluster(ClusterError::Key { source: KeyringError::NotGranted { .. }, .. }))
-                if began.elapsed() < GRANT_WAIT => {}
-            other => return Ok(other?),
-        }
-        tokio::select! {
-            () = cancel.cancelled() => return Err(Failure::cancelled()),
-            () = tokio::time::sleep(Duration::from_secs(1)) => {}
-        }
-    }
-}
-
-fn no_instance(cluster: &ClusterAccess) -> Failure {
-    let message = format!(
-        "no instance of cluster {} is known on this host\nHINT: name it in the agent's instances.",
-        cluster.name
-    );
-    Failure::new("backup.no_instance", ExitCode::Refused, Remedy::Operator, message)
-}
-
-async fn blocking<T: Send + 'static>(act: impl FnOnce() -> T + Send + 'static) -> Result<T, Failure> {
-    tokio::task::spawn_blocking(act)
-        .await
-        .map_err(|error| Failure::new("agent.panicked", ExitCode::Failed, Remedy::Retry, error))
 }
 
 #[async_trait]
@@ -219,8 +163,8 @@ impl Work for HostWork {
     }
 }
 
-/// The cluster of an order that only a member can carry out, in the repository that the order means.
-fn member<'a>(access: &'a Access, job: &JobOrder, repository: &str) -> Result<&'a ClusterAccess, Failure> {
+/// The order's cluster, in the repository that the order means.
+fn known<'a>(access: &'a Access, job: &JobOrder, repository: &str) -> Result<&'a ClusterAccess, Failure> {
     let cluster = access.cluster(&job.cluster)?;
     if cluster.repository.name != repository {
         let message = format!(
@@ -231,4 +175,40 @@ fn member<'a>(access: &'a Access, job: &JobOrder, repository: &str) -> Result<&'
         return Err(Failure::new("repository.unknown", ExitCode::NotFound, Remedy::Retry, message));
     }
     Ok(cluster)
+}
+
+fn no_instance(cluster: &ClusterAccess) -> Failure {
+    let message = format!(
+        "no instance of cluster {} is known on this host\nHINT: name its data directory in the agent's instances.",
+        cluster.name
+    );
+    Failure::new("backup.no_instance", ExitCode::NotFound, Remedy::Operator, message)
+}
+
+async fn connection(instance: InstanceAccess) -> Result<String, Failure> {
+    let found = tokio::task::spawn_blocking(move || instance.connection_string()).await;
+    let failure = |error: &dyn std::error::Error| {
+        let message = crate::identity::connect::chain(error);
+        Failure::new("backup.postgres", ExitCode::Failed, Remedy::Retry, message)
+    };
+    found.map_err(|error| failure(&error))?.map_err(|error| failure(&error))
+}
+
+/// Boxed here, where the lifetimes have names: inside a larger future rustc 1.95 cannot prove that it may be sent
+/// (rust-lang/rust#102211).
+fn verifying<'a>(
+    cluster: &'a OpenCluster,
+    spec: &'a VerifySpec,
+    progress: &'a Progress,
+    cancel: &'a CancellationToken,
+) -> BoxFuture<'a, Result<walfleet_repository::verify::VerifyReport, VerifyError>> {
+    Box::pin(verify(cluster, spec, |bytes| progress.add(bytes), cancel))
+}
+
+fn verify_failure(error: VerifyError) -> Failure {
+    match &error {
+        VerifyError::Cluster(cluster) => cluster_failure(cluster),
+        VerifyError::NoSuchBackup(_) => Failure::new("backup.unknown", ExitCode::NotFound, Remedy::Operator, error),
+        VerifyError::Cancelled => Failure::cancelled(),
+    }
 }

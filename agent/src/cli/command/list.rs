@@ -41,7 +41,7 @@ pub fn list(args: &ListArgs) -> Result<(), Failure> {
         let cluster = opened.cluster(name)?.clone();
         // A cluster that this key does not open is refused, not shown as empty.
         opened.access.open(&cluster.repository, name.clone()).await?;
-        let view = view(&cluster).await?;
+        let view = view(&opened.access, &cluster).await?;
         let listed = Listed {
             cluster: name.clone(),
             as_of: Timestamp::now(),
