@@ -12,7 +12,7 @@ pub use agent::{Agent, AgentBuilder};
 pub use controller::Controller;
 pub use ctl::Ctl;
 pub use standalone::Standalone;
-pub use whole::Fleet;
+pub use whole::{Fleet, Protected};
 
 use crate::s3::S3Server;
 use crate::scratch::Scratch;

@@ -4,11 +4,13 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
+use anyhow::Context;
 use serde_json::Value;
 
 use crate::binaries;
 use crate::os_user::os_user;
 use crate::output::Output;
+use crate::scratch::Scratch;
 
 const COMMAND_LIMIT: Duration = Duration::from_secs(240);
 
@@ -21,6 +23,18 @@ impl Ctl {
     /// `context` is a file that says which controller and as whom.
     pub fn new(context: &Path) -> anyhow::Result<Ctl> {
         Ok(Ctl { program: binaries::program(binaries::CTL)?, context: context.to_owned() })
+    }
+
+    /// Becomes an operator with a token; the context lies in a new folder of its own.
+    pub fn login(scratch: &Scratch, controller: &str, token: &str, name: &str) -> anyhow::Result<Ctl> {
+        let program = binaries::program(binaries::CTL)?;
+        let home = scratch.dir(&format!("operator-{name}"))?;
+        let mut command = os_user().command(&program);
+        command.args(["login", "--controller", controller, "--token", token, "--name", name, "-o", "json"]);
+        command.env("XDG_CONFIG_HOME", &home);
+        let answer = Output::of(command, COMMAND_LIMIT)?.ok()?.json()?;
+        let context = answer["path"].as_str().with_context(|| format!("login names no context file: {answer}"))?;
+        Ok(Ctl { program, context: PathBuf::from(context) })
     }
 
     pub fn program(&self) -> &Path {

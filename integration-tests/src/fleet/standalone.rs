@@ -25,9 +25,10 @@ const RESTORE_LIMIT: Duration = Duration::from_secs(180);
 
 /// A server with the usual data and one tablespace, its agent running, its WAL archived.
 pub struct Standalone {
-    scratch: Scratch,
-    pub server: PgServer,
+    /// Dropped before the server, so that it does not complain of its end.
     pub agent: Agent,
+    pub server: PgServer,
+    scratch: Scratch,
     pub dataset: Dataset,
     pub tablespace: PathBuf,
     pub place: Place,

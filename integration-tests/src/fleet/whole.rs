@@ -5,8 +5,11 @@ use std::time::Duration;
 use anyhow::Context;
 use serde_json::Value;
 
+use super::standalone::CLUSTER;
 use super::{Agent, AgentBuilder, Controller, Ctl, Place};
 use crate::os_user::os_user;
+use crate::postgres::dataset::Dataset;
+use crate::postgres::{PgServer, PgVersion};
 use crate::scratch::Scratch;
 use crate::wait_for;
 
@@ -15,6 +18,14 @@ const FACTS_LIMIT: Duration = Duration::from_secs(60);
 
 /// The repository's name in documents.
 pub const REPOSITORY: &str = "main";
+
+/// A host of the fleet whose server is protected.
+pub struct Protected {
+    /// Dropped before the server, so that it does not complain of its end.
+    pub agent: Agent,
+    pub server: PgServer,
+    pub dataset: Dataset,
+}
 
 pub struct Fleet {
     scratch: Scratch,
@@ -42,6 +53,13 @@ impl Fleet {
         labels.iter().for_each(|label| words.extend(["--label", label]));
         let token = self.admin.json(&words)?;
         token["token"].as_str().map(str::to_owned).with_context(|| format!("no token in {token}"))
+    }
+
+    /// Another operator, in a role.
+    pub fn operator(&self, name: &str, role: &str) -> anyhow::Result<Ctl> {
+        let token = self.admin.json(&["token", "create", "--role", role, "--ttl", "1h"])?;
+        let token = token["token"].as_str().with_context(|| format!("no token in {token}"))?;
+        Ctl::login(&self.scratch, self.controller.url(), token, name)
     }
 
     /// Joins a host, starts its agent and waits until the controller sees it.
@@ -108,6 +126,22 @@ impl Fleet {
             })
         };
         self.wait_for_cluster(name, &format!("recoverable at {time}"), reaches)
+    }
+
+    /// The repository in a folder, a server with the usual data and its host joined and archiving, and a policy.
+    pub fn protected(&self, version: &PgVersion) -> anyhow::Result<Protected> {
+        let server = PgServer::builder(&self.scratch, "orders", version)
+            .setting("archive_mode", "on")
+            .setting("archive_command", "false")
+            .create()?;
+        let dataset = Dataset { scale: 1 };
+        dataset.create(&server)?;
+        let mut agent = self.agent("db1").instance(CLUSTER, &server).postgres(version).build()?;
+        self.join(&mut agent, &["restores=yes"])?;
+        self.protect(&Place::folder(&self.scratch)?)?;
+        self.wait_for_cluster(CLUSTER, "bound to its repository", |cluster| cluster["policy"].is_string())?;
+        agent.archive_for(&server)?;
+        Ok(Protected { agent, server, dataset })
     }
 
     /// Takes a backup now and waits for it; the job as it ended.

@@ -1,9 +1,11 @@
 //! Whole-system tests: one binary, because each links for seconds; a module per subject.
 
+mod admission;
 mod bad_input;
 mod barrier;
 mod crashes;
 mod damage;
+mod fleet;
 mod matrix;
 mod repository_on_s3;
 mod servers;

@@ -1,0 +1,156 @@
+//! The controller's word, carried out by agents, through crashes of either: a job ends in a true state, WAL goes on.
+
+use std::time::Duration;
+
+use walfleet_integration_tests::fleet::Fleet;
+use walfleet_integration_tests::fleet::standalone::CLUSTER;
+use walfleet_integration_tests::ports::free_port;
+use walfleet_integration_tests::postgres::barrier::{Barriers, OwnRow};
+use walfleet_integration_tests::postgres::fingerprint::Fingerprint;
+use walfleet_integration_tests::postgres::load::Load;
+use walfleet_integration_tests::postgres::{PgServer, PgVersion, judge};
+use walfleet_integration_tests::scratch::in_scratch;
+use walfleet_integration_tests::wait_for;
+
+const NOT_RECOVERABLE: i32 = 7;
+const REFUSED: i32 = 4;
+
+#[test]
+fn an_operator_restores_a_second_on_another_host() {
+    in_scratch(|scratch| {
+        let version = PgVersion::of(16)?;
+        let fleet = Fleet::start(scratch)?;
+        let host = fleet.protected(&version)?;
+        let mut lab = fleet.agent("lab1").postgres(&version).build()?;
+        fleet.join(&mut lab, &["restores=yes"])?;
+        host.server.reload_with("archive_timeout", "1s")?;
+        let load = Load::start(scratch, &host.server, &host.dataset, 2, Some(200))?;
+        let job = fleet.backup(CLUSTER)?;
+        anyhow::ensure!(job["state"] == "succeeded", "{job}");
+        let truth = Barriers::install(&host.server)?.pass()?;
+        std::thread::sleep(Duration::from_secs(1));
+        fleet.wait_until_recoverable_at(CLUSTER, &truth.time.parse()?)?;
+
+        let (data_dir, port) = (scratch.join("restored"), free_port());
+        let (dir_text, port_text) = (data_dir.display().to_string(), port.to_string());
+        let to = truth.time.replace("+00", " UTC");
+        let restore = ["restore", "start", CLUSTER, "--on", "lab1", "--data-dir", &dir_text, "--wait"];
+        let restore = |more: &[&str]| fleet.admin.run(&[&restore[..], more].concat());
+        restore(&["--to", "2020-01-01 00:00:00 UTC"])?.exit(NOT_RECOVERABLE)?;
+        let plan = ["restore", "plan", CLUSTER, "--on", "lab1", "--data-dir", &dir_text, "--to", &to];
+        fleet.admin.json(&plan)?;
+        anyhow::ensure!(!data_dir.exists(), "a plan or a refusal left {dir_text}");
+        restore(&["--to", &to, "--start", "--port", &port_text])?.ok()?;
+        let copy = PgServer::builder(scratch, "copy", &version).adopt(&data_dir, host.server.socket_dir(), port)?;
+        copy.wait_until_writable()?;
+        truth.must_be_state_of(&copy.session()?, OwnRow::Absent)?;
+        judge::check_relations(&copy)?;
+        restore(&["--latest"])?.exit(REFUSED)?;
+        load.stop()
+    });
+}
+
+#[test]
+fn a_controller_killed_during_a_backup_comes_back_to_a_true_state() {
+    in_scratch(|scratch| {
+        scratch.allow_log("WARN");
+        let mut fleet = Fleet::start(scratch)?;
+        let host = fleet.protected(&PgVersion::newest()?)?;
+        for round in 0..4u64 {
+            let job = fleet.admin.json(&["backup", "start", CLUSTER])?;
+            let id = job["id"].as_str().unwrap_or_default().to_owned();
+            std::thread::sleep(Duration::from_millis(40 + 150 * round));
+            fleet.controller.kill_nine()?;
+            // Its loss stops no WAL.
+            let session = host.server.session()?;
+            session.execute(
+                "CREATE TABLE IF NOT EXISTS while_it_was_gone (n integer); INSERT INTO while_it_was_gone VALUES (1)",
+            )?;
+            let before = session.value("SELECT pg_walfile_name(pg_switch_wal())")?;
+            wait_for("WAL to be archived without a controller", Duration::from_secs(30), || {
+                let last = session.value("SELECT coalesce(last_archived_wal, '') FROM pg_stat_archiver")?;
+                Ok((last.get(..24) >= before.get(..24)).then_some(()))
+            })?;
+            fleet.controller.start()?;
+            fleet.admin.run(&["job", "watch", &id, "--timeout", "60s"])?.ok()?;
+        }
+        // Each job made one backup, and none was made twice.
+        let backups = fleet.admin.json(&["backup", "list", CLUSTER])?;
+        let count = backups["backups"].as_array().map_or(0, Vec::len);
+        anyhow::ensure!(count == 4, "4 jobs, {count} backups: {backups}");
+        Ok(())
+    });
+}
+
+#[test]
+fn an_agent_killed_during_a_job_comes_back_and_the_job_ends_in_a_true_state() {
+    in_scratch(|scratch| {
+        scratch.allow_log("WARN");
+        let fleet = Fleet::start(scratch)?;
+        let mut host = fleet.protected(&PgVersion::newest()?)?;
+        for round in 0..4u64 {
+            let job = fleet.admin.json(&["backup", "start", CLUSTER])?;
+            let id = job["id"].as_str().unwrap_or_default().to_owned();
+            std::thread::sleep(Duration::from_millis(60 + 150 * round));
+            host.agent.kill_nine()?;
+            host.agent.start()?;
+            // Succeeded, by this attempt or a later one, or failed with a reason; never stuck.
+            let watched = fleet.admin.run(&["job", "watch", &id, "--timeout", "120s"])?;
+            anyhow::ensure!(watched.code <= 1, "{watched:?}");
+            let job = fleet.admin.json(&["job", "show", &id])?;
+            let listed = fleet.admin.json(&["backup", "list", CLUSTER])?;
+            let backup = job["backup"]["id"].as_str();
+            let is_listed = |id: &str| listed.to_string().contains(id);
+            match job["state"].as_str() {
+                Some("succeeded") => anyhow::ensure!(backup.is_some_and(is_listed), "no such backup: {job}\n{listed}"),
+                Some("failed") => anyhow::ensure!(job["error"]["message"].is_string(), "{job}"),
+                _ => anyhow::bail!("not over: {job}"),
+            }
+        }
+        fleet.backup(CLUSTER)?;
+        Ok(())
+    });
+}
+
+/// Principle 1: with the bucket, the key and the agent's program, any backup restores.
+#[test]
+fn without_controller_and_hosts_the_recovery_key_restores() {
+    in_scratch(|scratch| {
+        let version = PgVersion::of(15)?;
+        let fleet = Fleet::start(scratch)?;
+        let mut host = fleet.protected(&version)?;
+        fleet.backup(CLUSTER)?;
+        let load = Load::start(scratch, &host.server, &host.dataset, 2, Some(200))?;
+        std::thread::sleep(Duration::from_secs(1));
+        load.stop()?;
+        let expected = Fingerprint::take(&host.server.session()?)?;
+        let session = host.server.session()?;
+        let last = session.value("SELECT pg_walfile_name(pg_switch_wal())")?;
+        wait_for("the last segment to be archived", Duration::from_secs(30), || {
+            let archived = session.value("SELECT coalesce(last_archived_wal, '') FROM pg_stat_archiver")?;
+            Ok((archived.get(..24) >= last.get(..24)).then_some(()))
+        })?;
+        drop(session);
+        let key = scratch.join("from-the-safe.key");
+        std::fs::rename(fleet.controller.recovery_key(), &key)?;
+        let program = walfleet_integration_tests::binaries::program("walfleet-agent")?;
+        host.agent.kill_nine()?;
+        host.server.kill_nine()?;
+        let Fleet { mut controller, .. } = fleet;
+        controller.kill_nine()?;
+        for gone in ["controller", "agent-db1", "orders"] {
+            std::fs::remove_dir_all(scratch.join(gone))?;
+        }
+
+        let url = format!("file://{}", scratch.join("repository").display());
+        let restored = scratch.join("restored");
+        let mut command = walfleet_integration_tests::os_user::os_user().command(program);
+        command.args(["restore", "--repository", &url, "--key-file"]).arg(&key);
+        command.args(["--cluster", CLUSTER, "--latest", "--data-dir"]).arg(&restored);
+        walfleet_integration_tests::output::Output::of(command, Duration::from_secs(120))?.ok()?;
+        let mut server = PgServer::builder(scratch, "copy", &version).open(&restored)?;
+        server.start()?;
+        server.wait_until_writable()?;
+        Fingerprint::take(&server.session()?)?.must_equal(&expected)
+    });
+}
