@@ -156,15 +156,17 @@ pub async fn run(
     let began = Instant::now();
     progress.enter("restore", cluster_bytes);
     let mode = if reader.manifest.group_access { DirectoryMode::Group } else { DirectoryMode::Owner };
-    let description = format!("unfinished restore of {} from {}\n", request.cluster.name(), plan.backup.reference.backup);
+    let description =
+        format!("unfinished restore of {} from {}\n", request.cluster.name(), plan.backup.reference.backup);
     destination.begin(mode, &description)?;
     let sink = Arc::new(FileSink::new(&request.data_dir, progress.clone()));
     let options = FetchOptions { requests: REQUESTS, threads: request.processes.max(1) as usize };
     let fetched = fetch_all(reader.clone(), sink, options, cancel).await?;
     progress.enter("finish", 0);
     let (control_mode, control) = control_file(&reader).await?;
-    write_backup_manifest(&request, &plan, &reader, mode).await?;
-    let notes = write_recovery(&request, &plan, &reader, &destination, mode, bin_dir.as_deref())?;
+    let tablespace_map = tablespace_map(&reader, &destination);
+    write_backup_manifest(&request, &plan, &reader, tablespace_map.as_deref(), mode).await?;
+    let notes = write_recovery(&request, &plan, &reader, tablespace_map.as_deref(), mode, bin_dir.as_deref())?;
     report.notes.extend(notes);
     let finishing = destination.clone();
     let finished = tokio::task::spawn_blocking(move || {
@@ -191,8 +193,7 @@ pub async fn run(
         report.reached_commit = standing.reached_commit;
         report.connection = standing.connection;
     }
-    report.store_requests =
-        request.cluster.repository().store().counters().requests().saturating_sub(requests_before);
+    report.store_requests = request.cluster.repository().store().counters().requests().saturating_sub(requests_before);
     tracing::info!(data_dir = %request.data_dir.display(), state = report.server_state, "restore finished");
     Ok(report)
 }
@@ -247,17 +248,26 @@ async fn control_file(reader: &BackupReader) -> Result<(u32, Vec<u8>), RestoreEr
     Ok((entry.mode, content))
 }
 
+/// The backup's tablespace map with the locations of this restore.
+fn tablespace_map(reader: &BackupReader, destination: &Destination) -> Option<String> {
+    let map = &reader.manifest.tablespace_map;
+    (!map.is_empty()).then(|| recovery::tablespace_map(&String::from_utf8_lossy(map), &destination.tablespaces))
+}
+
 /// PostgreSQL's own manifest of the backup, so that pg_verifybackup can judge what was restored.
 async fn write_backup_manifest(
     request: &RestoreRequest,
     plan: &RestorePlan,
     reader: &BackupReader,
+    tablespace_map: Option<&str>,
     mode: DirectoryMode,
 ) -> Result<(), RestoreError> {
     let manifest = &reader.manifest;
-    let range = manifest_json::WalRange { timeline: manifest.wal.timeline, start: manifest.start_lsn, end: manifest.stop_lsn };
-    let mut text = ManifestWriter::new(Vec::new(), manifest.server_version_num / 10_000, plan.backup.reference.wal.system_id)
-        .map_err(RestoreError::Manifest)?;
+    let range =
+        manifest_json::WalRange { timeline: manifest.wal.timeline, start: manifest.start_lsn, end: manifest.stop_lsn };
+    let mut text =
+        ManifestWriter::new(Vec::new(), manifest.server_version_num / 10_000, plan.backup.reference.wal.system_id)
+            .map_err(RestoreError::Manifest)?;
     for part in &manifest.file_list {
         for entry in reader.file_list_part(part).await? {
             if let EntryKind::File { size, crc32c, .. } = entry.kind {
@@ -265,9 +275,11 @@ async fn write_backup_manifest(
             }
         }
     }
-    let label = &manifest.backup_label;
-    let label_crc = crc32c::crc32c(label);
-    text.file(b"backup_label", label.len() as u64, manifest.stopped_at_us, label_crc).map_err(RestoreError::Manifest)?;
+    let texts = [("backup_label", Some(&manifest.backup_label[..])), ("tablespace_map", tablespace_map.map(str::as_bytes))];
+    for (name, content) in texts.into_iter().filter_map(|(name, content)| Some((name, content?))) {
+        text.file(name.as_bytes(), content.len() as u64, manifest.stopped_at_us, crc32c::crc32c(content))
+            .map_err(RestoreError::Manifest)?;
+    }
     let control = &manifest.control_file;
     if let EntryKind::File { size, crc32c, .. } = control.kind {
         text.file(&control.path, size, control.mtime_us, crc32c).map_err(RestoreError::Manifest)?;
@@ -282,7 +294,7 @@ fn write_recovery(
     request: &RestoreRequest,
     plan: &RestorePlan,
     reader: &BackupReader,
-    destination: &Destination,
+    tablespace_map: Option<&str>,
     mode: DirectoryMode,
     bin_dir: Option<&Path>,
 ) -> Result<Vec<String>, RestoreError> {
@@ -293,9 +305,8 @@ fn write_recovery(
     let source = serde_json::to_vec_pretty(&source).map_err(|e| RestoreError::Manifest(e.into()))?;
     write_durable(&data_dir.join(SOURCE_FILE), &source, 0o600)?;
     put("backup_label", &manifest.backup_label)?;
-    if !manifest.tablespace_map.is_empty() {
-        let map = String::from_utf8_lossy(&manifest.tablespace_map);
-        put("tablespace_map", recovery::tablespace_map(&map, &destination.tablespaces).as_bytes())?;
+    if let Some(map) = tablespace_map {
+        put("tablespace_map", map.as_bytes())?;
     }
     let mut settings = RecoverySettings {
         target: &plan.target,
@@ -308,12 +319,15 @@ fn write_recovery(
     };
     if !data_dir.join("postgresql.conf").exists() {
         put("postgresql.conf", settings.minimal_conf().as_bytes())?;
-        notes.push("the source's postgresql.conf lies outside its data directory: a minimal one was written".to_owned());
+        notes
+            .push("the source's postgresql.conf lies outside its data directory: a minimal one was written".to_owned());
     }
     if !data_dir.join("pg_hba.conf").exists() {
         put("pg_hba.conf", recovery::MINIMAL_HBA.as_bytes())?;
         put("pg_ident.conf", b"")?;
-        notes.push("the source's pg_hba.conf lies outside its data directory: one for local users was written".to_owned());
+        notes.push(
+            "the source's pg_hba.conf lies outside its data directory: one for local users was written".to_owned(),
+        );
     }
     let auto = data_dir.join("postgresql.auto.conf");
     let before = std::fs::read_to_string(&auto).unwrap_or_default();
@@ -369,4 +383,3 @@ fn source(request: &RestoreRequest, plan: &RestorePlan) -> RestoreSource {
         needed_to_lsn: plan.wal_to,
     }
 }
-

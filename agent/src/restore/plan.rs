@@ -28,7 +28,9 @@ const ASSUMED_REPLAY_PER_SECOND: f64 = 80e6;
 pub enum PlanError {
     #[error(transparent)]
     NotRecoverable(#[from] NotRecoverable),
-    #[error("no restore point \"{name}\" lies in the WAL that the repository holds\nHINT: names are case-sensitive; pg_create_restore_point() made it, and its segment must have been archived.")]
+    #[error(
+        "no restore point \"{name}\" lies in the WAL that the repository holds\nHINT: names are case-sensitive; pg_create_restore_point() made it, and its segment must have been archived."
+    )]
     NoRestorePoint { name: String },
     #[error("the target says \"exclusive\", and {0} has no before and after\nHINT: leave --exclusive out.")]
     Exclusive(&'static str),
@@ -59,9 +61,7 @@ impl PlanError {
             PlanError::Archive(error) if error.is_retryable() => {
                 ("restore.repository", ExitCode::Failed, Remedy::Retry)
             }
-            PlanError::Cluster(_) | PlanError::Archive(_) => {
-                ("restore.repository", ExitCode::Failed, Remedy::Operator)
-            }
+            PlanError::Cluster(_) | PlanError::Archive(_) => ("restore.repository", ExitCode::Failed, Remedy::Operator),
             PlanError::Vanished(_) => ("restore.repository", ExitCode::Failed, Remedy::Retry),
         }
     }
@@ -166,7 +166,10 @@ fn finish(target: &RecoveryTarget, choice: Choice, backup: CommittedBackup) -> R
         notes.push(format!("WAL is missing from {} to {}: what comes behind is not reached", gap.from, gap.to));
     }
     if backup.reference.damaged_page_count > 0 {
-        notes.push(format!("the source had {} damaged pages when it was backed up", backup.reference.damaged_page_count));
+        notes.push(format!(
+            "the source had {} damaged pages when it was backed up",
+            backup.reference.damaged_page_count
+        ));
     }
     RestorePlan { wal_from: choice.from, wal_to: choice.to, backup, chain, target, notes }
 }

@@ -225,8 +225,16 @@ mod tests {
     fn each_target_becomes_the_settings_that_recovery_reads() {
         let at: Timestamp = "2026-06-04T14:31:59.25Z".parse().unwrap();
         for (point, exclusive, wanted) in [
-            (TargetPoint::Time(at), false, "recovery_target_time = '2026-06-04 14:31:59.250000+00'\nrecovery_target_inclusive = 'on'"),
-            (TargetPoint::Lsn(Lsn(0x300_0060)), true, "recovery_target_lsn = '0/3000060'\nrecovery_target_inclusive = 'off'"),
+            (
+                TargetPoint::Time(at),
+                false,
+                "recovery_target_time = '2026-06-04 14:31:59.250000+00'\nrecovery_target_inclusive = 'on'",
+            ),
+            (
+                TargetPoint::Lsn(Lsn(0x300_0060)),
+                true,
+                "recovery_target_lsn = '0/3000060'\nrecovery_target_inclusive = 'off'",
+            ),
             (TargetPoint::Xid(0x1_0000_02E6), false, "recovery_target_xid = '742'\nrecovery_target_inclusive = 'on'"),
             (TargetPoint::Name("it's".into()), false, "recovery_target_name = 'it''s'"),
             (TargetPoint::Immediate, false, "recovery_target = 'immediate'"),
@@ -242,7 +250,8 @@ mod tests {
     #[test]
     fn what_steered_the_sources_recovery_is_gone_and_everything_else_stays() {
         let target = target(TargetPoint::Latest, false);
-        let source = "# comment\nwork_mem = '64MB'\nrecovery_target_time = 'x'\nprimary_conninfo='y'\narchive_mode = 'on'\n";
+        let source =
+            "# comment\nwork_mem = '64MB'\nrecovery_target_time = 'x'\nprimary_conninfo='y'\narchive_mode = 'on'\n";
         let text = settings(&target).auto_conf(source);
         assert!(text.starts_with("# comment\nwork_mem = '64MB'\narchive_mode = 'on'\n# walfleet restore\n"), "{text}");
         assert!(!text.contains("primary_conninfo") && !text.contains("recovery_target_time"));

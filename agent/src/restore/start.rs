@@ -28,11 +28,15 @@ const STILL: Duration = Duration::from_secs(5);
 pub enum StartError {
     #[error("start PostgreSQL with {program}: {source}")]
     Spawn { program: PathBuf, source: std::io::Error },
-    #[error("PostgreSQL did not start in {data_dir}:\n{log}\nHINT: the directory is whole; mend its configuration and start it with pg_ctl.")]
+    #[error(
+        "PostgreSQL did not start in {data_dir}:\n{log}\nHINT: the directory is whole; mend its configuration and start it with pg_ctl."
+    )]
     NotStarted { data_dir: PathBuf, log: String },
     #[error("PostgreSQL ended during recovery in {data_dir}:\n{log}")]
     Ended { data_dir: PathBuf, log: String },
-    #[error("recovery ended before the target was reached: the WAL in the repository ends first\n{log}\nHINT: the directory is whole; choose an earlier target, or --latest.")]
+    #[error(
+        "recovery ended before the target was reached: the WAL in the repository ends first\n{log}\nHINT: the directory is whole; choose an earlier target, or --latest."
+    )]
     TargetNotReached { log: String },
     #[error("read pg_control of {data_dir}: {problem}")]
     Control { data_dir: PathBuf, problem: String },
@@ -78,11 +82,7 @@ impl ServerState {
 }
 
 /// Starts the server and returns once it stands at its target. Cancelling stops the server.
-pub async fn start(
-    spec: &StartSpec,
-    progress: &Progress,
-    cancel: &CancellationToken,
-) -> Result<Standing, StartError> {
+pub async fn start(spec: &StartSpec, progress: &Progress, cancel: &CancellationToken) -> Result<Standing, StartError> {
     progress.enter("start", 0);
     launch(spec).await?;
     progress.enter("replay", 0);
@@ -228,7 +228,9 @@ impl Watch<'_> {
     /// From pg_control alone.
     fn look(&mut self) -> Result<Seen, StartError> {
         let Ok(control) = ControlFile::read(&self.spec.data_dir) else { return Ok(Seen::Recovering) };
-        if control.state == ClusterState::InProduction {
+        // A backup of a primary brings a pg_control that says "in production"; the end of recovery removes the signal.
+        let signalled = self.spec.data_dir.join("recovery.signal").exists();
+        if control.state == ClusterState::InProduction && !signalled {
             self.last.0 = control.checkpoint_lsn;
             return Ok(Seen::Standing(ServerState::Promoted));
         }
@@ -255,7 +257,12 @@ impl Watch<'_> {
             .map_err(|error| StartError::Control { data_dir: data_dir.clone(), problem: error.to_string() })?;
         if self.spec.action == TargetAction::Shutdown && control.state == ClusterState::ShutDownInRecovery {
             let lsn = Some(replayed(&control));
-            return Ok(Standing { state: ServerState::ShutDown, reached_lsn: lsn, reached_commit: self.last.1, connection: None });
+            return Ok(Standing {
+                state: ServerState::ShutDown,
+                reached_lsn: lsn,
+                reached_commit: self.last.1,
+                connection: None,
+            });
         }
         if log.contains("recovery ended before configured recovery target was reached") {
             return Err(StartError::TargetNotReached { log });

@@ -29,13 +29,17 @@ pub enum WriteError {
     Io { operation: &'static str, path: PathBuf, source: std::io::Error },
     #[error("{path} is not empty\nHINT: restore into a new or empty directory; nothing was changed.")]
     NotEmpty { path: PathBuf },
-    #[error("{path} belongs to a running PostgreSQL server (pid {pid})\nHINT: name another directory, or stop the server; nothing was changed.")]
+    #[error(
+        "{path} belongs to a running PostgreSQL server (pid {pid})\nHINT: name another directory, or stop the server; nothing was changed."
+    )]
     Running { path: PathBuf, pid: u32 },
     #[error("{path} is an unfinished restore\nHINT: remove it (rm -r {path}) and restore again.")]
     Unfinished { path: PathBuf },
     #[error("{path} is not an absolute path")]
     Relative { path: PathBuf },
-    #[error("{path} has {free} bytes free, and the backup needs {needed}\nHINT: free space or name another directory; nothing was changed.")]
+    #[error(
+        "{path} has {free} bytes free, and the backup needs {needed}\nHINT: free space or name another directory; nothing was changed."
+    )]
     Space { path: PathBuf, free: u64, needed: u64 },
     #[error("the backup has no tablespace {0}\nHINT: name it by its location at the source or by its oid.")]
     UnknownTablespace(String),
@@ -223,12 +227,7 @@ pub struct FileSink {
 
 impl FileSink {
     pub fn new(data_dir: &Path, progress: Progress) -> FileSink {
-        FileSink {
-            data_dir: data_dir.to_owned(),
-            progress,
-            paths: RwLock::default(),
-            open: Mutex::default(),
-        }
+        FileSink { data_dir: data_dir.to_owned(), progress, paths: RwLock::default(), open: Mutex::default() }
     }
 
     fn path(&self, relative: &[u8]) -> PathBuf {
@@ -314,9 +313,8 @@ mod tests {
     #[test]
     fn only_new_or_empty_directories_are_written_to() {
         let folder = tempfile::tempdir().unwrap();
-        let check = |path: &Path, needed| {
-            Destination { data_dir: path.to_owned(), tablespaces: BTreeMap::new() }.check(needed)
-        };
+        let check =
+            |path: &Path, needed| Destination { data_dir: path.to_owned(), tablespaces: BTreeMap::new() }.check(needed);
         assert!(check(&folder.path().join("new"), 0).is_ok());
         assert!(check(folder.path(), 0).is_ok());
         assert!(matches!(check(folder.path(), u64::MAX), Err(WriteError::Space { .. })));
