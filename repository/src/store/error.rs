@@ -130,9 +130,15 @@ impl fmt::Display for StoreError {
         if let Some(cause) = &self.0.cause {
             write!(f, ": {cause}")?;
         }
+        let own_hint = own_hint.or_else(|| self.lacks_credentials().then_some(NO_CREDENTIALS));
         own_hint.or(self.0.kind.hint()).map_or(Ok(()), |hint| write!(f, "\nHINT: {hint}"))
     }
 }
+
+/// Where object_store looks for credentials when nobody gave any: the metadata service of cloud machines.
+const METADATA_SERVICE: &str = "169.254.169.254";
+
+const NO_CREDENTIALS: &str = "no credentials were found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.";
 
 /// Of a cause's text: a store may answer with a page of XML.
 const LONGEST_CAUSE: usize = 400;
@@ -182,6 +188,10 @@ impl StoreError {
             | StoreErrorKind::Unusable(_)
             | StoreErrorKind::Other => false,
         }
+    }
+
+    fn lacks_credentials(&self) -> bool {
+        self.0.cause.as_ref().is_some_and(|cause| cause.contains(METADATA_SERVICE))
     }
 
     pub(super) fn with_cause(mut self, cause: &(dyn Error + 'static)) -> Self {
