@@ -1,7 +1,7 @@
 //! The fold: which entries count, and what they change. Pure; every reader of a prefix comes to the same state.
 //!
 //! Each condition is a [`Rule`] with a name. A void entry changes nothing but the count, so one writer's mistake or malice
-//! stops no one else. Tests drop each rule in turn and find what then goes wrong ([`super::model`]).
+//! stops no one else. Tests drop each rule in turn and find what then goes wrong (`model.rs`).
 
 use std::fmt;
 
