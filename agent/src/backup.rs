@@ -28,12 +28,12 @@ use walfleet_repository::signature::Signer;
 use crate::backup::copy::{BadFile, CopyError, CopyReport, CopySpec};
 use crate::backup::scan::{Scan, ScanError, ScanSpec, ScannedFile};
 use crate::backup::stretch::{PageCheck, StretchError};
-use crate::postgres::page::PageRules;
 use crate::backup::wal_wait::WalWaitError;
-use crate::failure::{ExitCode, Failure, Remedy};
 use crate::facts::repository::summary;
+use crate::failure::{ExitCode, Failure, Remedy};
 use crate::jobs::report::BackupReport;
 use crate::postgres::control::{ControlCopy, ControlError, ControlFile};
+use crate::postgres::page::PageRules;
 use crate::postgres::server::{BackupStop, CheckpointPace, Server, ServerError, ServerFacts, ServerRole};
 use crate::progress::Progress;
 use crate::wal::ship::{ShipError, Shipper};
@@ -66,7 +66,9 @@ pub struct BackupRequest {
 pub enum BackupError {
     #[error(transparent)]
     Server(#[from] ServerError),
-    #[error("the server's data directory is {found}, and this instance's is {expected}\nHINT: check the instance's connection and data_dir in the agent's configuration.")]
+    #[error(
+        "the server's data directory is {found}, and this instance's is {expected}\nHINT: check the instance's connection and data_dir in the agent's configuration."
+    )]
     DataDirectory { found: PathBuf, expected: PathBuf },
     #[error(transparent)]
     Control(#[from] ControlError),
@@ -325,7 +327,11 @@ fn damaged_pages(files: &[BadFile], stop_lsn: Lsn) -> Vec<DamagedPages> {
         let real = file.pages.iter().filter(|page| page.future.is_none_or(|lsn| lsn > stop_lsn));
         let blocks: Vec<u32> = real.map(|page| page.block).collect();
         if !blocks.is_empty() {
-            tracing::warn!(path = file.path, ?blocks, "damaged pages, read several times; they are backed up as they are");
+            tracing::warn!(
+                path = file.path,
+                ?blocks,
+                "damaged pages, read several times; they are backed up as they are"
+            );
             damaged.push(DamagedPages { path: file.path.clone(), blocks });
         }
     }

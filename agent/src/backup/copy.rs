@@ -129,10 +129,18 @@ struct FileJob {
 }
 
 enum Done {
-    Stretch { number: u64, result: StretchResult },
+    Stretch {
+        number: u64,
+        result: StretchResult,
+    },
     /// Read whole.
-    File { number: u64, result: StretchResult },
-    Vanished { number: u64 },
+    File {
+        number: u64,
+        result: StretchResult,
+    },
+    Vanished {
+        number: u64,
+    },
     Failed(CopyError),
     /// The thread flushed its pack and ended.
     Ended,

@@ -100,8 +100,13 @@ impl<'a> Reader<'a> {
     }
 
     pub fn stretch(&mut self, job: &StretchJob) -> Result<StretchResult, StretchError> {
-        let mut result =
-            StretchResult { part: job.part, slots: Vec::with_capacity(job.slots), bytes: 0, crc32c: 0, bad_pages: Vec::new() };
+        let mut result = StretchResult {
+            part: job.part,
+            slots: Vec::with_capacity(job.slots),
+            bytes: 0,
+            crc32c: 0,
+            bad_pages: Vec::new(),
+        };
         let start = job.first_slot as u64 * u64::from(SLOT_BYTES);
         let end = (start + job.slots as u64 * u64::from(SLOT_BYTES)).min(job.size);
         let mut buffer = std::mem::take(&mut self.buffer);
@@ -137,7 +142,8 @@ impl<'a> Reader<'a> {
         if self.cancel.is_cancelled() {
             return Err(StretchError::Cancelled);
         }
-        let mut result = StretchResult { part: 0, slots: Vec::new(), bytes: file.size, crc32c: 0, bad_pages: Vec::new() };
+        let mut result =
+            StretchResult { part: 0, slots: Vec::new(), bytes: file.size, crc32c: 0, bad_pages: Vec::new() };
         let open = match File::open(&file.absolute) {
             Ok(open) => open,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
