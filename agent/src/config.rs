@@ -147,6 +147,7 @@ mod tests {
             ("instances: [{ cluster: 'Orders', data_dir: /d }]", "cluster"),
             ("instances: [{ cluster: orders, data_dir: d }]", "instances[0].data_dir"),
             ("instances: [{ cluster: a, data_dir: /d }, { cluster: b, data_dir: /d/ }]", "instances[1].data_dir"),
+            ("instances: [{ cluster: a, data_dir: /d }, { cluster: a, data_dir: /e }]", "instances[1].cluster"),
             ("instances: [{ cluster: a, data_dir: /d, connection: 'port=x' }]", "instances[0].connection"),
             ("repository: { url: 'ftp://x', key_file: /k }", "repository.url"),
             ("repository: { url: 'file:///x' }", "key_file"),

@@ -11,6 +11,7 @@ use crate::jobs::report::BackupReport;
 
 pub mod collect;
 pub mod repository;
+mod server;
 
 #[derive(Clone, PartialEq, Debug)]
 pub struct Facts {

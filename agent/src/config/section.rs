@@ -207,7 +207,7 @@ impl Config {
     }
 
     fn validate_instances(&self) -> Result<(), ConfigError> {
-        let mut folders = BTreeSet::new();
+        let (mut folders, mut clusters) = (BTreeSet::new(), BTreeSet::new());
         for (index, instance) in self.instances.iter().enumerate() {
             let at = format!("instances[{index}]");
             absolute(&format!("{at}.data_dir"), &instance.data_dir)?;
@@ -217,6 +217,13 @@ impl Config {
                     at: format!("{at}.data_dir"),
                     what: format!("{} is named twice", instance.data_dir.display()),
                     hint: "an instance is a member of one cluster; remove one of the two.".into(),
+                });
+            }
+            if !clusters.insert(&instance.cluster) {
+                return Err(ConfigError::Conflict {
+                    at: format!("{at}.cluster"),
+                    what: format!("{} is named twice", instance.cluster),
+                    hint: "two members of one cluster on one host need an agent each, with its own state_dir.".into(),
                 });
             }
             if let Some(connection) = &instance.connection
@@ -236,7 +243,7 @@ impl Config {
         Config {
             name: Some("db1".into()),
             socket: Some("/run/walfleet/agent.sock".into()),
-            controller: Some(ControllerConfig { url: "https://controller:7443".into() }),
+            controller: Some(ControllerConfig { url: "https://controller:7400".into() }),
             instances: vec![InstanceConfig {
                 cluster: "orders".parse().unwrap(),
                 data_dir: "/data".into(),
