@@ -8,9 +8,6 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::Context;
-use jiff::Timestamp;
-
 use crate::fleet::standalone::CLUSTER;
 use crate::fleet::{Agent, Fleet, Place};
 use crate::os_user::{OsUser, os_user};
@@ -107,12 +104,12 @@ fn tell(scratch: &Scratch, say: &Narrator) -> anyhow::Result<Stage> {
     std::thread::sleep(Duration::from_secs(2));
     say.walfleet(&fleet, "take another: only what changed is stored", &["backup", "start", CLUSTER, "--wait"])?;
 
-    let truth = say.step("note what every table holds at this moment, by a snapshot of the source", || {
-        std::thread::sleep(Duration::from_secs(1));
-        Barriers::install(&orders)?.pass()
-    })?;
+    let (truth, before) =
+        say.step("note what every table holds at this moment, by a snapshot of the source", || {
+            std::thread::sleep(Duration::from_secs(1));
+            Barriers::install(&orders)?.pass_and(summary)
+        })?;
     let session = orders.session()?;
-    let before = summary(&session)?;
     say.detail(&format!("the moment: {}; {before}", target_time(&truth)));
     say.step("the disaster: UPDATE pgbench_accounts SET abalance = 0, without a WHERE", || {
         std::thread::sleep(Duration::from_secs(1));
@@ -123,14 +120,13 @@ fn tell(scratch: &Scratch, say: &Narrator) -> anyhow::Result<Stage> {
     anyhow::ensure!(must_balance(&session).is_err(), "the disaster did no harm");
     say.detail(&format!("the load goes on upon the wreck: {}", summary(&session)?));
 
-    let moment: Timestamp = truth.time.parse().context("read the moment")?;
+    let to = target_time(&truth);
     say.step("wait until the repository reaches past that moment", || {
-        fleet.wait_until_recoverable_at(CLUSTER, &moment).map(drop)
+        fleet.wait_until_recoverable(CLUSTER, &["--to", &to], RESTORE_HOST)
     })?;
-    say.walfleet(&fleet, "what can be recovered", &["status"])?;
 
     let (restored, port) = (scratch.join("restored"), free_port());
-    let (to, data_dir, port_text) = (target_time(&truth), restored.display().to_string(), port.to_string());
+    let (data_dir, port_text) = (restored.display().to_string(), port.to_string());
     let words = ["restore", "start", CLUSTER, "--to", &to, "--on", RESTORE_HOST, "--data-dir", &data_dir];
     let words: Vec<&str> = words.into_iter().chain(["--start", "--port", &port_text, "--wait"]).collect();
     say.walfleet(&fleet, &format!("restore the second before, on {RESTORE_HOST}"), &words)?;

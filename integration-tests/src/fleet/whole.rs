@@ -16,6 +16,9 @@ use crate::wait_for;
 /// Facts come every second; this is for a machine that is very busy.
 const FACTS_LIMIT: Duration = Duration::from_secs(60);
 
+/// The documented exit code (docs: the command line).
+const NOT_RECOVERABLE: i32 = 7;
+
 /// The repository's name in documents.
 pub const REPOSITORY: &str = "main";
 
@@ -115,17 +118,15 @@ impl Fleet {
         found.with_context(|| last)
     }
 
-    /// Waits until every second up to a time can be restored; the time is RFC 3339.
-    pub fn wait_until_recoverable_at(&self, name: &str, time: &jiff::Timestamp) -> anyhow::Result<Value> {
-        let reaches = |cluster: &Value| {
-            let windows = cluster["recovery"].as_array().into_iter().flatten();
-            let mut ranges = windows.flat_map(|window| window["ranges"].as_array().into_iter().flatten());
-            ranges.any(|range| {
-                let end = range["to"].as_str().and_then(|text| text.parse::<jiff::Timestamp>().ok());
-                end.is_some_and(|end| end >= *time)
-            })
-        };
-        self.wait_for_cluster(name, &format!("recoverable at {time}"), reaches)
+    /// Waits until a moment can be restored, by asking for the plan: facts about repositories come once a minute.
+    pub fn wait_until_recoverable(&self, name: &str, target: &[&str], on: &str) -> anyhow::Result<()> {
+        let data_dir = self.scratch.join("only-planned").display().to_string();
+        let words = [&["restore", "plan", name, "--on", on, "--data-dir", &data_dir], target].concat();
+        wait_for(&format!("cluster {name} to be recoverable as of {target:?}"), FACTS_LIMIT, || {
+            let answer = self.admin.run(&words)?;
+            anyhow::ensure!(answer.code == 0 || answer.code == NOT_RECOVERABLE, "{answer:?}");
+            Ok((answer.code == 0).then_some(()))
+        })
     }
 
     /// The repository in a folder, a server with the usual data and its host joined and archiving, and a policy.

@@ -57,6 +57,11 @@ impl Barriers {
     }
 
     pub fn pass(&mut self) -> anyhow::Result<Barrier> {
+        self.pass_and(|_| Ok(())).map(|(barrier, ())| barrier)
+    }
+
+    /// Asks something more of the same snapshot.
+    pub fn pass_and<T>(&mut self, ask: impl FnOnce(&Session) -> anyhow::Result<T>) -> anyhow::Result<(Barrier, T)> {
         self.passed += 1;
         let (id, writer) = (self.passed, &self.writer);
         let name = format!("barrier_{id}");
@@ -79,9 +84,11 @@ impl Barriers {
         writer.execute("COMMIT")?;
         writer.execute(&format!("SELECT pg_advisory_unlock({GATE})"))?;
         let fingerprint = Fingerprint::take(&self.reader)?;
+        let answer = ask(&self.reader)?;
         self.reader.execute("ROLLBACK")?;
         let lsn = lsn.parse().context("read a WAL position")?;
-        Ok(Barrier { id, name, time, lsn, xid: xid.parse().context("read a transaction id")?, fingerprint })
+        let xid = xid.parse().context("read a transaction id")?;
+        Ok((Barrier { id, name, time, lsn, xid, fingerprint }, answer))
     }
 
     /// Has everything up to now archived: a segment switch needs a record before it.

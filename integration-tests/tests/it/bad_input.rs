@@ -63,7 +63,7 @@ fn a_directory_in_use_is_refused_and_left_as_it_is() {
         let mut words = host.restore_words(&scratch.join("unmapped"), &["--latest"]);
         let flag = words.iter().position(|word| word == "--tablespace").expect("mapped by default");
         words.drain(flag..flag + 2);
-        host.run(&words)?.exit(REFUSED)?.says("--tablespace")?;
+        host.run(&words)?.exit(REFUSED)?.says("primary.fast is not empty")?;
         Ok(())
     });
 }
@@ -93,7 +93,8 @@ fn keys_and_repositories_that_do_not_fit_are_named() {
         std::fs::set_permissions(&other_key, std::fs::Permissions::from_mode(0o644))?;
         list(&other, &other_key)?.exit(FAILED)?.says("chmod 600")?;
         let nowhere = Place { url: format!("file://{}", scratch.join("nowhere").display()), ..host.place.clone() };
-        list(&nowhere, &host.key_file)?.exit(NOT_FOUND)?.says("nowhere")?;
+        // A mount that is missing must not look like a repository that never was.
+        list(&nowhere, &host.key_file)?.exit(FAILED)?.says("check the mount")?;
         Ok(())
     });
 }
@@ -118,7 +119,7 @@ fn a_server_that_cannot_be_backed_up_says_why() {
         backup(&["--connection", &connect("user=guarded password=right")])?.ok()?;
         backup(&["--connection", &connect("user=weak")])?.exit(FAILED)?.says("HINT")?;
         backup(&["--connection", "host=/nonexistent port=1 user=postgres"])?.exit(FAILED)?;
-        backup(&["--data-dir", &scratch.path().display().to_string()])?.exit(REFUSED)?;
+        backup(&["--data-dir", &scratch.path().display().to_string()])?.exit(FAILED)?.says("data directory")?;
 
         // The connection leads to another server than the data directory belongs to.
         let stranger = PgServer::builder(scratch, "stranger", host.server.version()).create()?;

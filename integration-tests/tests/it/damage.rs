@@ -37,10 +37,17 @@ impl Damage {
 fn damaged_objects_are_found_by_verify_and_never_restored() {
     in_scratch(|scratch| {
         let host = Standalone::start(scratch, &PgVersion::newest()?, Place::folder(scratch)?)?;
-        host.backup()?;
+        let backup = host.backup()?;
         host.archive_all()?;
-        let repository = scratch.join("repository");
-        let cluster = repository.join("clusters").join(CLUSTER);
+        let cluster = scratch.join("repository/clusters").join(CLUSTER);
+        // A segment that the backup needs: one before it may go without loss.
+        let start = backup["start_lsn"].as_str().unwrap_or_default();
+        let segment = host.server.session()?.value(&format!("SELECT pg_walfile_name('{start}')"))?;
+        let victims = [
+            largest_file(&cluster.join("packs"), ""),
+            largest_file(&cluster.join("backups"), ""),
+            largest_file(&cluster.join("wal"), &segment),
+        ];
         let verify = |deep: bool| {
             let mut words = vec!["verify".to_owned()];
             words.extend(host.place.flags(&host.key_file));
@@ -52,11 +59,10 @@ fn damaged_objects_are_found_by_verify_and_never_restored() {
         verify(true)?.ok()?;
 
         let damages = [Damage::FlipMiddle, Damage::CutHalf, Damage::Empty, Damage::Remove];
-        let cases = ["packs", "backups", "wal"].into_iter().flat_map(|folder| damages.map(|damage| (folder, damage)));
-        for (tried, (folder, damage)) in cases.enumerate() {
-            let file = largest_file(&cluster.join(folder));
-            let saved = std::fs::read(&file)?;
-            damage.inflict(&file)?;
+        let cases = victims.iter().flat_map(|file| damages.map(|damage| (file, damage)));
+        for (tried, (file, damage)) in cases.enumerate() {
+            let saved = std::fs::read(file)?;
+            damage.inflict(file)?;
             let what = format!("{damage:?} of {}", file.display());
             let found = verify(true)?;
             anyhow::ensure!(
@@ -83,23 +89,26 @@ fn damaged_objects_are_found_by_verify_and_never_restored() {
                     walfleet_integration_tests::output::Output::of(postgres, std::time::Duration::from_secs(20))?;
                 anyhow::ensure!(refused.code != 0, "{what}: PostgreSQL starts on what is left");
             }
-            std::fs::write(&file, saved)?;
-            walfleet_integration_tests::os_user::os_user().own(&file)?;
+            std::fs::write(file, saved)?;
+            walfleet_integration_tests::os_user::os_user().own(file)?;
         }
         verify(true)?.ok()?;
         Ok(())
     });
 }
 
-/// A manifest's reference part is smaller than the manifest, a history file smaller than a segment.
-fn largest_file(folder: &Path) -> PathBuf {
+/// A manifest's reference part is smaller than the manifest.
+fn largest_file(folder: &Path, name_begins: &str) -> PathBuf {
     let mut files = Vec::new();
     let mut open = vec![folder.to_owned()];
     while let Some(folder) = open.pop() {
         for entry in std::fs::read_dir(&folder).into_iter().flatten().flatten() {
             match entry.metadata() {
                 Ok(meta) if meta.is_dir() => open.push(entry.path()),
-                Ok(meta) => files.push((meta.len(), entry.path())),
+                Ok(meta) if entry.file_name().to_string_lossy().starts_with(name_begins) => {
+                    files.push((meta.len(), entry.path()));
+                }
+                Ok(_) => {}
                 Err(_) => {}
             }
         }

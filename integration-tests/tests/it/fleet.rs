@@ -29,11 +29,11 @@ fn an_operator_restores_a_second_on_another_host() {
         anyhow::ensure!(job["state"] == "succeeded", "{job}");
         let truth = Barriers::install(&host.server)?.pass()?;
         std::thread::sleep(Duration::from_secs(1));
-        fleet.wait_until_recoverable_at(CLUSTER, &truth.time.parse()?)?;
+        let to = truth.time.replace("+00", " UTC");
+        fleet.wait_until_recoverable(CLUSTER, &["--to", &to], "lab1")?;
 
         let (data_dir, port) = (scratch.join("restored"), free_port());
         let (dir_text, port_text) = (data_dir.display().to_string(), port.to_string());
-        let to = truth.time.replace("+00", " UTC");
         let restore = ["restore", "start", CLUSTER, "--on", "lab1", "--data-dir", &dir_text, "--wait"];
         let restore = |more: &[&str]| fleet.admin.run(&[&restore[..], more].concat());
         restore(&["--to", "2020-01-01 00:00:00 UTC"])?.exit(NOT_RECOVERABLE)?;
