@@ -53,8 +53,6 @@ pub enum KeeperError {
     Replaced { url: String, found: RepositoryId, expected: String },
     #[error("repository {name} did not answer within {}s", DEADLINE.as_secs())]
     Timeout { name: String },
-    #[error("repository {name} is not declared")]
-    Undeclared { name: String },
     #[error(transparent)]
     Row(#[from] RowError),
     #[error(transparent)]
@@ -178,3 +176,6 @@ impl Keeper {
         Ok(repository)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -92,12 +92,16 @@ pub struct Reconciler {
 struct Memory {
     delivered: deliver::Delivered,
     missing: leases::Missing,
+    told: deliver::KnownTold,
     /// Clusters whose jobs changed since their history was pruned.
     last_pruned: BTreeMap<ClusterName, usize>,
 }
 
 /// Changes come in bursts; one pass serves a burst.
 const SETTLE: Duration = Duration::from_millis(50);
+/// A pass is followed by a rest of this many times its length: a large fleet that always changes takes a quarter of a
+/// core, not all of it.
+const REST: u32 = 3;
 
 impl Reconciler {
     pub fn new(
@@ -133,7 +137,9 @@ impl Reconciler {
             jobs.borrow_and_update();
             members.borrow_and_update();
             documents.borrow_and_update();
+            let begun = tokio::time::Instant::now();
             let report = self.pass(Timestamp::now()).await;
+            let rest = SETTLE.max(begun.elapsed() * REST);
             match (report.problems.is_empty(), failing) {
                 (false, false) => {
                     tracing::error!(problems = ?report.problems, "reconciliation fails; it goes on trying")
@@ -151,7 +157,7 @@ impl Reconciler {
                 _ = members.changed() => {}
                 _ = documents.changed() => {}
             }
-            cancel.run_until_cancelled(tokio::time::sleep(SETTLE)).await;
+            cancel.run_until_cancelled(tokio::time::sleep(rest)).await;
         }
     }
 
@@ -202,7 +208,10 @@ impl Reconciler {
         let picture = self.picture(now).await?;
         let assembly = picture.assemble();
         for (cluster, pin) in &assembly.new_pins {
-            tracing::info!(%cluster, system_identifier = pin.system_identifier, agent = pin.discovered_by, "found a cluster");
+            if !picture.pins.contains_key(cluster) {
+                let (system_identifier, agent) = (pin.system_identifier, &pin.discovered_by);
+                tracing::info!(%cluster, system_identifier, agent, "found a cluster");
+            }
             store::store_pin(&self.state, cluster, pin).await?;
         }
         let jobs = self.jobs.active().await?;
@@ -211,7 +220,7 @@ impl Reconciler {
         let jobs = self.jobs.active().await?;
         self.dispatch(&picture, &assembly, &jobs, report).await?;
         let jobs = self.jobs.active().await?;
-        report.desired_changed = deliver::desired(self, &picture, &assembly, &jobs).await?;
+        report.desired_changed = deliver::desired(self, &picture, &assembly, &jobs, &mut memory.told).await?;
         deliver::orders(self, &jobs, &mut memory.delivered);
         self.fleet.keep_progress_of(|job| jobs.iter().any(|active| active.id == *job));
         self.prune(&assembly, &mut memory.last_pruned, &jobs, now).await

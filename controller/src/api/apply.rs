@@ -52,6 +52,15 @@ pub fn refuse_referred(overview: &Overview, kind: Kind, name: &str) -> Result<()
             dangling.kind, dangling.name
         )));
     }
+    if kind == Kind::Repository {
+        let assembly = overview.picture.assemble();
+        if let Some(cluster) = assembly.clusters.values().find(|cluster| cluster.repository == Some(name)) {
+            return Err(Status::failed_precondition(format!(
+                "the WAL of {} still goes there\nHINT: bind it by a policy with another repository first.",
+                cluster.name
+            )));
+        }
+    }
     if kind == Kind::Policy {
         let assembly = overview.picture.assemble();
         let bound = assembly.clusters.values().filter(|cluster| cluster.binding.policy() == Some(name));

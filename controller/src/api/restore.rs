@@ -82,7 +82,9 @@ fn refuse_too_early(cluster: &ClusterSeen<'_>, work: &RestoreWork) -> Result<(),
         .filter(|window| window.repository == work.repository)
         .flat_map(|window| &window.ranges)
         .collect();
-    let first: Option<Timestamp> = ranges.iter().map(|range| range.from).min();
+    // A range that does not tell its time may reach back to anywhere.
+    let times: Option<Vec<Timestamp>> = ranges.iter().map(|range| range.from).collect();
+    let first = times.and_then(|times| times.into_iter().min());
     let first_lsn = ranges.iter().map(|range| range.from_lsn).min();
     let too_early = match (&work.target.stop, first, first_lsn) {
         (Stop::Time { at, .. }, Some(first), _) if *at < first => Some((at.to_string(), first.to_string())),

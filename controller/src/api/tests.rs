@@ -1,1 +1,7 @@
-//! stub
+//! The calls, against a real state and fake agents over real streams. Who may call what is the gate's test.
+
+mod agents;
+mod courses;
+mod operators;
+mod restores;
+mod world;

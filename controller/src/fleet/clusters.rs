@@ -56,19 +56,26 @@ impl AgentSeen {
     }
 }
 
-/// What the first declaration of a cluster fixed. Persisted under `cluster/<name>`, never changed by itself.
+/// What the first declaration of a cluster fixed, and who belonged to it since. Persisted under `cluster/<name>`; the
+/// identifier never changes by itself.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Pin {
     pub system_identifier: u64,
     pub discovered_by: String,
     pub discovered_at: Timestamp,
+    /// Agents that once showed the right system identifier: they stay members while their server is down and cannot
+    /// show it.
+    pub members: BTreeSet<String>,
+    /// Where its WAL went last. It goes on going there if no policy binds it any more, or several do: an archive that
+    /// stops fills the server's disk. Ends when another one is bound, or the repository is deleted.
+    pub repository: Option<String>,
 }
 
 /// The fleet at one moment.
 #[derive(Debug)]
 pub struct Assembly<'a> {
     pub clusters: BTreeMap<ClusterName, ClusterSeen<'a>>,
-    /// Of clusters seen for the first time: to be stored.
+    /// Of clusters seen for the first time, or with a new member: to be stored.
     pub new_pins: BTreeMap<ClusterName, Pin>,
     /// What concerns no cluster that exists.
     pub notices: Vec<String>,
@@ -85,7 +92,7 @@ pub struct ClusterSeen<'a> {
     pub members: Vec<MemberSeen<'a>>,
     pub binding: Binding<'a>,
     pub policy: Option<&'a PolicySpec>,
-    /// The Cluster's own, or the policy's.
+    /// The Cluster's own, or the policy's, or the one it had last.
     pub repository: Option<&'a str>,
     pub problems: Vec<String>,
 }
@@ -122,15 +129,25 @@ pub fn assemble<'a>(
         .filter_map(|name| {
             let claimed = claims.get(name).map(Vec::as_slice).unwrap_or_default();
             let known = pins.get(name).cloned();
-            let pin = known.clone().or_else(|| first_pin(now, name, claimed, catalog));
+            let mut pin = known.clone().or_else(|| first_pin(now, name, claimed, catalog));
+            // What the document says of `pg_upgrade` stays true when the document goes.
+            let declared = catalog.clusters.get(name).and_then(|declared| declared.spec.system_identifier());
+            if let (Some(pin), Some(id)) = (&mut pin, declared) {
+                pin.system_identifier = id.0;
+            }
             // A claim that nobody admits makes no cluster.
             if pin.is_none() && !catalog.clusters.contains_key(name) {
                 return None;
             }
-            if let (None, Some(pin)) = (known, &pin) {
-                new_pins.insert(name.clone(), pin.clone());
+            let cluster = cluster(name, claimed, pin.as_ref(), catalog);
+            if let Some(mut pin) = pin {
+                pin.members.extend(cluster.members.iter().map(|member| member.agent.to_owned()));
+                pin.repository = cluster.repository.map(str::to_owned);
+                if known.as_ref() != Some(&pin) {
+                    new_pins.insert(name.clone(), pin);
+                }
             }
-            Some((name.clone(), cluster(name, claimed, pin.as_ref(), catalog)))
+            Some((name.clone(), cluster))
         })
         .collect();
     Assembly { clusters, new_pins, notices }
@@ -161,24 +178,28 @@ fn claims<'a>(agents: &'a BTreeMap<String, AgentSeen>) -> (BTreeMap<ClusterName,
 /// was quicker.
 fn first_pin(now: Timestamp, name: &ClusterName, claimed: &[Claim<'_>], catalog: &Catalog) -> Option<Pin> {
     let spec = catalog.clusters.get(name).map(|declared| &declared.spec);
+    let declared = spec.and_then(ClusterSpec::system_identifier).map(|id| id.0);
     let first = claimed
         .iter()
         .filter(|claim| claim.instance.system_identifier != 0)
+        .filter(|claim| declared.is_none_or(|id| id == claim.instance.system_identifier))
         .filter(|claim| spec.and_then(|spec| spec.admits(claim.agent)).unwrap_or(true))
         .min_by_key(|claim| claim.instance.role)?;
     Some(Pin {
         system_identifier: first.instance.system_identifier,
         discovered_by: first.agent.to_owned(),
         discovered_at: now,
+        members: BTreeSet::new(),
+        repository: None,
     })
 }
 
 fn cluster<'a>(name: &ClusterName, claimed: &[Claim<'a>], pin: Option<&Pin>, catalog: &'a Catalog) -> ClusterSeen<'a> {
     let declared = catalog.clusters.get(name);
     let spec = declared.map(|declared| &declared.spec);
-    let expected =
-        spec.and_then(ClusterSpec::system_identifier).map(|id| id.0).or(pin.map(|pin| pin.system_identifier));
-    let (admitted, mut problems) = admit(name, claimed, spec, expected);
+    let expected = pin.map(|pin| pin.system_identifier);
+    let known = pin.map(|pin| &pin.members);
+    let (admitted, mut problems) = admit(name, claimed, spec, expected, known);
     problems.extend(split_brain(&admitted));
     let mut labels = common_labels(&admitted);
     labels.extend(declared.map(|declared| declared.labels.clone()).unwrap_or_default());
@@ -192,6 +213,8 @@ fn cluster<'a>(name: &ClusterName, claimed: &[Claim<'a>], pin: Option<&Pin>, cat
     }
     let policy = binding.policy().and_then(|policy| catalog.policies.get(policy));
     let own = spec.and_then(|spec| spec.repository.as_deref());
+    let kept = pin.and_then(|pin| catalog.repositories.get_key_value(pin.repository.as_ref()?));
+    let kept = kept.map(|(name, _)| name.as_str());
     ClusterSeen {
         name: name.clone(),
         labels,
@@ -209,7 +232,7 @@ fn cluster<'a>(name: &ClusterName, claimed: &[Claim<'a>], pin: Option<&Pin>, cat
             .collect(),
         policy,
         binding,
-        repository: own.or(policy.map(|policy| policy.repository.as_str())),
+        repository: own.or(policy.map(|policy| policy.repository.as_str())).or(kept),
         problems,
     }
 }
@@ -219,19 +242,23 @@ fn admit<'c, 'a>(
     claimed: &'c [Claim<'a>],
     spec: Option<&ClusterSpec>,
     expected: Option<u64>,
+    known: Option<&BTreeSet<String>>,
 ) -> (Vec<&'c Claim<'a>>, Vec<String>) {
     let mut admitted: Vec<&Claim<'a>> = Vec::new();
     let mut problems = Vec::new();
     for claim in claimed {
         let (agent, instance) = (claim.agent, claim.instance);
-        if spec.and_then(|spec| spec.admits(agent)) == Some(false) {
+        let listed = spec.and_then(|spec| spec.admits(agent));
+        // A server that is down shows no identifier; its agent is still who it was.
+        let trusted = listed == Some(true) || known.is_some_and(|known| known.contains(agent));
+        if listed == Some(false) {
             problems.push(format!(
                 "agent {agent} declares {} a member, which the Cluster document does not list\nHINT: add it to spec.members of Cluster {name}, or take it out of the agent's configuration.",
                 instance.data_dir
             ));
-        } else if instance.system_identifier == 0 {
-            problems.push(format!("agent {agent} cannot read the system identifier of {}", instance.data_dir));
-        } else if expected != Some(instance.system_identifier) {
+        } else if instance.system_identifier == 0 && !trusted {
+            problems.push(format!("agent {agent} cannot tell yet to which system {} belongs", instance.data_dir));
+        } else if instance.system_identifier != 0 && expected != Some(instance.system_identifier) {
             problems.push(format!(
                 "agent {agent} declares {} a member with system identifier {}, but the cluster's is {}\nHINT: after pg_upgrade, set spec.system_identifier of Cluster {name}; otherwise give the instance another cluster name.",
                 instance.data_dir,

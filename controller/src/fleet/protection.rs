@@ -97,6 +97,9 @@ fn no_range(last_backup: Option<&BackupSummary>) -> String {
     }
 }
 
+/// Of each member; `walfleet agent show` has them all.
+const MOST_PROBLEMS: usize = 3;
+
 fn risks(
     now: Timestamp,
     cluster: &ClusterSeen<'_>,
@@ -136,6 +139,9 @@ fn risks(
         if let Some(archive) = archive.filter(|archive| !archive.last_error.is_empty() && archive.ready_segments > 0) {
             risks.push(format!("{}: archiving fails: {}", member.agent, first_line(&archive.last_error)));
         }
+        // What its agent says must be mended.
+        let problems = member.instance.problems.iter().take(MOST_PROBLEMS);
+        risks.extend(problems.map(|problem| format!("{}: {}", member.agent, first_line(problem))));
     }
     if cluster.members.iter().all(|member| member.instance.role == InstanceRole::Down) {
         risks.push("none of its servers answers".to_owned());

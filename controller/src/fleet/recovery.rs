@@ -20,8 +20,9 @@ pub struct RecoveryWindow {
 /// Every point between the two, both included.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct RecoveryRange {
-    pub from: Timestamp,
-    pub to: Timestamp,
+    /// Absent where no commit tells the time.
+    pub from: Option<Timestamp>,
+    pub to: Option<Timestamp>,
     pub from_lsn: Lsn,
     pub to_lsn: Lsn,
     pub timeline: u32,

@@ -36,10 +36,15 @@ pub async fn load_pins(state: &State) -> Result<BTreeMap<ClusterName, Pin>, RowE
     Ok(rows.into_iter().filter_map(|row| Some((row.key.strip_prefix(PINS)?.parse().ok()?, row.value))).collect())
 }
 
-/// Pins a cluster that was seen for the first time. If another controller pinned it first, its pin stands.
+/// Pins a cluster that was seen for the first time, or notes what its documents or a new member changed.
 pub async fn store_pin(state: &State, cluster: &ClusterName, pin: &Pin) -> Result<(), RowError> {
-    match state.create_row(&format!("{PINS}{cluster}"), pin).await {
-        Ok(_) | Err(RowError::Exists { .. }) => Ok(()),
+    let key = format!("{PINS}{cluster}");
+    let row = state.row::<Pin>(&key).await?;
+    let mut stored = pin.clone();
+    stored.members.extend(row.iter().flat_map(|row| row.value.members.iter().cloned()));
+    match state.update_row(&key, row.map_or(0, |row| row.mod_revision), &stored).await {
+        // The next pass sees what the other one wrote.
+        Ok(_) | Err(RowError::Conflict { .. }) => Ok(()),
         Err(error) => Err(error),
     }
 }

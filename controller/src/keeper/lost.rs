@@ -7,39 +7,61 @@ use walfleet_repository::cluster_log::{AppendError, Author, Decision};
 use walfleet_repository::format::log_entry::Action;
 use walfleet_repository::open::Repository;
 
-use super::{Keeper, KeeperError};
+use super::{DEADLINE, Keeper, KeeperError};
 use crate::fleet::recovery::BackupSummary;
 use crate::jobs::{Event, Job, JobState, Outcome, Report, Verdict, Work};
+use crate::reconcile::in_full;
 use crate::resources::stored::Catalog;
 
 impl Keeper {
-    /// Settles jobs that were unknown for longer than is patient, and ends the sessions of attempts that are over.
+    /// Settles jobs that were unknown for longer than is patient, and ends the sessions of attempts that are over. What
+    /// cannot be settled for one is tried again in the next round, and keeps no other waiting.
     pub(super) async fn settle_lost(&self, catalog: &Catalog, now: Timestamp) -> Result<(), KeeperError> {
         let patience = SignedDuration::try_from(self.reconciler.fleet.timing.patience).unwrap_or(SignedDuration::MAX);
         let jobs = self.reconciler.jobs.active().await?;
         for job in &jobs {
-            match &job.state {
+            let settled = match &job.state {
                 JobState::Unknown { since, reason, .. } if now.duration_since(*since) > patience => {
-                    let outcome = self.ask_log(job, catalog, now).await?;
-                    let found = outcome.is_some();
-                    let reason = format!("{reason}; it was waited for long enough");
-                    self.reconciler.jobs.apply(&job.id, Event::GivenUp { outcome, reason }, now).await?;
-                    tracing::warn!(job = %job.id, found, "gave up waiting for a job's agent");
+                    self.give_up(job, reason, catalog, now).await
                 }
                 // The attempt is over, and the next one wants to serve the same run: a session that a crash left open
                 // would stand in its way.
                 JobState::Queued { .. } if job.attempt > 0 && self.is_untidied(job) => {
-                    if let Some(outcome) = self.ask_log(job, catalog, now).await? {
-                        let event = Event::GivenUp { outcome: Some(outcome), reason: String::new() };
-                        self.reconciler.jobs.apply(&job.id, event, now).await?;
-                    }
-                    self.tidied().insert((job.id.clone(), job.attempt));
+                    self.tidy(job, catalog, now).await
                 }
-                _ => {}
+                _ => Ok(()),
+            };
+            if let Err(error) = settled {
+                tracing::warn!(job = %job.id, error = in_full(&error), "cannot settle a lost attempt yet");
             }
         }
         self.tidied().retain(|(id, _)| jobs.iter().any(|job| job.id == *id));
         Ok(())
+    }
+
+    async fn give_up(&self, job: &Job, why: &str, catalog: &Catalog, now: Timestamp) -> Result<(), KeeperError> {
+        let outcome = self.ask_in_time(job, catalog, now).await?;
+        let found = outcome.is_some();
+        let reason = format!("{why}; it was waited for long enough");
+        self.reconciler.jobs.apply(&job.id, Event::GivenUp { outcome, reason }, now).await?;
+        tracing::warn!(job = %job.id, found, "gave up waiting for a job's agent");
+        Ok(())
+    }
+
+    async fn tidy(&self, job: &Job, catalog: &Catalog, now: Timestamp) -> Result<(), KeeperError> {
+        if let Some(outcome) = self.ask_in_time(job, catalog, now).await? {
+            let event = Event::GivenUp { outcome: Some(outcome), reason: String::new() };
+            self.reconciler.jobs.apply(&job.id, event, now).await?;
+        }
+        self.tidied().insert((job.id.clone(), job.attempt));
+        Ok(())
+    }
+
+    async fn ask_in_time(&self, job: &Job, catalog: &Catalog, now: Timestamp) -> Result<Option<Outcome>, KeeperError> {
+        match tokio::time::timeout(DEADLINE, self.ask_log(job, catalog, now)).await {
+            Ok(answer) => answer,
+            Err(_) => Err(KeeperError::Timeout { name: job.work.repository().to_owned() }),
+        }
     }
 
     fn tidied(&self) -> std::sync::MutexGuard<'_, std::collections::BTreeSet<(walfleet_repository::ids::JobId, u32)>> {
@@ -54,8 +76,8 @@ impl Keeper {
     /// more: if it still ran, that costs a retry and nothing else.
     async fn ask_log(&self, job: &Job, catalog: &Catalog, now: Timestamp) -> Result<Option<Outcome>, KeeperError> {
         let Work::Backup(work) = &job.work else { return Ok(None) };
-        let spec = catalog.repositories.get(&work.repository);
-        let spec = spec.ok_or_else(|| KeeperError::Undeclared { name: work.repository.clone() })?;
+        // A repository that is declared no more cannot be asked, and serves no run.
+        let Some(spec) = catalog.repositories.get(&work.repository) else { return Ok(None) };
         let repository = self.open(&work.repository, spec, now).await?;
         let run = job.run.as_ref().map_or_else(|| job.id.to_string(), |run| run.to_string());
         let author = Author::keeper(self.reconciler.keeper.signer(), self.reconciler.epoch);

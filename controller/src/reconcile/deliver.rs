@@ -61,11 +61,14 @@ const PREFIX: &str = "desired/";
 
 /// What an agent was last told, so that a generation stands for one content, through restarts.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
-struct Told {
+pub struct Told {
     generation: u64,
     content: DesiredContent,
     writer: WriterChain,
 }
+
+/// Rows as this controller last wrote or read them, so that a quiet fleet costs no reads.
+pub type KnownTold = BTreeMap<String, Row<Told>>;
 
 /// Works out every connected agent's desired state, stores what changed, and sends it. Says how many changed.
 pub async fn desired(
@@ -73,6 +76,7 @@ pub async fn desired(
     picture: &Picture,
     assembly: &Assembly<'_>,
     jobs: &[Job],
+    known: &mut KnownTold,
 ) -> Result<usize, ReconcileError> {
     let mut changed = 0;
     for (agent, content) in desired::plan(assembly, &picture.agents, &picture.catalog, jobs) {
@@ -80,8 +84,13 @@ pub async fn desired(
         let member = agent.parse().ok().and_then(|name| reconciler.roster.member(&name));
         let Some(member) = member.filter(|member| member.revoked_at_us.is_none()) else { continue };
         let key = format!("{PREFIX}{agent}");
-        let row: Option<Row<Told>> = reconciler.state.row(&key).await?;
-        let told = row.as_ref().map(|row| &row.value);
+        if !known.contains_key(&agent)
+            && let Some(row) = reconciler.state.row::<Told>(&key).await?
+        {
+            known.insert(agent.clone(), row);
+        }
+        let row = known.get(&agent);
+        let told = row.map(|row| &row.value);
         let clusters = content.member_of();
         let lifetime = SignedDuration::try_from(reconciler.fleet.timing.writer).unwrap_or(SignedDuration::MAX);
         let last = told.map(|told| &told.writer);
@@ -92,7 +101,11 @@ pub async fn desired(
                 let generation = told.map_or(0, |told| told.generation) + 1;
                 let fresh = Told { generation, content: content.clone(), writer: writer.clone() };
                 // Durable before it is said: an agent never sees two contents under one generation.
-                match reconciler.state.update_row(&key, row.as_ref().map_or(0, |row| row.mod_revision), &fresh).await {
+                let revision = row.map_or(0, |row| row.mod_revision);
+                let written = reconciler.state.update_row(&key, revision, &fresh).await;
+                // What was known is not so any more, whatever came of it.
+                known.remove(&agent);
+                match written {
                     Ok(_) => changed += 1,
                     Err(RowError::Conflict { .. }) => continue,
                     Err(error) => return Err(error.into()),

@@ -50,7 +50,7 @@ impl Overview {
         let (policy, spec) = (cluster.binding.policy()?, cluster.policy?);
         let row = self.followed.get(cluster.name.as_str()).filter(|row| row.value.policy == policy);
         let handled = row.map_or(self.picture.now, |row| row.value.handled);
-        let due = schedules::due(cluster, policy, spec, handled, self.picture.now)?;
+        let due = spec.schedule()?.due(self.picture.now, policy, &cluster.name, handled);
         due.run.or(due.next).map(|run| run.start)
     }
 }

@@ -9,8 +9,7 @@ use super::{ReconcileError, Reconciler};
 use crate::fleet::clusters::{Assembly, ClusterSeen};
 use crate::jobs::work::{BackupWork, Work};
 use crate::jobs::{Job, NewJob, dispatch};
-use crate::resources::PolicySpec;
-use crate::schedule::{Due, RunId};
+use crate::schedule::{RunId, Schedule};
 use crate::state::rows::put_row;
 use crate::state::{Row, RowError, State, Txn};
 
@@ -40,6 +39,7 @@ pub async fn make_runs(
     now: Timestamp,
 ) -> Result<usize, ReconcileError> {
     let followed = load(&reconciler.state).await?;
+    let mut compiled: BTreeMap<&str, Option<Schedule>> = BTreeMap::new();
     let mut made = 0;
     for cluster in assembly.clusters.values() {
         let (Some(policy), Some(spec)) = (cluster.binding.policy(), cluster.policy) else { continue };
@@ -52,7 +52,8 @@ pub async fn make_runs(
             ignore_conflict(reconciler.state.update_row(&key, revision, &fresh).await)?;
             continue;
         };
-        let Some(run) = due(cluster, policy, spec, row.value.handled, now).and_then(|due| due.run) else { continue };
+        let Some(schedule) = compiled.entry(policy).or_insert_with(|| spec.schedule()) else { continue };
+        let Some(run) = schedule.due(now, policy, &cluster.name, row.value.handled).run else { continue };
         let handled = Followed { policy: policy.to_owned(), handled: run.scheduled };
         if dispatch::is_covered(&cluster.name, jobs) {
             tracing::info!(cluster = %cluster.name, scheduled = %run.scheduled, "a run is covered by one that waits");
@@ -77,17 +78,6 @@ pub async fn make_runs(
         }
     }
     Ok(made)
-}
-
-/// What a cluster's schedule wants now.
-pub fn due(
-    cluster: &ClusterSeen<'_>,
-    policy: &str,
-    spec: &PolicySpec,
-    handled: Timestamp,
-    now: Timestamp,
-) -> Option<Due> {
-    Some(spec.schedule()?.due(now, policy, &cluster.name, handled))
 }
 
 /// The backup that a cluster's policy describes; `None` if no repository is bound.

@@ -98,7 +98,9 @@ pub enum ResourceError {
     Field { document: usize, kind: Kind, name: String, path: String, problem: String, hint: String },
     #[error("document {document} ({kind} {name:?}) repeats document {earlier}\nHINT: declare each {kind} once.")]
     Repeated { document: usize, earlier: usize, kind: Kind, name: String },
-    #[error("no document is declared\nHINT: a document has apiVersion, kind, name and spec; see deploy/samples.")]
+    #[error(
+        "no document is declared\nHINT: a document has apiVersion, kind, name and spec; deploy/fleet.yaml shows all of them."
+    )]
     Empty,
     #[error("the text has {bytes} bytes, at most {limit} are accepted\nHINT: apply it in several files.")]
     TooLarge { bytes: usize, limit: usize },
@@ -365,6 +367,37 @@ spec:
                 assert!(text.contains(part), "{to}: {text:?} lacks {part:?}");
             }
             assert!(text.matches("HINT").count() <= 1, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn the_sample_in_deploy_shows_every_option() {
+        let documents = parse(include_str!("../../../deploy/fleet.yaml")).expect("the sample is good");
+        let shown: String = documents.iter().map(Document::to_yaml).collect();
+        let options = [
+            "schedule:",
+            "time_zone:",
+            "jitter:",
+            "compression_level:",
+            "processes:",
+            "prefer:",
+            "fast_checkpoint:",
+            "retries:",
+            "rpo:",
+            "backup_age:",
+            "hosts:",
+            "selector:",
+            "repository:",
+            "url:",
+            "endpoint:",
+            "region:",
+            "members:",
+            "data_dir:",
+            "system_identifier:",
+            "labels:",
+        ];
+        for option in options {
+            assert!(shown.contains(option), "{option}");
         }
     }
 

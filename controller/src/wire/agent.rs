@@ -156,7 +156,7 @@ fn instance_in(instance: pb::InstanceFacts) -> Result<InstanceObserved, WireErro
     backups.drain(..newest(backups.len(), MAX_BACKUPS));
     let mut windows = instance.windows.into_iter().take(16).map(recovery::window_in).collect::<Result<Vec<_>, _>>()?;
     for window in &mut windows {
-        window.ranges.sort_by_key(|range| range.from);
+        window.ranges.sort_by_key(|range| (range.timeline, range.from_lsn));
         window.ranges.drain(..newest(window.ranges.len(), MAX_RANGES));
         window.gaps.drain(..newest(window.gaps.len(), MAX_RANGES));
     }

@@ -21,8 +21,8 @@ pub fn window_in(window: pb::RecoveryWindow) -> Result<RecoveryWindow, WireError
 
 fn range_in(range: pb::RecoveryRange) -> Result<RecoveryRange, WireError> {
     Ok(RecoveryRange {
-        from: required_time_in("ranges.from_us", range.from_us)?,
-        to: required_time_in("ranges.to_us", range.to_us)?,
+        from: time_in("ranges.from_us", range.from_us)?,
+        to: time_in("ranges.to_us", range.to_us)?,
         from_lsn: required_lsn_in("ranges.from_lsn", &range.from_lsn)?,
         to_lsn: required_lsn_in("ranges.to_lsn", &range.to_lsn)?,
         timeline: range.timeline,
@@ -48,8 +48,8 @@ pub fn window_out(window: &RecoveryWindow) -> pb::RecoveryWindow {
             .ranges
             .iter()
             .map(|range| pb::RecoveryRange {
-                from_us: range.from.as_microsecond(),
-                to_us: range.to.as_microsecond(),
+                from_us: time_out(range.from),
+                to_us: time_out(range.to),
                 from_lsn: range.from_lsn.to_string(),
                 to_lsn: range.to_lsn.to_string(),
                 timeline: range.timeline,

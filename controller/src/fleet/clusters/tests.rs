@@ -56,7 +56,12 @@ fn orders() -> ClusterName {
 }
 
 fn pins(system_identifier: u64) -> BTreeMap<ClusterName, Pin> {
-    [(orders(), Pin { system_identifier, discovered_by: "db1".to_owned(), discovered_at: at(0) })].into()
+    let members = ["db1".to_owned()].into();
+    [(
+        orders(),
+        Pin { system_identifier, discovered_by: "db1".to_owned(), discovered_at: at(0), members, repository: None },
+    )]
+    .into()
 }
 
 fn members(assembly: &Assembly<'_>) -> Vec<String> {
@@ -88,7 +93,7 @@ fn another_system_identifier_under_the_name_is_refused_and_shown_until_the_docum
     let agents = fleet(vec![("db1", agent(&[], vec![instance("orders", 8, Primary)]))]);
     let none = Catalog::default();
     let assembly = assemble(at(0), &agents, &pins(7), &none);
-    assert!(members(&assembly).is_empty() && assembly.new_pins.is_empty());
+    assert!(members(&assembly).is_empty() && assembly.new_pins.is_empty(), "nothing is changed by it");
     assert!(assembly.clusters[&orders()].problems[0].contains("system identifier 8, but the cluster's is 7"));
     let upgraded = cluster_document("system_identifier: '8'");
     assert_eq!(members(&assemble(at(0), &agents, &pins(7), &upgraded)), ["db1"]);
@@ -105,6 +110,18 @@ fn a_document_that_lists_members_admits_no_others_and_pins_nothing_for_them() {
     assert_eq!(assembly.new_pins[&orders()].system_identifier, 7);
     assert_eq!(members(&assembly), ["db1"]);
     assert!(assembly.clusters[&orders()].problems[0].contains("thief"));
+}
+
+#[test]
+fn a_member_whose_server_is_down_stays_one_and_a_stranger_cannot_become_one_so() {
+    let down = || instance("orders", 0, InstanceRole::Down);
+    let agents = fleet(vec![("db1", agent(&[], vec![down()])), ("thief", agent(&[], vec![down()]))]);
+    let catalog = Catalog::default();
+    let assembly = assemble(at(0), &agents, &pins(7), &catalog);
+    assert_eq!(members(&assembly), ["db1"]);
+    assert!(assembly.clusters[&orders()].problems[0].contains("agent thief cannot tell yet"));
+    assert!(assembly.new_pins.is_empty());
+    assert!(assemble(at(0), &agents, &BTreeMap::new(), &catalog).clusters.is_empty());
 }
 
 #[test]
@@ -132,6 +149,22 @@ fn a_cluster_has_the_labels_its_members_agree_on_under_those_declared() {
     let assembly = assemble(at(0), &agents, &pins(7), &catalog);
     let labels: Vec<String> = assembly.clusters[&orders()].labels.iter().map(|(k, v)| format!("{k}={v}")).collect();
     assert_eq!(labels, ["env=prod", "name=orders", "tier=gold"]);
+}
+
+#[test]
+fn wal_goes_on_to_the_last_repository_when_no_policy_binds_the_cluster_any_more() {
+    let agents = fleet(vec![("db1", agent(&[], vec![instance("orders", 7, Primary)]))]);
+    let text = "apiVersion: walfleet/v1\nkind: Repository\nname: main\nspec: {url: 'file:///r'}\n";
+    let policy =
+        "---\napiVersion: walfleet/v1\nkind: Policy\nname: gold\nspec: {selector: name=orders, repository: main}\n";
+    let with = |text: &str| -> Catalog { document::parse(text).expect(text).into_iter().collect() };
+    let bound = with(&format!("{text}{policy}"));
+    let pins = assemble(at(0), &agents, &pins(7), &bound).new_pins;
+    let unbound = with(text);
+    let after = assemble(at(0), &agents, &pins, &unbound);
+    assert_eq!(after.clusters[&orders()].binding, Binding::Unbound);
+    assert_eq!(after.clusters[&orders()].repository, Some("main"));
+    assert_eq!(assemble(at(0), &agents, &pins, &Catalog::default()).clusters[&orders()].repository, None);
 }
 
 #[test]

@@ -41,8 +41,8 @@ fn healthy() -> InstanceObserved {
             repository: "main".to_owned(),
             as_of: at(-5),
             ranges: vec![RecoveryRange {
-                from: at(-7200),
-                to: at(-10),
+                from: Some(at(-7200)),
+                to: Some(at(-10)),
                 from_lsn: lsn("0/2000000").expect("given"),
                 to_lsn: lsn("0/5000000").expect("given"),
                 timeline: 1,
@@ -155,6 +155,13 @@ fn each_way_of_not_being_protected_is_told_apart_with_its_reason() {
             "archiving fails: no space",
         ),
         (change(|i| i.role = InstanceRole::Down), "rpo: 1h", 0, Protection::AtRisk, "not known how far"),
+        (
+            change(|i| i.problems.push("archive_mode is off\nHINT: turn it on".to_owned())),
+            "",
+            0,
+            Protection::AtRisk,
+            "db1: archive_mode is off",
+        ),
     ];
     for (instances, objectives, now, state, reason) in table {
         let assessment = assess_with(&instances, objectives, at(now));

@@ -99,7 +99,9 @@ fn queued() -> JobState {
 fn decide(jobs: &[Job], agents: &[(&str, AgentSeen)], prefer: &str) -> Vec<String> {
     let agents: BTreeMap<String, AgentSeen> =
         agents.iter().map(|(name, seen)| ((*name).to_owned(), seen.clone())).collect();
-    let pin = Pin { system_identifier: 7, discovered_by: "db1".to_owned(), discovered_at: at(0) };
+    let members = BTreeSet::new();
+    let pin =
+        Pin { system_identifier: 7, discovered_by: "db1".to_owned(), discovered_at: at(0), members, repository: None };
     let pins = [("orders".parse().expect("a name"), pin)].into();
     let catalog = catalog(prefer);
     let assembly = assemble(at(0), &agents, &pins, &catalog);
