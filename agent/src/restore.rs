@@ -30,7 +30,7 @@ use crate::progress::Progress;
 use crate::restore::plan::{PlanError, RestorePlan};
 use crate::restore::recovery::RecoverySettings;
 use crate::restore::start::{StartError, StartSpec};
-use crate::restore::write::{Destination, DirectoryMode, FileSink, WriteError, write_durable};
+use crate::restore::write::{Destination, DirectoryMode, FileSink, WriteError, write_plain};
 use crate::wal::fetch::{RestoreSource, SOURCE_FILE, SourceTimeline};
 
 /// Segments that one `wal fetch` brings along: four times 16 MiB hides a store's latency behind replay.
@@ -285,7 +285,7 @@ async fn write_backup_manifest(
         text.file(&control.path, size, control.mtime_us, crc32c).map_err(RestoreError::Manifest)?;
     }
     let bytes = text.finish(&[range]).map_err(RestoreError::Manifest)?;
-    write_durable(&request.data_dir.join("backup_manifest"), &bytes, mode.file())?;
+    write_plain(&request.data_dir.join("backup_manifest"), &bytes, mode.file())?;
     Ok(())
 }
 
@@ -300,10 +300,10 @@ fn write_recovery(
 ) -> Result<Vec<String>, RestoreError> {
     let (manifest, data_dir) = (&reader.manifest, &request.data_dir);
     let mut notes = Vec::new();
-    let put = |name: &str, content: &[u8]| write_durable(&data_dir.join(name), content, mode.file());
+    let put = |name: &str, content: &[u8]| write_plain(&data_dir.join(name), content, mode.file());
     let source = source(request, plan);
     let source = serde_json::to_vec_pretty(&source).map_err(|e| RestoreError::Manifest(e.into()))?;
-    write_durable(&data_dir.join(SOURCE_FILE), &source, 0o600)?;
+    write_plain(&data_dir.join(SOURCE_FILE), &source, 0o600)?;
     put("backup_label", &manifest.backup_label)?;
     if let Some(map) = tablespace_map {
         put("tablespace_map", map.as_bytes())?;

@@ -36,7 +36,10 @@ const SESSION_SETTINGS: &str = "SET statement_timeout = 0; SET lock_timeout = 0;
 
 /// Whose connection string was not given: a server of this host by its socket directory.
 pub fn local_connection_string(socket_dir: &Path, port: u16, user: &str) -> String {
-    let quoted = |text: &str| format!("'{}'", text.replace('\\', "\\\\").replace('\'', "\\'"));
+    let quoted = |text: &str| {
+        let plain = !text.is_empty() && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"/._-+:@".contains(&b));
+        if plain { text.to_owned() } else { format!("'{}'", text.replace('\\', "\\\\").replace('\'', "\\'")) }
+    };
     format!("host={} port={port} user={} dbname=postgres", quoted(&socket_dir.to_string_lossy()), quoted(user))
 }
 

@@ -195,6 +195,12 @@ fn make_directory(path: &Path, mode: DirectoryMode) -> Result<(), WriteError> {
     fs::set_permissions(path, fs::Permissions::from_mode(mode.directory())).map_err(io("set permissions of", path))
 }
 
+/// Writes a small file that the sync of everything makes durable.
+pub fn write_plain(path: &Path, content: &[u8], mode: u32) -> Result<(), WriteError> {
+    let opened = OpenOptions::new().write(true).create(true).truncate(true).mode(mode).open(path);
+    opened.and_then(|mut file| file.write_all(content)).map_err(io("write", path))
+}
+
 /// Writes a small file whole: temporary name, sync, rename, sync of the folder.
 pub fn write_durable(path: &Path, content: &[u8], mode: u32) -> Result<(), WriteError> {
     let mut temporary = path.as_os_str().to_owned();
