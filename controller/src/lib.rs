@@ -23,3 +23,12 @@ pub mod schedule;
 pub mod serve;
 pub mod state;
 pub mod wire;
+
+/// An error and its causes in one line, for those who are not shown the log.
+pub(crate) fn with_causes(error: &(dyn std::error::Error + 'static)) -> String {
+    let causes = std::iter::successors(Some(error), |error| error.source());
+    let mut texts: Vec<_> = causes.map(ToString::to_string).collect();
+    // A transparent wrapper says what its source says.
+    texts.dedup();
+    texts.join(": ")
+}

@@ -24,7 +24,7 @@ use crate::identity::permission::{Gate, GateLayer};
 use crate::identity::server_certificate::ServerCertificate;
 use crate::identity::{Authority, AuthorityError, Enrolment, KeeperKey, Roster};
 use crate::metrics::{Metrics, Readiness};
-use crate::state::{RowError, State, StateError, embedded, transfer};
+use crate::state::{Op, RowError, State, StateError, Txn, embedded, transfer};
 
 mod door;
 mod measure;
@@ -119,7 +119,7 @@ impl Foundation {
 /// The engine's options as configured.
 pub fn state_options(config: &Config) -> embedded::Options {
     let cache_bytes = usize::try_from(config.state.cache_mib << 20).unwrap_or(usize::MAX);
-    embedded::Options { history_revisions: config.state.history_revisions, cache_bytes }
+    embedded::Options { history_revisions: config.state.history_revisions, cache_bytes, ..embedded::Options::default() }
 }
 
 /// A controller that answers calls.
@@ -212,14 +212,16 @@ async fn serve_metrics(foundation: &Foundation) -> Result<Option<SocketAddr>, St
     Ok(Some(bound))
 }
 
-/// Readiness of the state: whether it answers, asked now and then.
+/// Readiness of the state: whether it takes a write, tried now and then. Deleting what is not there takes no revision,
+/// but a commit all the same.
 async fn watch_state(foundation: Foundation) {
     let Foundation { state, metrics, cancel, .. } = foundation;
     loop {
-        let answer = tokio::time::timeout(STATE_CHECK / 2, state.get("controller/")).await;
+        let probe = Txn::new().then(Op::delete("controller/probe"));
+        let answer = tokio::time::timeout(STATE_CHECK / 2, state.txn(probe)).await;
         let readiness = match answer {
             Ok(Ok(_)) => Readiness::Ready,
-            Ok(Err(error)) => Readiness::NotReady { why: error.to_string() },
+            Ok(Err(error)) => Readiness::NotReady { why: crate::with_causes(&error) },
             Err(_) => Readiness::NotReady { why: "it does not answer".to_owned() },
         };
         metrics.set_readiness("state", readiness);

@@ -47,10 +47,12 @@ impl From<EnrolmentError> for Status {
     }
 }
 
-/// What happened goes to the log, the caller gets the operation.
+/// A fault of the controller itself: logged where it is handled, and told with its causes, since the caller is often the
+/// one who can make room on a disk.
 fn internal(error: &(dyn std::error::Error + 'static)) -> Status {
-    tracing::error!(error = %error, source = error.source().map(tracing::field::display), "a call failed");
-    Status::internal(error.to_string())
+    let text = crate::with_causes(error);
+    tracing::error!(error = text, "a call failed");
+    Status::internal(text)
 }
 
 fn of_row(error: RowError) -> Status {

@@ -4,25 +4,31 @@
 //! that wait at the same time share one commit: each keeps its own revision, all become durable together. Reads see the
 //! last commit and never wait for the writer. Watches read the log of changes, so that a slow one costs no memory.
 //!
+//! A write that fails, as on a full disk, is answered as failed and the file is opened anew, so that the next one can
+//! succeed without a restart. Whether the failed one happened is then as unknown as after a lost connection.
+//!
 //! Lease deadlines live in memory; what is durable is a lease's length. After a restart every lease starts anew.
 
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use redb::{Database, DatabaseError, ReadableDatabase, ReadableTable, TableDefinition};
+use redb::{Database, ReadableDatabase, TableDefinition};
 use tokio::sync::{oneshot, watch};
 
 use super::{Engine, KeyValue, LeaseId, Page, StateError, Txn, TxnOutcome, Watch};
 
+mod apply;
+mod file;
 mod follow;
 mod leases;
 mod record;
 mod writer;
 
+pub use file::Options;
+use file::{Contents, StateFile};
 use leases::Leases;
 use writer::{Request, Writer};
 
@@ -37,39 +43,25 @@ const LEASE_KEY: TableDefinition<(u64, &str), ()> = TableDefinition::new("lease_
 /// "format", "revision", "compacted".
 const META: TableDefinition<&str, u64> = TableDefinition::new("meta");
 
-const FORMAT: u64 = 1;
 /// etcd's first revision: an empty store has it, the first write gets 2.
 const FIRST_REVISION: u64 = 1;
 
-#[derive(Debug, Clone)]
-pub struct Options {
-    /// Revisions kept for watches that fell behind. Twice as many may be kept for a while.
-    pub history_revisions: u64,
-    /// redb's page cache.
-    pub cache_bytes: usize,
-}
-
-impl Default for Options {
-    fn default() -> Self {
-        // Minutes of history under load: a watcher that is further behind lists again, which is cheaper by then.
-        // 64 MiB hold the whole state of a fleet of some thousand agents.
-        Self { history_revisions: 10_000, cache_bytes: 64 << 20 }
-    }
-}
-
 /// What readers, the writer and watches share.
 struct Shared {
-    database: Database,
-    place: PathBuf,
+    file: StateFile,
     leases: Mutex<Leases>,
     /// The newest durable revision.
     committed: watch::Sender<u64>,
 }
 
 impl Shared {
-    fn storage(&self, operation: &'static str, source: impl Into<redb::Error>) -> StateError {
-        let place = self.place.display().to_string();
-        StateError::Storage { operation, place, source: Arc::new(source.into()) }
+    /// Runs a read on the open file; must be off the async threads.
+    fn read<T>(
+        &self,
+        operation: &'static str,
+        read: impl FnOnce(&Database) -> Result<T, redb::Error>,
+    ) -> Result<T, StateError> {
+        self.file.with(read).map_err(|source| self.file.error(operation, source))
     }
 
     fn leases(&self) -> MutexGuard<'_, Leases> {
@@ -88,33 +80,17 @@ pub struct Embedded {
 
 impl Embedded {
     pub fn open(path: &Path, options: Options) -> Result<Self, StateError> {
-        let error = |source: redb::Error| StateError::Storage {
-            operation: "open",
-            place: path.display().to_string(),
-            source: Arc::new(source),
-        };
-        // For its owner alone: it holds hashes of tokens and the fleet's map.
-        let file =
-            std::fs::OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path);
-        let file = file.and_then(|file| sync_folder(path).map(|()| file));
-        let file = file.map_err(|source| error(redb::Error::Io(source)))?;
-        let database = match Database::builder().set_cache_size(options.cache_bytes).create_file(file) {
-            Ok(database) => database,
-            Err(DatabaseError::DatabaseAlreadyOpen) => return Err(StateError::Locked { path: path.to_owned() }),
-            Err(other) => return Err(error(other.into())),
-        };
-        let (revision, lengths) = prepare(&database).map_err(error)?;
-        let revision =
-            revision.map_err(|found| StateError::Format { place: path.display().to_string(), found, known: FORMAT })?;
+        let history = options.history_revisions;
+        let (file, Contents { revision, leases: lengths }) = StateFile::open(path, options)?;
         let leases = Mutex::new(Leases::restored(lengths));
         let committed = watch::Sender::new(revision);
-        let shared = Arc::new(Shared { database, place: path.to_owned(), leases, committed });
+        let shared = Arc::new(Shared { file, leases, committed });
         let (requests, incoming) = mpsc::channel();
-        let writer = Writer::new(shared.clone(), incoming, revision, options.history_revisions);
+        let writer = Writer::new(shared.clone(), incoming, revision, history);
         let writer = std::thread::Builder::new()
             .name("state-writer".to_owned())
             .spawn(move || writer.run())
-            .map_err(|source| error(redb::Error::Io(source)))?;
+            .map_err(|source| shared.file.error("start the writer of", redb::Error::Io(source)))?;
         Ok(Self { shared, requests: Some(requests), writer: Some(writer) })
     }
 
@@ -149,56 +125,16 @@ impl Drop for Embedded {
     }
 }
 
-/// So that a new file's name is as durable as what is acknowledged in it.
-fn sync_folder(path: &Path) -> std::io::Result<()> {
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    std::fs::File::open(folder)?.sync_all()
-}
-
-/// The newest revision, or the format that is not ours; and the lengths of all leases.
-type Prepared = (Result<u64, u64>, Vec<(LeaseId, Duration)>);
-
-/// Creates the tables of a new file and reads what the writer starts from.
-fn prepare(database: &Database) -> Result<Prepared, redb::Error> {
-    let write = database.begin_write()?;
-    let mut lengths = Vec::new();
-    let revision;
-    {
-        let mut meta = write.open_table(META)?;
-        let format = meta.get("format")?.map(|found| found.value());
-        match format {
-            None => {
-                meta.insert("format", FORMAT)?;
-                meta.insert("revision", FIRST_REVISION)?;
-                meta.insert("compacted", 0)?;
-            }
-            Some(FORMAT) => {}
-            Some(other) => return Ok((Err(other), lengths)),
-        }
-        revision = meta.get("revision")?.map_or(FIRST_REVISION, |found| found.value());
-        write.open_table(KV)?;
-        write.open_table(LOG)?;
-        write.open_table(LEASE_KEY)?;
-        let lease = write.open_table(LEASE)?;
-        for entry in lease.iter()? {
-            let (id, length) = entry?;
-            lengths.push((LeaseId(id.value()), Duration::from_millis(length.value())));
-        }
-    }
-    write.commit()?;
-    Ok((Ok(revision), lengths))
-}
-
 #[async_trait]
 impl Engine for Embedded {
     async fn get(&self, key: &str) -> Result<Option<KeyValue>, StateError> {
         let key = key.to_owned();
         self.read(move |shared| {
-            let found = (|| -> Result<_, redb::Error> {
-                let table = shared.database.begin_read()?.open_table(KV)?;
+            let found = shared.read("read", |database| {
+                let table = database.begin_read()?.open_table(KV)?;
                 Ok(table.get(key.as_str())?.map(|found| record::decode(&key, found.value())))
-            })();
-            found.map_err(|source| shared.storage("read", source))?.transpose()
+            })?;
+            found.transpose()
         })
         .await
     }
@@ -208,8 +144,8 @@ impl Engine for Embedded {
         self.read(move |shared| {
             let mut items = Vec::new();
             let mut more = false;
-            let scan = (|| -> Result<(u64, Result<(), StateError>), redb::Error> {
-                let read = shared.database.begin_read()?;
+            let (revision, decoded) = shared.read("list", |database| {
+                let read = database.begin_read()?;
                 let revision = read.open_table(META)?.get("revision")?.map_or(FIRST_REVISION, |found| found.value());
                 let from = start_after.as_deref().filter(|after| *after > prefix.as_str()).unwrap_or(&prefix);
                 for entry in read.open_table(KV)?.range(from..)? {
@@ -231,8 +167,7 @@ impl Engine for Embedded {
                     }
                 }
                 Ok((revision, Ok(())))
-            })();
-            let (revision, decoded) = scan.map_err(|source| shared.storage("list", source))?;
+            })?;
             decoded?;
             Ok(Page { items, revision, more })
         })

@@ -75,8 +75,8 @@ fn read_changes(shared: &Shared, prefix: &str, from: u64, newest: u64) -> Result
     let mut events = Vec::new();
     let mut next = newest.max(from.saturating_sub(1)) + 1;
     let mut seen = 0;
-    let read = (|| -> Result<Result<(), StateError>, redb::Error> {
-        let read = shared.database.begin_read()?;
+    shared.read("follow", |database| {
+        let read = database.begin_read()?;
         let compacted = read.open_table(META)?.get("compacted")?.map_or(0, |found| found.value());
         if from <= compacted {
             return Ok(Err(StateError::Compacted { requested: from, compacted }));
@@ -96,7 +96,6 @@ fn read_changes(shared: &Shared, prefix: &str, from: u64, newest: u64) -> Result
             }
         }
         Ok(Ok(()))
-    })();
-    read.map_err(|source| shared.storage("follow", source))??;
+    })??;
     Ok(Changes { events, next })
 }

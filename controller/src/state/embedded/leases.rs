@@ -19,10 +19,17 @@ impl Leases {
     /// Every lease of the file, with its full time from now.
     pub(super) fn restored(lengths: Vec<(LeaseId, Duration)>) -> Self {
         let mut leases = Self::default();
-        for (id, length) in lengths {
-            leases.begin(id, length);
-        }
+        leases.adopt(lengths);
         leases
+    }
+
+    /// Begins the leases of the file that are not known here: their end could not be written.
+    pub(super) fn adopt(&mut self, lengths: Vec<(LeaseId, Duration)>) {
+        for (id, length) in lengths {
+            if !self.contains(id) {
+                self.begin(id, length);
+            }
+        }
     }
 
     pub(super) fn begin(&mut self, id: LeaseId, length: Duration) {

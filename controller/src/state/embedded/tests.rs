@@ -1,7 +1,12 @@
 //! The embedded engine against the conformance suite, and what only a file can do wrong.
 
+use std::ops::Bound;
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
+
+use redb::BackendError;
 
 use super::Options;
 use crate::state::{Op, State, StateError, Txn, conformance};
@@ -114,4 +119,113 @@ async fn history_is_bounded_and_a_late_watch_is_told() {
     let newest = state.revision().await.unwrap();
     let mut recent = state.watch("", newest - 9).await.unwrap();
     assert!(recent.next().await.unwrap().is_ok());
+}
+
+/// A file on a disk that is full whenever the test says so.
+#[derive(Debug)]
+pub struct FullDisk {
+    file: redb::backends::FileBackend,
+    is_full: Arc<AtomicBool>,
+}
+
+impl FullDisk {
+    pub fn new(file: std::fs::File, is_full: Arc<AtomicBool>) -> Result<Self, redb::DatabaseError> {
+        Ok(Self { file: redb::backends::FileBackend::new(file)?, is_full })
+    }
+
+    fn check(&self) -> std::io::Result<()> {
+        if self.is_full.load(Ordering::SeqCst) { Err(std::io::ErrorKind::StorageFull.into()) } else { Ok(()) }
+    }
+}
+
+impl redb::StorageBackend for FullDisk {
+    fn len(&self) -> std::io::Result<u64> {
+        self.file.len()
+    }
+
+    fn read(&self, offset: u64, out: &mut [u8]) -> std::io::Result<()> {
+        self.file.read(offset, out)
+    }
+
+    fn set_len(&self, len: u64) -> std::io::Result<()> {
+        self.check()?;
+        self.file.set_len(len)
+    }
+
+    fn sync_data(&self) -> std::io::Result<()> {
+        self.check()?;
+        self.file.sync_data()
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) -> std::io::Result<()> {
+        self.check()?;
+        self.file.write(offset, data)
+    }
+
+    fn close(&self) -> std::io::Result<()> {
+        self.file.close()
+    }
+
+    fn try_lock_range(&self, start: Bound<u64>, end: Bound<u64>) -> Result<bool, BackendError> {
+        self.file.try_lock_range(start, end)
+    }
+
+    fn try_lock_shared_range(&self, start: Bound<u64>, end: Bound<u64>) -> Result<bool, BackendError> {
+        self.file.try_lock_shared_range(start, end)
+    }
+
+    fn lock_range(&self, start: Bound<u64>, end: Bound<u64>) -> Result<(), BackendError> {
+        self.file.lock_range(start, end)
+    }
+
+    fn lock_shared_range(&self, start: Bound<u64>, end: Bound<u64>) -> Result<(), BackendError> {
+        self.file.lock_shared_range(start, end)
+    }
+
+    fn unlock_range(&self, start: Bound<u64>, end: Bound<u64>) -> Result<(), BackendError> {
+        self.file.unlock_range(start, end)
+    }
+
+    fn query_lock_range(&self, start: Bound<u64>, end: Bound<u64>) -> Result<bool, BackendError> {
+        self.file.query_lock_range(start, end)
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_full_disk_fails_writes_and_nothing_is_lost_once_it_has_room_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let options = Options::default();
+    let full = options.disk_is_full.clone();
+    let state = State::open(&file(&folder), options).unwrap();
+    let lease = state.grant(Duration::from_millis(400)).await.unwrap();
+    state.txn(Txn::new().then(Op::put_leased("leased", "", lease))).await.unwrap();
+    let mut watch = state.watch("key/", 0).await.unwrap();
+    state.put("key/before", "1").await.unwrap();
+
+    full.store(true, Ordering::SeqCst);
+    for _ in 0..3 {
+        let failed = state.put("key/during", "1").await.unwrap_err();
+        assert!(matches!(failed, StateError::Storage { .. }), "{failed}");
+    }
+    // The lease ends in the meantime, and that cannot be written either.
+    tokio::time::sleep(Duration::from_millis(600)).await;
+    full.store(false, Ordering::SeqCst);
+    // The next write opens the file, if the last failure could not.
+    let after = state.put("key/after", "1").await.unwrap();
+    assert_eq!(state.get("key/before").await.unwrap().unwrap().value, "1");
+    assert_eq!(state.revision().await.unwrap(), after);
+    let mut keys = Vec::new();
+    while keys.last().is_none_or(|key| key != "key/after") {
+        let event = tokio::time::timeout(Duration::from_secs(10), watch.next()).await.unwrap().unwrap().unwrap();
+        keys.push(event.key().to_owned());
+    }
+    assert!(keys.starts_with(&["key/before".to_owned()]), "{keys:?}");
+    let mut waited = 0;
+    while state.get("leased").await.unwrap().is_some() {
+        waited += 1;
+        assert!(waited < 100, "the lease ends after all");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    drop(state);
+    assert!(open(&folder).get("key/after").await.unwrap().is_some());
 }

@@ -4,11 +4,12 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
-use redb::{Durability, ReadableTable, Table, WriteTransaction};
+use redb::Durability;
 use tokio::sync::oneshot;
 
-use super::{KV, LEASE, LEASE_KEY, LOG, META, Shared, record};
-use crate::state::{Compare, KeyValue, LeaseId, Op, OpResponse, StateError, Txn, TxnOutcome};
+use super::Shared;
+use super::apply::Tables;
+use crate::state::{LeaseId, StateError, Txn, TxnOutcome};
 
 /// Requests in one commit: enough that a sync costs little per transaction, few enough that none waits for long.
 const GROUP: usize = 128;
@@ -66,6 +67,9 @@ impl Writer {
     }
 
     fn commit(&mut self, group: Vec<Request>, ended: Vec<LeaseId>) {
+        if self.shared.file.is_closed() {
+            self.reopen();
+        }
         let mut answers = Vec::with_capacity(group.len());
         match self.write(group, &ended, &mut answers) {
             Ok(revision) => {
@@ -74,10 +78,10 @@ impl Writer {
                 answers.into_iter().for_each(|answer| self.answer(answer));
             }
             Err(source) => {
-                // Nothing of the group is durable. Leases that ended stay ended in memory, and are tried again at the
-                // next start.
-                let error = self.shared.storage("write", source);
-                tracing::error!(error = %error, source = ?std::error::Error::source(&error), "the state cannot be written");
+                let error = self.shared.file.error("write", source);
+                let source = std::error::Error::source(&error).map(tracing::field::display);
+                tracing::error!(%error, source, "the state cannot be written");
+                self.reopen();
                 for answer in answers {
                     match answer {
                         Answered::Txn(reply, _) => drop(reply.send(Err(error.clone()))),
@@ -85,6 +89,24 @@ impl Writer {
                         Answered::Done(reply, _) => drop(reply.send(Err(error.clone()))),
                     }
                 }
+            }
+        }
+    }
+
+    /// After a failed write: what is durable is what the file says.
+    fn reopen(&mut self) {
+        match self.shared.file.reopen() {
+            Ok(contents) => {
+                self.revision = contents.revision;
+                self.shared
+                    .committed
+                    .send_if_modified(|newest| std::mem::replace(newest, contents.revision) != contents.revision);
+                self.shared.leases().adopt(contents.leases);
+                tracing::warn!(revision = self.revision, "opened the state anew after a failed write");
+            }
+            Err(error) => {
+                let source = std::error::Error::source(&error).map(tracing::field::display);
+                tracing::error!(%error, source, "the state cannot be opened again");
             }
         }
     }
@@ -122,25 +144,27 @@ impl Writer {
         ended: &[LeaseId],
         answers: &mut Vec<Answered>,
     ) -> Result<u64, redb::Error> {
-        let mut write = self.shared.database.begin_write()?;
-        write.set_durability(Durability::Immediate)?;
-        let revision = {
-            let mut tables = Tables::open(&write, self.revision)?;
-            for lease in ended {
-                tables.end_lease(*lease)?;
-            }
-            for request in group {
-                self.apply(&mut tables, request, answers)?;
-            }
-            let compacted = tables.compacted()?;
-            if tables.revision > compacted + 2 * self.history.max(1) {
-                tables.compact(tables.revision - self.history.max(1))?;
-            }
-            tables.meta.insert("revision", tables.revision)?;
-            tables.revision
-        };
-        write.commit()?;
-        Ok(revision)
+        self.shared.file.with(|database| {
+            let mut write = database.begin_write()?;
+            write.set_durability(Durability::Immediate)?;
+            let revision = {
+                let mut tables = Tables::open(&write, self.revision)?;
+                for lease in ended {
+                    tables.end_lease(*lease)?;
+                }
+                for request in group {
+                    self.apply(&mut tables, request, answers)?;
+                }
+                let compacted = tables.compacted()?;
+                if tables.revision > compacted + 2 * self.history.max(1) {
+                    tables.compact(tables.revision - self.history.max(1))?;
+                }
+                tables.meta.insert("revision", tables.revision)?;
+                tables.revision
+            };
+            write.commit()?;
+            Ok(revision)
+        })
     }
 
     fn apply(&self, tables: &mut Tables<'_>, request: Request, answers: &mut Vec<Answered>) -> Result<(), redb::Error> {
@@ -189,154 +213,5 @@ fn split(
     match outcome {
         Ok(outcome) => (outcome, Ok(())),
         Err(failure) => (Err(StateError::Closed), Err(failure)),
-    }
-}
-
-/// The open tables of one redb transaction.
-struct Tables<'t> {
-    kv: Table<'t, &'static str, &'static [u8]>,
-    log: Table<'t, (u64, u32), &'static [u8]>,
-    lease: Table<'t, u64, u64>,
-    lease_key: Table<'t, (u64, &'static str), ()>,
-    meta: Table<'t, &'static str, u64>,
-    revision: u64,
-}
-
-impl<'t> Tables<'t> {
-    fn open(write: &'t WriteTransaction, revision: u64) -> Result<Self, redb::Error> {
-        Ok(Self {
-            kv: write.open_table(KV)?,
-            log: write.open_table(LOG)?,
-            lease: write.open_table(LEASE)?,
-            lease_key: write.open_table(LEASE_KEY)?,
-            meta: write.open_table(META)?,
-            revision,
-        })
-    }
-
-    fn find(&self, key: &str) -> Result<Result<Option<KeyValue>, StateError>, redb::Error> {
-        Ok(self.kv.get(key)?.map(|found| record::decode(key, found.value())).transpose())
-    }
-
-    /// Decides before it writes: an answer with an error has changed nothing.
-    fn txn(
-        &mut self,
-        txn: Txn,
-        lease_lives: impl Fn(LeaseId) -> bool,
-    ) -> Result<Result<TxnOutcome, StateError>, redb::Error> {
-        let mut succeeded = true;
-        for compare in &txn.compares {
-            match self.find(Compare::key(compare))? {
-                Ok(found) => succeeded &= compare.holds(found.as_ref()),
-                Err(damaged) => return Ok(Err(damaged)),
-            }
-        }
-        let ops = if succeeded { txn.then } else { txn.or_else };
-        for op in &ops {
-            // A damaged entry is found here, before the first write.
-            if let Err(damaged) = self.find(op.key())? {
-                return Ok(Err(damaged));
-            }
-            if let Op::Put { lease: Some(lease), .. } = op {
-                if !lease_lives(*lease) {
-                    return Ok(Err(StateError::LeaseNotFound { lease: *lease }));
-                }
-            }
-        }
-        let revision = self.revision + 1;
-        let mut changes = 0;
-        let mut responses = Vec::with_capacity(ops.len());
-        for op in ops {
-            let before = match self.find(op.key())? {
-                Ok(before) => before,
-                Err(damaged) => return Ok(Err(damaged)),
-            };
-            responses.push(match op {
-                Op::Get { .. } => OpResponse::Get(before),
-                Op::Put { key, value, lease } => {
-                    let create_revision = before.as_ref().map_or(revision, |before| before.create_revision);
-                    let version = before.as_ref().map_or(1, |before| before.version + 1);
-                    let entry = KeyValue { key, value, create_revision, mod_revision: revision, version, lease };
-                    self.put(before.and_then(|before| before.lease), entry, &mut changes)?;
-                    OpResponse::Put
-                }
-                Op::Delete { key } => {
-                    if let Some(before) = &before {
-                        self.delete(&key, before.lease, revision, &mut changes)?;
-                    }
-                    OpResponse::Delete { existed: before.is_some() }
-                }
-            });
-        }
-        if changes > 0 {
-            self.revision = revision;
-        }
-        Ok(Ok(TxnOutcome { succeeded, revision: self.revision, responses }))
-    }
-
-    fn put(&mut self, old_lease: Option<LeaseId>, entry: KeyValue, changes: &mut u32) -> Result<(), redb::Error> {
-        if let Some(old) = old_lease.filter(|old| Some(*old) != entry.lease) {
-            self.lease_key.remove((old.0, entry.key.as_str()))?;
-        }
-        if let Some(lease) = entry.lease {
-            self.lease_key.insert((lease.0, entry.key.as_str()), ())?;
-        }
-        self.kv.insert(entry.key.as_str(), record::encode(&entry).as_slice())?;
-        self.log.insert((entry.mod_revision, *changes), record::encode_put(&entry).as_slice())?;
-        *changes += 1;
-        Ok(())
-    }
-
-    fn delete(
-        &mut self,
-        key: &str,
-        lease: Option<LeaseId>,
-        revision: u64,
-        changes: &mut u32,
-    ) -> Result<(), redb::Error> {
-        if let Some(lease) = lease {
-            self.lease_key.remove((lease.0, key))?;
-        }
-        self.kv.remove(key)?;
-        self.log.insert((revision, *changes), record::encode_delete(key).as_slice())?;
-        *changes += 1;
-        Ok(())
-    }
-
-    /// Deletes the lease and its keys, in one revision.
-    fn end_lease(&mut self, lease: LeaseId) -> Result<(), redb::Error> {
-        let mut keys = Vec::new();
-        for entry in self.lease_key.range((lease.0, "")..)? {
-            let (key, _) = entry?;
-            let (of, key) = key.value();
-            if of != lease.0 {
-                break;
-            }
-            keys.push(key.to_owned());
-        }
-        let revision = self.revision + 1;
-        let mut changes = 0;
-        for key in keys {
-            self.delete(&key, Some(lease), revision, &mut changes)?;
-        }
-        if changes > 0 {
-            self.revision = revision;
-        }
-        self.lease.remove(lease.0)?;
-        Ok(())
-    }
-
-    fn compacted(&self) -> Result<u64, redb::Error> {
-        Ok(self.meta.get("compacted")?.map_or(0, |found| found.value()))
-    }
-
-    /// Forgets changes up to and including `revision`; going back is no error and does nothing.
-    fn compact(&mut self, revision: u64) -> Result<(), redb::Error> {
-        if revision <= self.compacted()? {
-            return Ok(());
-        }
-        self.log.retain_in(..=(revision, u32::MAX), |_, _| false)?;
-        self.meta.insert("compacted", revision)?;
-        Ok(())
     }
 }
