@@ -184,7 +184,7 @@ impl Api {
                 Ok(())
             }
             FromAgent::Outcome { job, token, outcome } => {
-                self.apply(agent, &job, token, Event::Ended { token, outcome }).await.map_err(of_job)?;
+                self.apply(agent, &job, token, Event::Ended { token, outcome: *outcome }).await.map_err(of_job)?;
                 // Durable, or of no standing: the agent may forget it either way.
                 self.send(out, wire::to_agent(ToAgent::OutcomeReceived { job, token })).await
             }

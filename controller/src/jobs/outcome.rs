@@ -37,7 +37,7 @@ pub struct JobError {
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Report {
-    Backup(BackupSummary),
+    Backup(Box<BackupSummary>),
     /// Of a restore or a verification: passed on as it came, since the controller draws nothing from it. Encoded
     /// protobuf in hexadecimal, which `wire::job` alone reads.
     Restore(String),

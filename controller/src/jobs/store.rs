@@ -266,7 +266,7 @@ impl Jobs {
             if let Some(Outcome { report: Some(Report::Backup(backup)), .. }) =
                 next.outcome.as_ref().filter(|_| next.is_over())
             {
-                self.reported().insert(next.cluster.clone(), backup.clone());
+                self.reported().insert(next.cluster.clone(), (**backup).clone());
             }
             self.changed();
         }

@@ -101,7 +101,12 @@ impl Keeper {
         let Some(committed) = session.committed() else { return Ok(None) };
         let backup = summary(&repository, job, session.id(), committed).await?;
         let (started_at, finished_at) = (backup.started_at, backup.finished_at);
-        Ok(Some(Outcome { verdict: Verdict::Succeeded, started_at, finished_at, report: Some(Report::Backup(backup)) }))
+        Ok(Some(Outcome {
+            verdict: Verdict::Succeeded,
+            started_at,
+            finished_at,
+            report: Some(Report::Backup(Box::new(backup))),
+        }))
     }
 }
 

@@ -25,7 +25,7 @@ pub struct Overview {
 }
 
 /// Facts older than this many intervals say nothing of now.
-const STALE_INTERVALS: u64 = 6;
+const STALE_INTERVALS: u64 = 3;
 
 impl Reconciler {
     pub async fn overview(&self, now: Timestamp) -> Result<Overview, ReconcileError> {

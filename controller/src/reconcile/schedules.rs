@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
+use walfleet_proto::telemetry;
+use walfleet_repository::ids::ClusterName;
 
 use super::{ReconcileError, Reconciler};
 use crate::fleet::clusters::{Assembly, ClusterSeen};
@@ -69,7 +71,7 @@ pub async fn make_runs(
             requested_by: REQUESTED_BY.to_owned(),
             run: Some(RunId::new(policy, &cluster.name, run.scheduled)),
             idempotency_key: None,
-            traceparent: String::new(),
+            traceparent: run_trace(&cluster.name),
             retries: spec.backup.retries,
         };
         if let Some(job) = reconciler.jobs.create(new, also, now).await? {
@@ -78,6 +80,11 @@ pub async fn make_runs(
         }
     }
     Ok(made)
+}
+
+/// A trace of its own, that the agent's work joins.
+fn run_trace(cluster: &ClusterName) -> String {
+    tracing::info_span!("scheduled run", %cluster).in_scope(telemetry::current_traceparent)
 }
 
 /// The backup that a cluster's policy describes; `None` if no repository is bound.

@@ -49,7 +49,7 @@ impl Spec for ClusterSpec {
             return Err(SpecFault::new("repository", "it is empty", "name a declared Repository, or leave it out."));
         }
         if let Some(text) = &self.system_identifier
-            && text.parse::<u64>().is_ok_and(|id| id > 0) == false
+            && !text.parse::<u64>().is_ok_and(|id| id > 0)
         {
             let hint = "write it as pg_controldata does, in quotes: \"7412345678901234567\".";
             return Err(SpecFault::new("system_identifier", format!("{text:?} is not one"), hint));

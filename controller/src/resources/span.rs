@@ -81,7 +81,8 @@ impl From<Span> for String {
 impl fmt::Display for Span {
     /// In the largest unit that divides it, so that what was written is what is read back.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (unit, scale) = UNITS.into_iter().find(|(_, scale)| self.0 > 0 && self.0 % scale == 0).unwrap_or(('s', 1));
+        let (unit, scale) =
+            UNITS.into_iter().find(|(_, scale)| self.0 > 0 && self.0.is_multiple_of(*scale)).unwrap_or(('s', 1));
         write!(f, "{}{unit}", self.0 / scale)
     }
 }

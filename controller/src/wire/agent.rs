@@ -30,7 +30,7 @@ pub enum FromAgent {
     Facts(FactsObserved),
     Answer { job: JobId, token: FencingToken, answer: Answer },
     Progress { job: JobId, progress: Progress },
-    Outcome { job: JobId, token: FencingToken, outcome: Outcome },
+    Outcome { job: JobId, token: FencingToken, outcome: Box<Outcome> },
 }
 
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -122,7 +122,7 @@ pub fn message_in(message: pb::AgentMessage, now: Timestamp) -> Result<FromAgent
         Some(Message::Outcome(outcome)) => Ok(FromAgent::Outcome {
             job: job_id(&outcome.job)?,
             token: FencingToken(outcome.fencing_token),
-            outcome: job::outcome_in(outcome),
+            outcome: Box::new(job::outcome_in(outcome)),
         }),
     }
 }

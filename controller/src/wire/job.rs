@@ -154,9 +154,9 @@ const MAX_FINDINGS: usize = 500;
 fn report_in(report: pb::job_outcome::Report) -> Result<Report, WireError> {
     use pb::job_outcome::Report as Wire;
     match report {
-        Wire::Backup(backup) => {
-            recovery::backup_in(backup).map(Report::Backup).map_err(|error| error.within("outcome.backup"))
-        }
+        Wire::Backup(backup) => recovery::backup_in(backup)
+            .map(|backup| Report::Backup(Box::new(backup)))
+            .map_err(|error| error.within("outcome.backup")),
         Wire::Restore(mut restore) => {
             restore.notes.truncate(200);
             Ok(Report::Restore(hex(&restore.encode_to_vec())))
@@ -219,7 +219,7 @@ fn hex(bytes: &[u8]) -> String {
 }
 
 fn unhex(text: &str) -> Option<Vec<u8>> {
-    if text.len() % 2 != 0 || !text.is_ascii() {
+    if !text.len().is_multiple_of(2) || !text.is_ascii() {
         return None;
     }
     (0..text.len() / 2).map(|i| u8::from_str_radix(text.get(2 * i..2 * i + 2)?, 16).ok()).collect()
