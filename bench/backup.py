@@ -1,0 +1,149 @@
+"""The area `backup`: full backup and full restore, and further backups after nothing and after 1 % of the pages changed.
+
+Samples of the two tools alternate wherever they can, so that a slow minute of the machine hits both.
+"""
+
+import filecmp
+import os
+import shutil
+from pathlib import Path
+
+import timed
+from cluster import Cluster
+from pgbackrest import PgBackRest
+from place import BenchError, Place, say
+from report import Measured, Report
+from timed import Sample
+from walfleet import Walfleet
+
+PROCESSES = 2
+LEVEL = 3
+
+# Not slower than pgBackRest: ratio of the medians of wall time.
+BARS = {"full": 1.0, "restore": 1.0}
+
+
+def run(place: Place, report: Report, pgbackrest: Path):
+    cluster = Cluster(place)
+    ours, peer = Walfleet(place, PROCESSES, LEVEL), PgBackRest(place, pgbackrest, PROCESSES, LEVEL)
+    ours.end()  # what a killed run may have left
+    try:
+        cluster.make()
+        report.versions.update({ours.name: ours.version(), peer.name: peer.version(), "postgres": cluster.version})
+        report.settings.update({"pgbench_scale": place.sizes.scale, "documents": place.sizes.documents,
+                                "cluster_bytes": cluster.bytes(), "checksums": True, "repository": "local folder",
+                                ours.name: ours.settings(), peer.name: peer.settings()})
+        Backup(place, report, cluster, ours, peer).measure()
+    finally:
+        cluster.stop()
+        ours.end()
+        for folder in (cluster.data, ours.restored, peer.restored):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+class Backup:
+    def __init__(self, place: Place, report: Report, cluster: Cluster, ours: Walfleet, peer: PgBackRest):
+        self.place, self.report, self.cluster, self.ours, self.peer = place, report, cluster, ours, peer
+        self.tools = [ours, peer]
+
+    def measure(self):
+        self.cluster.renew()
+        self.add("full", self.alternate("full", self.full))
+        self.add("restore", self.alternate("restore", self.restore), stored=False)
+        unchanged, changed = {}, {}
+        for tool in self.tools:
+            unchanged[tool.name], changed[tool.name] = self.further(tool)
+        self.add("unchanged", unchanged)
+        self.add("changed", changed)
+
+    def alternate(self, row: str, once) -> dict[str, list[Sample]]:
+        """One warm-up and then samples of either tool in turn, until enough are undisturbed or it was tried enough."""
+        sizes = self.place.sizes
+        taken: dict[str, list[Sample]] = {tool.name: [] for tool in self.tools}
+        for round_number in range(1 + sizes.samples + sizes.more_samples):
+            order = self.tools if round_number % 2 else self.tools[::-1]
+            for tool in order:
+                samples = taken[tool.name]
+                if round_number == 0:
+                    self.note(row, tool, once(tool, row), "warm-up")
+                elif sum(sample.clean for sample in samples) < sizes.samples:
+                    samples.append(self.note(row, tool, once(tool, row), f"sample {len(samples) + 1}"))
+        return taken
+
+    def full(self, tool, row: str) -> Sample:
+        self.serve(tool)
+        sample = self.backup(tool, row, tool.full_backup())
+        self.unserve(tool)
+        return sample
+
+    def restore(self, tool, row: str) -> Sample:
+        tool.prepare_restore()
+        timed.warm(tool.repository)
+        sample = timed.timed(self.place, f"{tool.name}-{row}", tool.restore(), tool.restored)
+        compare(self.cluster.data, tool.restored, tool.title)
+        shutil.rmtree(tool.restored)
+        return sample
+
+    def further(self, tool) -> tuple[list[Sample], list[Sample]]:
+        """After an unmeasured full backup, some with nothing changed, and some each after a change of its own."""
+        self.cluster.renew()
+        self.serve(tool)
+        self.backup(tool, "first", tool.full_backup())
+        unchanged, changed = [], []
+        for number in range(1, self.place.sizes.samples + 1):
+            sample = self.backup(tool, "unchanged", tool.next_backup())
+            unchanged.append(self.note("unchanged", tool, sample, f"sample {number}"))
+        for number in range(1, self.place.sizes.samples + 1):
+            share = self.cluster.change(salt=number)
+            self.report.settings["changed_pages_percent"] = round(share * 100, 2)
+            sample = self.backup(tool, "changed", tool.next_backup())
+            changed.append(self.note("changed", tool, sample, f"sample {number}"))
+        self.unserve(tool)
+        return unchanged, changed
+
+    def backup(self, tool, row: str, command: list) -> Sample:
+        timed.warm(self.cluster.data)
+        before = tool.stored()
+        sample = timed.timed(self.place, f"{tool.name}-{row}", command, tool.repository, service=tool.pid(),
+                             server=self.cluster.pid())
+        sample.stored = tool.stored() - before
+        return sample
+
+    def serve(self, tool):
+        tool.begin(self.cluster.data, self.cluster.connection)
+        self.cluster.start(archive_command=tool.archive_command())
+        self.cluster.await_archiving()
+
+    def unserve(self, tool):
+        self.cluster.stop()
+        tool.end()
+
+    def note(self, row: str, tool, sample: Sample, what: str) -> Sample:
+        say(f"  backup.{row:<10} {tool.title:<11} {what:<9} {sample.wall:7.2f} s  cpu {sample.cpu:6.2f} s  "
+            f"memory {sample.memory / 1e6:5.0f} MB  stored {sample.stored / 1e6:7.1f} MB  "
+            f"others {sample.foreign:4.0%}  waited {sample.waited:3.0f} s")
+        return sample
+
+    def add(self, row: str, taken: dict[str, list[Sample]], stored: bool = True):
+        quantities = [("", "s", "wall", 1), ("_cpu", "s", "cpu", 1), ("_memory", "MB", "memory", 1e6)]
+        if stored:
+            quantities.append(("_stored", "MB", "stored", 1e6))
+        for suffix, unit, field, divisor in quantities:
+            ours, peer = (Measured([getattr(sample, field) / divisor for sample in taken[tool.name]],
+                                   [sample.clean for sample in taken[tool.name]]) for tool in self.tools)
+            self.report.add(f"backup.{row}{suffix}", ours, peer, self.peer.title, unit,
+                            bar=None if suffix else BARS.get(row))
+        self.report.runs[f"backup.{row}"] = {name: [sample.document() for sample in samples]
+                                             for name, samples in taken.items()}
+
+
+def compare(source: Path, restored: Path, title: str):
+    """A restore counts only if every table's bytes are back: the server has written nothing since the backup."""
+    for parent, _, files in os.walk(source / "base"):
+        for name in files:
+            if name == "pg_internal.init":  # a cache that is left out of backups (src/backend/utils/cache/relcache.c)
+                continue
+            path = Path(parent, name)
+            copy = restored / path.relative_to(source)
+            if not copy.exists() or not filecmp.cmp(path, copy, shallow=False):
+                raise BenchError(f"{title} restored {copy} otherwise than it was")

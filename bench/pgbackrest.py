@@ -1,0 +1,92 @@
+"""The peer: pgBackRest as its guide recommends it for speed and size, with the settings that ours has."""
+
+import json
+from pathlib import Path
+
+import timed
+from place import Place
+
+CONFIGURATION = """
+[global]
+repo1-path={repository}
+repo1-cipher-type=aes-256-cbc
+repo1-cipher-pass=bench-4b6f8d0a2c5e7f913b5d7f9a1c3e5f70
+repo1-bundle=y
+repo1-block=y
+repo1-retention-full=9
+compress-type=zst
+compress-level={level}
+process-max={processes}
+start-fast=y
+log-path={logs}
+log-level-console=warn
+log-level-file=off
+lock-path={folder}/tmp/pgbackrest-lock
+spool-path={folder}/tmp/pgbackrest-spool
+
+[bench]
+pg1-path={data}
+pg1-socket-path={sockets}
+pg1-port=5432
+pg1-user=postgres
+pg1-database=postgres
+"""
+
+
+class PgBackRest:
+    name = "pgbackrest"
+    title = "pgBackRest"
+
+    def __init__(self, place: Place, program: Path, processes: int, level: int):
+        self.place, self.program, self.processes, self.level = place, program, processes, level
+        self.repository = place.folder / "repositories" / self.name
+        self.restored = place.folder / "restored" / self.name
+        self.configuration = place.folder / "etc" / "pgbackrest.conf"
+
+    def version(self) -> str:
+        return self.place.run(self.program, "version").split()[-1]
+
+    def settings(self) -> dict:
+        return {"processes": self.processes, "compression": f"zst level {self.level}", "encryption": "AES-256-CBC",
+                "checkpoint": "start-fast", "bundle": True, "block": True}
+
+    def begin(self, data: Path, connection: str):
+        """A new repository. The server need not run yet."""
+        del connection  # the configuration has its parts
+        self.place.fresh(self.repository)
+        self.configuration.write_text(CONFIGURATION.format(
+            repository=self.repository, level=self.level, processes=self.processes, logs=self.place.logs,
+            folder=self.place.folder, data=data, sockets=self.place.sockets))
+        self.place.run(*self.command("stanza-create", "--no-online"))
+
+    def pid(self) -> None:
+        """It has no daemon."""
+
+    def end(self):
+        pass
+
+    def command(self, *arguments) -> list:
+        return [self.program, f"--config={self.configuration}", "--stanza=bench", *arguments]
+
+    def archive_command(self) -> str:
+        return " ".join(str(part) for part in self.command("archive-push", "%p"))
+
+    def full_backup(self) -> list:
+        return self.command("backup", "--type=full")
+
+    def next_backup(self) -> list:
+        return self.command("backup", "--type=incr")
+
+    def prepare_restore(self):
+        self.place.fresh(self.restored)
+
+    def restore(self) -> list:
+        return self.command(f"--pg1-path={self.restored}", "restore", "--archive-mode=off")
+
+    def stored(self) -> int:
+        """Bytes of backups, WAL not counted."""
+        return timed.size(self.repository / "backup")
+
+    def labels(self) -> list[str]:
+        stanza = json.loads(self.place.run(*self.command("info", "--output=json")))[0]
+        return [backup["label"] for backup in stanza["backup"]]

@@ -1,0 +1,125 @@
+"""Where a benchmark works and as whom: folders, the unprivileged user, PostgreSQL's programs, the sizes of the data.
+
+Everything lies below one folder (WALFLEET_BENCH, default /var/tmp/walfleet-bench), which may be removed at any time.
+"""
+
+import os
+import pwd
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parent.parent
+
+
+class BenchError(Exception):
+    """Something that a benchmark needs is missing or failed; the text says what, and what to do."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much data, and how patient the measuring is."""
+
+    scale: int  # of pgbench: 100,000 accounts each, about 15 MB
+    documents: int  # rows of about 1.4 kB of text and jsonb
+    samples: int
+    more_samples: int  # at most so many again if a sample was disturbed by foreign load
+    patience_seconds: float  # to wait for a quiet machine before each sample
+
+
+FULL = Sizes(scale=250, documents=700_000, samples=3, more_samples=3, patience_seconds=180)
+QUICK = Sizes(scale=40, documents=70_000, samples=3, more_samples=0, patience_seconds=6)
+
+
+class Place:
+    def __init__(self, quick: bool):
+        self.quick = quick
+        self.sizes = QUICK if quick else FULL
+        self.folder = Path(os.environ.get("WALFLEET_BENCH", "/var/tmp/walfleet-bench")).absolute()
+        self.user = choose_user()
+        self.postgres = choose_postgres()
+        self.sockets = self.folder / "run"
+        self.logs = self.folder / "logs"
+        self.agent = self.folder / "bin" / "walfleet-agent"
+        self.report = Path(os.environ.get("CARGO_TARGET_DIR", PROJECT / "target")) / "bench"
+
+    def make(self, agent: Path):
+        """Makes the folders, and copies the agent to where the unprivileged user may run it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.report.mkdir(parents=True, exist_ok=True)
+        for folder in ("run", "logs", "home", "tmp", "etc", "bin", "repositories", "restored"):
+            path = self.folder / folder
+            path.mkdir(exist_ok=True)
+            self.give(path)
+        self.agent.unlink(missing_ok=True)
+        shutil.copy(agent, self.agent)
+        self.agent.chmod(0o755)
+        free, wanted = shutil.disk_usage(self.folder).free, (4 << 30) if self.quick else (30 << 30)
+        if free < wanted:
+            raise BenchError(f"{self.folder} has {free >> 30} GiB free, and {wanted >> 30} GiB are needed\n"
+                             "HINT: set WALFLEET_BENCH to a folder with room, or QUICK=1.")
+
+    def give(self, path: Path):
+        if self.user:
+            shutil.chown(path, self.user, self.user_group())
+
+    def user_group(self) -> int:
+        return pwd.getpwnam(self.user).pw_gid
+
+    def fresh(self, path: Path, mode: int = 0o700) -> Path:
+        """An empty folder of the unprivileged user, whatever was there."""
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir(parents=True, mode=mode)
+        self.give(path)
+        return path
+
+    def as_user(self) -> dict:
+        """Arguments for subprocess.Popen: the unprivileged user and an environment without settings of the caller."""
+        clean = {"HOME": str(self.folder / "home"), "LC_ALL": "C", "PATH": "/usr/local/bin:/usr/bin:/bin",
+                 "TZ": "UTC", "TMPDIR": str(self.folder / "tmp")}
+        who = {"user": self.user, "group": self.user_group(), "extra_groups": []} if self.user else {}
+        return {"env": clean, "cwd": str(self.folder), "stdin": subprocess.DEVNULL, **who}
+
+    def run(self, *command, text_in: str | None = None) -> str:
+        """Runs a command to its end, as the unprivileged user; what it printed."""
+        options = self.as_user()
+        if text_in is not None:
+            del options["stdin"]
+        done = subprocess.run([str(part) for part in command], input=text_in, capture_output=True, text=True, **options)
+        if done.returncode:
+            raise BenchError(f"{' '.join(str(part) for part in command)}: exit code {done.returncode}\n"
+                             + (done.stderr or done.stdout).strip()[-2000:])
+        return done.stdout.strip()
+
+
+def choose_user() -> str | None:
+    """PostgreSQL refuses to run as root; without root, whoever runs this will do."""
+    if os.geteuid():
+        return None
+    wanted = os.environ.get("WALFLEET_BENCH_USER")
+    for name in [wanted] if wanted else ["postgres", "walfleet-test"]:
+        try:
+            pwd.getpwnam(name)
+            return name
+        except KeyError:
+            pass
+    raise BenchError("there is no unprivileged user to run PostgreSQL\nHINT: scripts/prepare.sh makes walfleet-test.")
+
+
+def choose_postgres() -> Path:
+    """The folder of PostgreSQL's programs: the one asked for, else version 17 as scripts/get_postgres.sh lays it down."""
+    wanted = os.environ.get("WALFLEET_BENCH_POSTGRES")
+    cache = os.environ.get("WALFLEET_CACHE")
+    if not cache:
+        home = os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))
+        cache = f"{home}/walfleet-test" if os.geteuid() else "/var/cache/walfleet-test"
+    folder = Path(wanted) if wanted else Path(cache) / "pg" / "17" / "bin"
+    if not (folder / "postgres").exists():
+        raise BenchError(f"there is no PostgreSQL in {folder}\nHINT: run scripts/prepare.sh, or set WALFLEET_BENCH_POSTGRES.")
+    return folder
+
+
+def say(text: str):
+    print(text, file=sys.stderr, flush=True)
