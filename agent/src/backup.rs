@@ -17,6 +17,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
+use tracing::Instrument;
 use walfleet_repository::backup::commit::{BackupSession, Parent, SessionError, SessionSpec, parent_packs};
 use walfleet_repository::backup::file_list::{PlacedFile, resolve_entry};
 use walfleet_repository::backup::write::{PackSession, WriteError};
@@ -172,7 +173,8 @@ pub async fn run(
     let mut manifest = manifest;
     manifest.counters.store_requests =
         request.cluster.repository().store().counters().requests().saturating_sub(requests_before);
-    let committed = session.commit(&manifest, packs, damaged).await?;
+    let committing = session.commit(&manifest, packs, damaged);
+    let committed = committing.instrument(tracing::info_span!("commit")).await?;
     tracing::info!(backup = %committed.reference.backup, stop_lsn = %committed.reference.stop_lsn,
         read_bytes = manifest.counters.read_bytes, stored_bytes = manifest.counters.stored_bytes, "backup committed");
     Ok(summary(&committed))
@@ -206,6 +208,7 @@ async fn take(
     // A lost connection ends the backup at once: Postgres has left backup mode.
     let stop_copy = cancel.child_token();
     let copying = copy_files(request, facts, start_lsn, parent, &packs, progress, &stop_copy);
+    let copying = copying.instrument(tracing::info_span!("copy"));
     tokio::pin!(copying);
     let copied = tokio::select! {
         copied = &mut copying => copied?,
@@ -231,7 +234,8 @@ async fn take(
         segment_size: facts.wal_segment_size,
         deadline: request.wal_wait,
     };
-    wait.until_archived(start_lsn, stop.stop_lsn, facts.role == ServerRole::Primary, cancel).await?;
+    let waiting = wait.until_archived(start_lsn, stop.stop_lsn, facts.role == ServerRole::Primary, cancel);
+    waiting.instrument(tracing::info_span!("wait for wal")).await?;
     let (new_bytes, stored_bytes, new_packs) = packs.written();
     let counters = Counters {
         cluster_bytes: copied.cluster_bytes,

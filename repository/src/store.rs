@@ -108,12 +108,14 @@ impl Store {
     }
 
     /// The whole object.
+    #[tracing::instrument(name = "store.get", skip_all, fields(otel.kind = "client", key = %key))]
     pub async fn get(&self, key: &Path) -> Result<Bytes, StoreError> {
         let (bytes, _) = self.fetch(Operation::Get, key, None).await?;
         Ok(bytes)
     }
 
     /// Exactly the bytes `[start, end)`; an object that ends before `end` is an error.
+    #[tracing::instrument(name = "store.get_range", skip_all, fields(otel.kind = "client", key = %key, start = range.start, end = range.end))]
     pub async fn get_range(&self, key: &Path, range: Range<u64>) -> Result<Bytes, StoreError> {
         if range.is_empty() {
             return Ok(Bytes::new());
@@ -128,6 +130,7 @@ impl Store {
     }
 
     /// The last `count` bytes, or all of a smaller object, and the object's whole size.
+    #[tracing::instrument(name = "store.get_suffix", skip_all, fields(otel.kind = "client", key = %key))]
     pub async fn get_suffix(&self, key: &Path, count: u64) -> Result<(Bytes, u64), StoreError> {
         self.fetch(Operation::GetRange, key, Some(GetRange::Suffix(count))).await
     }
@@ -159,6 +162,7 @@ impl Store {
     /// `AlreadyExists`), are settled by reading back: the same bytes mean created, other bytes mean that someone else
     /// was first, and absence means to try again. So bytes that two writers could both have must carry a nonce.
     /// After a retryable error the outcome is unknown: the object may appear later.
+    #[tracing::instrument(name = "store.create", skip_all, fields(otel.kind = "client", key = %key, bytes = bytes.len()))]
     pub async fn create(&self, key: &Path, bytes: Bytes) -> Result<Creation, StoreError> {
         let mut attempts = Attempts::new(Operation::Create, key, &self.retry);
         loop {
@@ -192,6 +196,7 @@ impl Store {
 
     /// Every object below `prefix`, in no promised order. A listing is for finding things, never for concluding that
     /// something is gone.
+    #[tracing::instrument(name = "store.list", skip_all, fields(otel.kind = "client", prefix = %prefix))]
     pub async fn list(&self, prefix: &Path) -> Result<Vec<Listed>, StoreError> {
         let mut attempts = Attempts::new(Operation::List, prefix, &self.retry);
         loop {
@@ -205,6 +210,7 @@ impl Store {
     }
 
     /// The folders and objects directly below `prefix`.
+    #[tracing::instrument(name = "store.list_level", skip_all, fields(otel.kind = "client", prefix = %prefix))]
     pub async fn list_level(&self, prefix: &Path) -> Result<ListedLevel, StoreError> {
         let mut attempts = Attempts::new(Operation::List, prefix, &self.retry);
         loop {

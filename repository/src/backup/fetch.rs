@@ -14,6 +14,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use bytes::Bytes;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
+use tracing::Instrument;
 
 use crate::backup::read::{BackupReader, PackKeys, ReadError, opener};
 use crate::crypto::DomainKey;
@@ -123,7 +124,7 @@ pub async fn fetch_all(
     for _ in 0..options.requests.max(1) {
         let (ranges, sender, openers) = (ranges.clone(), fetched_sender.clone(), openers.clone());
         let (failed, stop) = (fail(&failure, &stop), stop.clone());
-        tasks.spawn(async move {
+        let fetching = async move {
             tokio::select! {
                 // Dropping a request half-way loses nothing: its bytes have gone nowhere yet.
                 () = stop.cancelled() => Ok(0),
@@ -133,7 +134,8 @@ pub async fn fetch_all(
                 failed(error.into());
                 0
             })
-        });
+        };
+        tasks.spawn(fetching.in_current_span());
     }
     drop(fetched_sender);
     let mut threads = Vec::new();

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinHandle;
+use tracing::Instrument;
 
 use crate::crypto::DomainKey;
 use crate::format::file_map::{ChunkPlace, ShortId};
@@ -115,7 +116,8 @@ impl PackSession {
         // One waiting pack: the thread that filled it goes on while both uploads are busy, the next one waits.
         let (sender, receiver) = mpsc::channel(1);
         let failure = Arc::new(OnceLock::new());
-        let uploader = tokio::spawn(upload_all(store, cluster, session.clone(), receiver, failure.clone()));
+        let upload = upload_all(store, cluster, session.clone(), receiver, failure.clone());
+        let uploader = tokio::spawn(upload.in_current_span());
         Arc::new(PackSession {
             domain,
             session,
@@ -256,12 +258,13 @@ async fn upload_all(
         let Some(pack) = packs.recv().await else { break };
         let (store, failure) = (store.clone(), failure.clone());
         let key = layout::pack(&cluster, &session, pack.id);
-        uploads.spawn(async move {
+        let upload = async move {
             if let Err(error) = store.put_new(&key, pack.bytes).await {
                 let _ = failure.set(WriteError::Store(Arc::new(error)));
             }
             drop(slot);
-        });
+        };
+        uploads.spawn(upload.in_current_span());
     }
     while uploads.join_next().await.is_some() {}
 }
