@@ -6,13 +6,13 @@
 //! | `jobs` | runs offers | a job's failure is its outcome | 1st: no more offers, what runs is cancelled and journalled |
 //! | `link` | the controller's stream | dials again by itself | 3rd: says the last outcomes |
 //! | `renewal` | keeps the certificate | restarted | with the rest |
+//! | `bindings` | works out what the host may use | restarted | with the rest |
 //! | `grants` | wraps clusters' keys for other hosts | restarted | with the rest |
 //! | `facts` | looks at instances and repositories | restarted | with the rest |
 //! | `metrics` | serves Prometheus | restarted | with the rest |
 //!
 //! None waits for another: archiving goes on without controller, facts without repository, jobs without link.
 
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -59,6 +59,22 @@ struct Membership {
     desired: Arc<DesiredStore>,
 }
 
+type AccessSender = watch::Sender<Option<Arc<Access>>>;
+
+/// The agent's parts, for the time it runs.
+struct Agent {
+    config: Arc<Config>,
+    access: Arc<AccessSender>,
+    jobs: Arc<Jobs>,
+    archiving: Arc<Archiving>,
+    facts: watch::Sender<Arc<Facts>>,
+    link: watch::Sender<LinkState>,
+    tasks: Tasks,
+    socket_stop: CancellationToken,
+    link_stop: CancellationToken,
+    rest_stop: CancellationToken,
+}
+
 /// Runs until told to stop by a signal.
 pub async fn run(config: Config) -> Result<(), Failure> {
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
@@ -73,63 +89,39 @@ pub async fn run(config: Config) -> Result<(), Failure> {
     let work = HostWork::new(Arc::clone(&config), access.subscribe(), Arc::clone(&archiving));
     let journal = Journal::open(&config.state_dir.join("jobs"), Timestamp::now()).map_err(local)?;
     let jobs = Jobs::new(journal, Arc::new(work), Arc::clone(&metrics) as _);
-
-    let tasks = Tasks::new();
-    let (socket_stop, link_stop, rest_stop) =
-        (CancellationToken::new(), CancellationToken::new(), CancellationToken::new());
-    spawn_socket(&tasks, &socket_stop, &config, &archiving);
-    let facts = spawn_facts(&tasks, &rest_stop, &config, &access, &archiving, &jobs);
-    let link = watch::Sender::new(LinkState::Connecting);
-    let expiry: Box<dyn Fn() -> Option<Timestamp> + Send + Sync> = match &membership {
-        Some(membership) => {
-            let identity = membership.identity.subscribe();
-            Box::new(move || Some(identity.borrow().not_after()))
-        }
-        None => Box::new(|| None),
+    let agent = Agent {
+        config,
+        access: Arc::new(access),
+        jobs,
+        archiving,
+        facts: watch::Sender::new(Arc::new(Facts::none())),
+        link: watch::Sender::new(LinkState::Connecting),
+        tasks: Tasks::new(),
+        socket_stop: CancellationToken::new(),
+        link_stop: CancellationToken::new(),
+        rest_stop: CancellationToken::new(),
     };
-    let scrape = Arc::new(Scrape {
-        metrics,
-        jobs: Arc::clone(&jobs),
-        link: link.subscribe(),
-        certificate_expiry: expiry,
-        shipping: Box::new(move || archiving.statuses()),
-        facts: facts.clone(),
-    });
-    spawn_metrics(&tasks, &rest_stop, &config, scrape);
-    let grants = access.subscribe();
-    tasks.spawn("grants", &rest_stop, move |stop| {
-        let access = grants.clone();
-        async move {
-            crate::access::grant::keep_granted(access, stop).await;
-            Ok(())
-        }
-    });
+    agent.spawn_socket();
+    agent.spawn_facts();
+    agent.spawn_grants();
+    agent.spawn_metrics(metrics, membership.as_ref());
     if let Some(membership) = membership {
-        spawn_membership(&tasks, (&link_stop, &rest_stop), &config, membership, access, &jobs, facts, link);
+        agent.spawn_membership(membership);
     }
-    tracing::info!(version = env!("CARGO_PKG_VERSION"), state_dir = %config.state_dir.display(),
-        socket = %config.socket_path().display(), "the agent runs");
+    let (version, config) = (env!("CARGO_PKG_VERSION"), &agent.config);
+    let (state_dir, socket) = (config.state_dir.display(), config.socket_path());
+    tracing::info!(version, %state_dir, socket = %socket.display(), "the agent runs");
     service_manager::notify("READY=1");
 
     let reason = signals.wait().await;
     tracing::info!(reason, "stopping");
     service_manager::notify("STOPPING=1");
-    // Jobs first, while the link still stands to say how they ended.
-    let stragglers = jobs.stop(JOBS_DEADLINE).await;
-    if !stragglers.is_empty() {
-        tracing::warn!(?stragglers, "jobs did not stop in time; the next start reports them as interrupted");
-    }
-    socket_stop.cancel();
-    tasks.wait(&["socket"], SOCKET_DEADLINE).await;
-    link_stop.cancel();
-    rest_stop.cancel();
-    tasks.wait(&[], REST_DEADLINE).await;
-    tracing::info!("stopped");
+    agent.stop().await;
     Ok(())
 }
 
 /// What the agent may use from the start: fixed on a host of its own, kept up to date in a fleet.
-fn prepare(config: &Config) -> Result<(watch::Sender<Option<Arc<Access>>>, Option<Membership>), Failure> {
+fn prepare(config: &Config) -> Result<(AccessSender, Option<Membership>), Failure> {
     let usage = |error| Failure::new("configuration", ExitCode::Usage, Remedy::Operator, error);
     if let Some(repository) = &config.repository {
         let key = HostKey::read(&repository.key_file)
@@ -164,97 +156,117 @@ pub fn ship_options(config: &Config) -> ShipOptions {
     ShipOptions { parallel: config.wal.parallel_uploads as usize, read_ahead: config.wal.read_ahead_segments as usize }
 }
 
-fn spawn_socket(tasks: &Tasks, stop: &CancellationToken, config: &Config, archiving: &Arc<Archiving>) {
-    let (path, archiving) = (config.socket_path(), Arc::clone(archiving));
-    tasks.spawn("socket", stop, move |stop| {
-        let (path, archiving) = (path.clone(), Arc::clone(&archiving));
-        async move { wal::serve(&path, archiving, stop).await.map_err(|error| format!("{}: {error}", path.display())) }
-    });
-}
+impl Agent {
+    fn spawn_socket(&self) {
+        let (path, archiving) = (self.config.socket_path(), Arc::clone(&self.archiving));
+        self.tasks.spawn("socket", &self.socket_stop, move |stop| {
+            let (path, archiving) = (path.clone(), Arc::clone(&archiving));
+            async move {
+                wal::serve(&path, archiving, stop).await.map_err(|error| format!("{}: {error}", path.display()))
+            }
+        });
+    }
 
-fn spawn_facts(
-    tasks: &Tasks,
-    stop: &CancellationToken,
-    config: &Arc<Config>,
-    access: &watch::Sender<Option<Arc<Access>>>,
-    archiving: &Arc<Archiving>,
-    jobs: &Arc<Jobs>,
-) -> watch::Receiver<Arc<Facts>> {
-    let (sender, receiver) = watch::channel(Arc::new(Facts::none()));
-    let collector = Arc::new(collect::Collector {
-        config: Arc::clone(config),
-        access: access.subscribe(),
-        archiving: Arc::clone(archiving),
-        jobs: Arc::clone(jobs),
-        facts: sender,
-    });
-    tasks.spawn("facts", stop, move |stop| {
-        let collector = Arc::clone(&collector);
-        async move {
-            collector.run(stop).await;
-            Ok(())
-        }
-    });
-    receiver
-}
+    fn spawn_facts(&self) {
+        let collector = Arc::new(collect::Collector {
+            config: Arc::clone(&self.config),
+            access: self.access.subscribe(),
+            archiving: Arc::clone(&self.archiving),
+            jobs: Arc::clone(&self.jobs),
+            facts: self.facts.clone(),
+        });
+        self.tasks.spawn("facts", &self.rest_stop, move |stop| {
+            let collector = Arc::clone(&collector);
+            async move {
+                collector.run(stop).await;
+                Ok(())
+            }
+        });
+    }
 
-fn spawn_metrics(tasks: &Tasks, stop: &CancellationToken, config: &Config, scrape: Arc<Scrape>) {
-    let Some(listen) = config.metrics.listen else { return };
-    tasks.spawn("metrics", stop, move |stop| {
-        let scrape = Arc::clone(&scrape);
-        async move {
-            crate::metrics::serve(listen, scrape, stop).await.map_err(|error| format!("listen on {listen}: {error}"))
-        }
-    });
-}
+    fn spawn_grants(&self) {
+        let access = self.access.subscribe();
+        self.tasks.spawn("grants", &self.rest_stop, move |stop| {
+            let access = access.clone();
+            async move {
+                crate::access::grant::keep_granted(access, stop).await;
+                Ok(())
+            }
+        });
+    }
 
-#[expect(clippy::too_many_arguments, reason = "each is another part of the agent that the link joins")]
-fn spawn_membership(
-    tasks: &Tasks,
-    (link_stop, rest_stop): (&CancellationToken, &CancellationToken),
-    config: &Arc<Config>,
-    membership: Membership,
-    access: watch::Sender<Option<Arc<Access>>>,
-    jobs: &Arc<Jobs>,
-    facts: watch::Receiver<Arc<Facts>>,
-    state: watch::Sender<LinkState>,
-) {
-    let incarnation = format!("{:016x}", rand::random::<u64>());
-    let link = Link {
-        controller: membership.controller.clone(),
-        identity: membership.identity.subscribe(),
-        jobs: Arc::clone(jobs),
-        facts,
-        desired: Arc::clone(&membership.desired),
-        labels: config.labels.clone(),
-        capabilities: WorkKind::ALL.iter().map(|kind| kind.name()).collect(),
-        incarnation,
-        state,
-    };
-    tasks.spawn("link", link_stop, move |stop| {
-        let link = link.clone();
-        async move {
-            link.run(stop).await;
-            Ok(())
+    fn spawn_metrics(&self, metrics: Arc<Metrics>, membership: Option<&Membership>) {
+        let Some(listen) = self.config.metrics.listen else { return };
+        let identity = membership.map(|membership| membership.identity.subscribe());
+        let archiving = Arc::clone(&self.archiving);
+        let scrape = Arc::new(Scrape {
+            metrics,
+            jobs: Arc::clone(&self.jobs),
+            link: self.link.subscribe(),
+            certificate_expiry: Box::new(move || identity.as_ref().map(|identity| identity.borrow().not_after())),
+            shipping: Box::new(move || archiving.statuses()),
+            facts: self.facts.subscribe(),
+        });
+        self.tasks.spawn("metrics", &self.rest_stop, move |stop| {
+            let scrape = Arc::clone(&scrape);
+            async move {
+                let served = crate::metrics::serve(listen, scrape, stop).await;
+                served.map_err(|error| format!("listen on {listen}: {error}"))
+            }
+        });
+    }
+
+    fn spawn_membership(&self, membership: Membership) {
+        let link = Link {
+            controller: membership.controller.clone(),
+            identity: membership.identity.subscribe(),
+            jobs: Arc::clone(&self.jobs),
+            facts: self.facts.subscribe(),
+            desired: Arc::clone(&membership.desired),
+            labels: self.config.labels.clone(),
+            capabilities: WorkKind::ALL.iter().map(|kind| kind.name()).collect(),
+            incarnation: format!("{:016x}", rand::random::<u64>()),
+            state: self.link.clone(),
+        };
+        self.tasks.spawn("link", &self.link_stop, move |stop| {
+            let link = link.clone();
+            async move {
+                link.run(stop).await;
+                Ok(())
+            }
+        });
+        let (folder, identity) = (membership.folder.clone(), membership.identity.clone());
+        let controller = membership.controller.clone();
+        self.tasks.spawn("renewal", &self.rest_stop, move |stop| {
+            let (folder, identity, controller) = (folder.clone(), identity.clone(), controller.clone());
+            async move {
+                renew::keep_renewed(folder, identity, controller, stop).await;
+                Ok(())
+            }
+        });
+        let (config, membership, access) = (Arc::clone(&self.config), Arc::new(membership), Arc::clone(&self.access));
+        self.tasks.spawn("bindings", &self.rest_stop, move |stop| {
+            let (config, membership, access) = (Arc::clone(&config), Arc::clone(&membership), Arc::clone(&access));
+            async move {
+                bound::keep_bound(&config, &membership, &access, stop).await;
+                Ok(())
+            }
+        });
+    }
+
+    async fn stop(&self) {
+        // Jobs first, while the link still stands to say how they ended.
+        let stragglers = self.jobs.stop(JOBS_DEADLINE).await;
+        if !stragglers.is_empty() {
+            tracing::warn!(?stragglers, "jobs did not stop in time; the next start reports them as interrupted");
         }
-    });
-    let (folder, identity, controller) =
-        (membership.folder.clone(), membership.identity.clone(), membership.controller.clone());
-    tasks.spawn("renewal", rest_stop, move |stop| {
-        let (folder, identity, controller) = (folder.clone(), identity.clone(), controller.clone());
-        async move {
-            renew::keep_renewed(folder, identity, controller, stop).await;
-            Ok(())
-        }
-    });
-    let (config, membership, access) = (Arc::clone(config), Arc::new(membership), Arc::new(access));
-    tasks.spawn("bindings", rest_stop, move |stop| {
-        let (config, membership, access) = (Arc::clone(&config), Arc::clone(&membership), Arc::clone(&access));
-        async move {
-            bound::keep_bound(&config, &membership, &access, stop).await;
-            Ok(())
-        }
-    });
+        self.socket_stop.cancel();
+        self.tasks.wait(&["socket"], SOCKET_DEADLINE).await;
+        self.link_stop.cancel();
+        self.rest_stop.cancel();
+        self.tasks.wait(&[], REST_DEADLINE).await;
+        tracing::info!("stopped");
+    }
 }
 
 /// SIGTERM from the service manager, SIGINT from a terminal.
@@ -278,9 +290,4 @@ impl Signals {
 
 fn local(error: impl std::fmt::Display) -> Failure {
     Failure::new("agent.state", ExitCode::Failed, Remedy::Operator, error)
-}
-
-/// For doctor: whether an agent holds the state folder.
-pub fn is_running(state_dir: &Path) -> bool {
-    state_lock::is_held(state_dir)
 }

@@ -67,8 +67,8 @@ pub enum LinkError {
     Connect(#[from] ConnectError),
     #[error(transparent)]
     Identity(#[from] IdentityError),
-    #[error("the controller refuses this agent: {reason}\nHINT: {hint}")]
-    Refused { reason: String, hint: &'static str },
+    #[error("the controller refuses this agent: {reason}")]
+    Refused { reason: String },
     #[error("the stream to the controller ended: {reason}")]
     Ended { reason: String },
     #[error("the controller has been silent for {seconds} s")]
@@ -150,19 +150,18 @@ impl Complaint {
 }
 
 fn refused(status: &tonic::Status) -> LinkError {
-    let reason = status.message().to_owned();
-    match status.code() {
-        tonic::Code::Unauthenticated => {
-            LinkError::Refused { reason, hint: "this host's certificate is not accepted; join again with a new token." }
+    let hint = match status.code() {
+        tonic::Code::Unauthenticated => "this host's certificate is not accepted; join again with a new token.",
+        tonic::Code::PermissionDenied => {
+            "this agent was removed from the fleet; join again with a new token if it should be back."
         }
-        tonic::Code::PermissionDenied => LinkError::Refused {
-            reason,
-            hint: "this agent was removed from the fleet; join again with a new token if it should be back.",
-        },
-        tonic::Code::FailedPrecondition => LinkError::Refused {
-            reason,
-            hint: "the versions of agent and controller do not fit; update the older one.",
-        },
-        _ => LinkError::Ended { reason: connect::chain(status) },
-    }
+        tonic::Code::FailedPrecondition => "the versions of agent and controller do not fit; update the older one.",
+        _ => return LinkError::Ended { reason: connect::chain(status) },
+    };
+    LinkError::Refused { reason: hinted(status.message(), hint) }
+}
+
+/// The controller's own hint, if it gave one; one is enough.
+pub(crate) fn hinted(reason: &str, hint: &str) -> String {
+    if reason.contains("\nHINT: ") { reason.to_owned() } else { format!("{reason}\nHINT: {hint}") }
 }

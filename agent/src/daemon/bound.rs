@@ -2,21 +2,22 @@
 
 use std::sync::Arc;
 
-use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use super::Membership;
+use super::{AccessSender, Membership};
 use crate::access::Access;
 use crate::config::Config;
 
 /// Computes it anew; on an error the former stays, since what worked keeps working.
-pub(super) fn bind_once(config: &Config, membership: &Membership, access: &watch::Sender<Option<Arc<Access>>>) {
+pub(super) fn bind_once(config: &Config, membership: &Membership, access: &AccessSender) {
     let Some(desired) = membership.desired.watch().borrow().clone() else { return };
     let identity = Arc::clone(&membership.identity.borrow());
     match Access::member(config, &identity, membership.folder.host_key_path(), &desired) {
         Ok(bound) => {
             for problem in &bound.problems {
-                tracing::warn!("{problem}");
+                // Facts and doctor show it for as long as it lasts. At first it is only the order of messages: the
+                // controller learns of instances after it has greeted the agent.
+                tracing::info!("{problem}");
             }
             access.send_replace(Some(Arc::new(bound)));
         }
@@ -27,7 +28,7 @@ pub(super) fn bind_once(config: &Config, membership: &Membership, access: &watch
 pub(super) async fn keep_bound(
     config: &Config,
     membership: &Membership,
-    access: &watch::Sender<Option<Arc<Access>>>,
+    access: &AccessSender,
     stop: CancellationToken,
 ) {
     let mut desired = membership.desired.watch();

@@ -23,11 +23,6 @@ pub fn take(state_dir: &Path) -> Result<StateLock, LockError> {
     Ok(StateLock(file))
 }
 
-/// Looks without taking it for longer than the look.
-pub fn is_held(state_dir: &Path) -> bool {
-    state_dir.join(FILE).exists() && matches!(take(state_dir), Err(LockError::Held { .. }))
-}
-
 const FILE: &str = "agent.lock";
 
 fn open(state_dir: &Path) -> Result<File, LockError> {
@@ -47,9 +42,7 @@ mod tests {
     #[test]
     fn a_second_agent_is_kept_out_until_the_first_is_gone() {
         let folder = tempfile::tempdir().unwrap();
-        assert!(!is_held(folder.path()));
         let first = take(folder.path()).unwrap();
-        assert!(is_held(folder.path()));
         assert!(matches!(take(folder.path()), Err(LockError::Held { .. })));
         drop(first);
         assert!(take(folder.path()).is_ok());

@@ -113,7 +113,7 @@ fn archive_command(subject: &str, view: &ServerView<'_>) -> Finding {
 }
 
 fn wanted_command(view: &ServerView<'_>) -> String {
-    let program = view.program.map_or("walfleet-agent".into(), |program| shell(program));
+    let program = view.program.map_or("walfleet-agent".into(), shell);
     match view.socket.filter(|socket| !is_default(socket)) {
         Some(socket) => format!("{program} wal push --socket {} %p", shell(socket)),
         None => format!("{program} wal push %p"),

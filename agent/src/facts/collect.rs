@@ -1,5 +1,5 @@
-//! Looking: at the servers of this host every few seconds, at what the repositories hold of them every minute or so and
-//! after each job. The two do not wait for each other, and no instance waits for another.
+//! Looking: at the servers of this host every few seconds, at what the repositories hold of them every half minute or
+//! so and after each job. The two do not wait for each other, and no instance waits for another.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -11,7 +11,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use walfleet_repository::ids::ClusterName;
 
-use super::repository::{ClusterWatch, RepositoryView};
+use super::repository::{ClusterWatch, RepositoryView, nothing};
 use super::server::{Seen, assemble, look, strangers};
 use super::{Facts, InstanceFacts};
 use crate::access::{Access, AccessError, ClusterAccess, InstanceAccess};
@@ -24,7 +24,7 @@ use crate::jobs::Jobs;
 const SERVERS: Duration = Duration::from_secs(10);
 
 /// Between two looks at repositories: see [`pause`].
-const REPOSITORIES: Duration = Duration::from_secs(60);
+const REPOSITORIES: Duration = Duration::from_secs(30);
 const LONGEST_PAUSE: Duration = Duration::from_secs(900);
 
 /// For one repository's answers.
@@ -161,7 +161,7 @@ async fn look_at_cluster(access: Arc<Access>, cluster: ClusterAccess, watch: Opt
             Some(watch) => Some(watch),
             None => ClusterWatch::open(&access, &cluster).await?,
         };
-        let Some(mut watch) = watch else { return Ok((None, RepositoryView::default())) };
+        let Some(mut watch) = watch else { return Ok((None, nothing(&cluster))) };
         let view = watch.look().await?;
         Ok::<_, AccessError>((Some(watch), view))
     };
@@ -180,4 +180,26 @@ async fn look_at_cluster(access: Arc<Access>, cluster: ClusterAccess, watch: Opt
 /// some hundred requests a look, and so at most 1200 an hour; requests are money at most stores.
 fn pause(requests: u64) -> Duration {
     Duration::from_secs(requests.saturating_mul(3)).clamp(REPOSITORIES, LONGEST_PAUSE)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::InstanceConfig;
+
+    #[test]
+    fn a_configured_instance_is_looked_at_before_the_controller_knows_of_it() {
+        let instance =
+            InstanceConfig { cluster: "orders".parse().unwrap(), data_dir: "/data".into(), connection: None };
+        let config = Config { instances: vec![instance], ..Config::default() };
+        let members = members(&config, None);
+        assert_eq!(members.into_keys().map(|name| name.to_string()).collect::<Vec<_>>(), ["orders"]);
+    }
+
+    #[test]
+    fn looks_that_cost_more_come_more_seldom() {
+        for (requests, seconds) in [(0, 30), (10, 30), (100, 300), (u64::MAX, 900)] {
+            assert_eq!(pause(requests), Duration::from_secs(seconds), "{requests}");
+        }
+    }
 }

@@ -136,8 +136,14 @@ impl ClusterWatch {
 pub async fn view(access: &Access, cluster: &ClusterAccess) -> Result<RepositoryView, AccessError> {
     match ClusterWatch::open(access, cluster).await? {
         Some(mut watch) => watch.look().await,
-        None => Ok(RepositoryView::default()),
+        None => Ok(nothing(cluster)),
     }
+}
+
+/// Of a cluster that nobody wrote anything of: known to be empty, which is not the same as unknown.
+pub fn nothing(cluster: &ClusterAccess) -> RepositoryView {
+    let window = window(&cluster.repository.name, Timestamp::now(), Windows::default());
+    RepositoryView { windows: vec![window], ..RepositoryView::default() }
 }
 
 type Read = (BackupId, Result<ReferencePart, RepositoryError>);

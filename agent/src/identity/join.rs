@@ -12,6 +12,7 @@ use super::connect::{self, Trust};
 use super::token::{AuthorityFingerprint, JoinToken};
 use super::{CertificateRecord, Identity, IdentityError, IdentityFolder};
 use crate::config::hostname;
+use crate::link::hinted;
 use crate::wire::{Enrolled, Enrolment, JoinAsk};
 
 #[derive(Debug, thiserror::Error)]
@@ -25,11 +26,16 @@ pub enum JoinError {
     )]
     AlreadyEnrolled { name: String, controller: String, folder: String },
     #[error(
-        "the token was refused: {reason}\nHINT: a token is good for one host and a short time; ask for a new one with `walfleet token create --role agent`."
+        "the token was refused: {}",
+        hinted(
+            reason,
+            "a token is good for one host and a short time; ask for a new one with `walfleet token create --role agent`."
+        )
     )]
     Token { reason: String },
     #[error(
-        "the name {name} is taken: {reason}\nHINT: choose another with --name, or remove the old agent with `walfleet agent remove {name}`."
+        "the name {name} is taken: {}",
+        hinted(reason, "choose another with --name, or remove the old agent first.")
     )]
     NameTaken { name: String, reason: String },
     #[error("the controller refused to enrol this host: {reason}")]

@@ -114,7 +114,8 @@ mod tests {
         let ours = [(&own, "verification of orders")];
         let others = [(&other, "verification of orders")];
         let elsewhere = [(&other, "verification of users")];
-        let table: [(Option<JobState>, &[(&JobId, &str)], JobOrder, &str); 9] = [
+        type Row<'a> = (Option<JobState>, &'a [(&'a JobId, &'a str)], JobOrder, &'a str);
+        let table: [Row<'_>; 9] = [
             (None, &[], order(1, 10), "start"),
             (None, &elsewhere, order(1, 10), "start"),
             (None, &others, order(1, 10), "busy"),
