@@ -137,13 +137,16 @@ class Backup:
                                              for name, samples in taken.items()}
 
 
+# A cache that is left out of backups (src/backend/utils/cache/relcache.c), and what every checkpoint writes.
+NOT_COMPARED = {"pg_internal.init", "pg_control"}
+
+
 def compare(source: Path, restored: Path, title: str):
-    """A restore counts only if every table's bytes are back: the server has written nothing since the backup."""
-    for parent, _, files in os.walk(source / "base"):
-        for name in files:
-            if name == "pg_internal.init":  # a cache that is left out of backups (src/backend/utils/cache/relcache.c)
-                continue
-            path = Path(parent, name)
-            copy = restored / path.relative_to(source)
-            if not copy.exists() or not filecmp.cmp(path, copy, shallow=False):
-                raise BenchError(f"{title} restored {copy} otherwise than it was")
+    """A restore counts only if every relation's bytes are back: the server has written nothing since the backup."""
+    for folder in ("base", "global"):
+        for parent, _, files in os.walk(source / folder):
+            for name in set(files) - NOT_COMPARED:
+                path = Path(parent, name)
+                copy = restored / path.relative_to(source)
+                if not copy.exists() or not filecmp.cmp(path, copy, shallow=False):
+                    raise BenchError(f"{title} restored {copy} otherwise than it was")

@@ -8,7 +8,7 @@ import pwd
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -37,6 +37,8 @@ class Place:
     def __init__(self, quick: bool):
         self.quick = quick
         self.sizes = QUICK if quick else FULL
+        if patience := os.environ.get("WALFLEET_BENCH_PATIENCE"):
+            self.sizes = replace(self.sizes, patience_seconds=float(patience))
         self.folder = Path(os.environ.get("WALFLEET_BENCH", "/var/tmp/walfleet-bench")).absolute()
         self.user = choose_user()
         self.postgres = choose_postgres()

@@ -5,6 +5,7 @@
 # WALFLEET_BENCH             where data and repositories lie (default /var/tmp/walfleet-bench)
 # WALFLEET_BENCH_USER        whom PostgreSQL runs as, for root (default postgres, else walfleet-test)
 # WALFLEET_BENCH_POSTGRES    folder of PostgreSQL's programs (default version 17 of scripts/get_postgres.sh)
+# WALFLEET_BENCH_PATIENCE    seconds to wait for a quiet machine before each sample (default 180, with QUICK=1 6)
 # WALFLEET_BENCH_AGENT       measure this walfleet-agent instead of building one
 # WALFLEET_BENCH_PGBACKREST  compare with this pgbackrest instead of the newest one
 set -euo pipefail
@@ -13,6 +14,7 @@ cd "$(dirname "$0")/.."
 work=${WALFLEET_BENCH:-/var/tmp/walfleet-bench}
 agent=${WALFLEET_BENCH_AGENT:-}
 if [ -z "$agent" ]; then
+  echo 'bench: building walfleet-agent as for a release' >&2
   # -p: features that other crates would ask for are not measured along.
   nice cargo build --release --quiet -p walfleet-agent
   agent=${CARGO_TARGET_DIR:-target}/release/walfleet-agent
