@@ -72,7 +72,7 @@ impl Api {
     pub async fn open(ground: Ground) -> Result<Api, RowError> {
         let epoch = next_epoch(&ground.state).await?;
         let fleet = Fleet::new(ground.timing, store::load_agents(&ground.state).await?);
-        let jobs = Jobs::new(ground.state.clone());
+        let jobs = Jobs::open(ground.state.clone()).await?;
         let reconciler = Reconciler::new(ground.state, fleet, jobs, ground.roster, ground.keeper_key, epoch);
         Ok(Api {
             name: ground.name.into(),

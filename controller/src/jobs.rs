@@ -29,7 +29,7 @@ use serde::{Deserialize, Serialize};
 use walfleet_repository::ids::{ClusterName, JobId};
 
 pub use outcome::{JobError, Outcome, Report, Verdict};
-pub use store::{JobStoreError, Jobs, NewJob};
+pub use store::{JobStoreError, Jobs, NewJob, ReportedBackup};
 pub use transition::{Event, Refusal, Step};
 pub use work::{JobKind, Work};
 

@@ -5,11 +5,12 @@ use walfleet_proto::operator::v1 as pb;
 use walfleet_proto::operator::v1::fleet_server::Fleet;
 use walfleet_proto::recovery::v1::BackupSummary;
 
-use super::status::of_reconcile;
+use super::status::{of_job, of_reconcile};
 use super::{Api, now};
 use crate::fleet::AgentSeen;
 use crate::fleet::clusters::{Assembly, ClusterSeen};
 use crate::fleet::protection::{self, Protection};
+use crate::jobs::Job;
 use crate::policy;
 use crate::reconcile::report::Overview;
 use crate::resources::Selector;
@@ -125,7 +126,7 @@ impl Fleet for Api {
         let name = request.into_inner().cluster;
         let overview = self.overview().await?;
         let assembly = overview.picture.assemble();
-        let backups = backups(&overview, find(&assembly, &name)?);
+        let backups = self.backups(find(&assembly, &name)?).await?;
         Ok(Response::new(pb::ListBackupsReply { backups }))
     }
 
@@ -133,9 +134,10 @@ impl Fleet for Api {
         let id = request.into_inner().id;
         let overview = self.overview().await?;
         let assembly = overview.picture.assemble();
-        let found =
-            assembly.clusters.values().flat_map(|cluster| backups(&overview, cluster)).find(|backup| backup.id == id);
-        found.map(Response::new).ok_or_else(|| {
+        let seen = assembly.clusters.values().flat_map(protection::backups);
+        let reported = overview.reported.values().map(|reported| reported.backup.clone());
+        let found = seen.chain(reported).find(|backup| backup.id.as_str() == id);
+        found.map(|backup| Response::new(recovery::backup_out(&backup))).ok_or_else(|| {
             Status::not_found(format!(
                 "no agent knows of backup {id:?}\nHINT: `walfleet backup list CLUSTER` shows those there are."
             ))
@@ -143,15 +145,20 @@ impl Fleet for Api {
     }
 }
 
-/// Newest first; with the newest one that a job reported, which agents may not have seen yet.
-fn backups(overview: &Overview, cluster: &ClusterSeen<'_>) -> Vec<BackupSummary> {
-    let mut known = protection::backups(cluster);
-    if let Some(reported) = overview.reported.get(&cluster.name)
-        && known.iter().all(|backup| backup.id != reported.id)
-    {
-        known.insert(0, reported.clone());
+impl Api {
+    /// Newest first; with those that jobs reported and agents cannot have seen yet.
+    async fn backups(&self, cluster: &ClusterSeen<'_>) -> Result<Vec<BackupSummary>, Status> {
+        let mut known = protection::backups(cluster);
+        let jobs = self.reconciler.jobs.done(Some(&cluster.name), usize::MAX).await.map_err(of_job)?;
+        for reported in jobs.iter().filter_map(Job::reported_backup) {
+            let seen = known.iter().any(|backup| backup.id == reported.backup.id);
+            if !seen && protection::is_news(cluster, &reported) {
+                known.push(reported.backup);
+            }
+        }
+        known.sort_by(|a, b| b.id.cmp(&a.id));
+        Ok(known.iter().map(recovery::backup_out).collect())
     }
-    known.iter().map(recovery::backup_out).collect()
 }
 
 pub(super) fn no_agent(name: &str) -> Status {

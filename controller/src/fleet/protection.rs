@@ -7,6 +7,7 @@ use walfleet_repository::postgres::Lsn;
 use super::clusters::{ClusterSeen, MemberSeen};
 use super::observed::InstanceRole;
 use super::recovery::{BackupSummary, RecoveryWindow};
+use crate::jobs::ReportedBackup;
 use crate::policy::Binding;
 use crate::resources::Span;
 
@@ -51,10 +52,10 @@ pub struct Assessment {
 pub fn assess(
     now: Timestamp,
     cluster: &ClusterSeen<'_>,
-    newest_known: Option<&BackupSummary>,
+    reported: Option<&ReportedBackup>,
     stale_after: Span,
 ) -> Assessment {
-    let last_backup = last_backup(cluster, newest_known);
+    let last_backup = last_backup(cluster, reported);
     let lag = lag(cluster);
     let (state, reason) = judge(now, cluster, last_backup.as_ref(), lag, stale_after);
     Assessment { state, reason, lag, last_backup }
@@ -173,10 +174,16 @@ pub fn backups(cluster: &ClusterSeen<'_>) -> Vec<BackupSummary> {
     by_id.into_values().rev().collect()
 }
 
-fn last_backup(cluster: &ClusterSeen<'_>, newest_known: Option<&BackupSummary>) -> Option<BackupSummary> {
+/// Whether a backup that a job reported can be missing from what the agents saw of the repository: until they look again.
+/// After that, the repository's word counts, which may be that it expired.
+pub fn is_news(cluster: &ClusterSeen<'_>, reported: &ReportedBackup) -> bool {
+    windows(cluster).iter().all(|window| window.as_of < reported.reported_at)
+}
+
+fn last_backup(cluster: &ClusterSeen<'_>, reported: Option<&ReportedBackup>) -> Option<BackupSummary> {
     let seen = backups(cluster).into_iter().filter(|backup| backup.state != "expired");
-    // A job's own report is here before the agents' next look at the repository.
-    seen.chain(newest_known.cloned()).max_by(|a, b| (a.finished_at, &a.id).cmp(&(b.finished_at, &b.id)))
+    let news = reported.filter(|reported| is_news(cluster, reported)).map(|reported| reported.backup.clone());
+    seen.chain(news).max_by(|a, b| (a.finished_at, &a.id).cmp(&(b.finished_at, &b.id)))
 }
 
 /// How far the repository trails the server that writes (or, without one, the standby that is furthest).

@@ -6,6 +6,7 @@
 //! | `job/done/<cluster>/<id>` | one that is; the newest few of each cluster are kept |
 //! | `job/where/<id>` | the cluster of a job that is over |
 //! | `job/request/<…>` | the job that a scheduled run, or a repeated request, made |
+//! | `job/backup/<cluster>` | the newest backup that a job reported |
 //! | `job/token` | the newest fencing token |
 
 use std::collections::BTreeMap;
@@ -16,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use walfleet_repository::ids::{ClusterName, JobId};
 
-use super::{Event, FencingToken, Job, JobState, Outcome, Refusal, Report, Step, Work};
+use super::{Event, FencingToken, Job, JobState, Refusal, Report, Step, Work};
 use crate::fleet::recovery::BackupSummary;
 use crate::schedule::RunId;
 use crate::state::rows::put_row;
@@ -26,6 +27,7 @@ const ACTIVE: &str = "job/active/";
 const DONE: &str = "job/done/";
 const WHERE: &str = "job/where/";
 const REQUEST: &str = "job/request/";
+const BACKUP: &str = "job/backup/";
 const TOKEN: &str = "job/token";
 
 #[derive(Debug, thiserror::Error)]
@@ -70,6 +72,14 @@ struct Where {
     cluster: ClusterName,
 }
 
+/// A backup as a job reported it: known here before the agents' next look at the repository.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct ReportedBackup {
+    pub backup: BackupSummary,
+    /// By the controller's clock.
+    pub reported_at: Timestamp,
+}
+
 /// What became of an event.
 #[derive(Clone, Debug)]
 pub struct Applied {
@@ -86,8 +96,8 @@ pub struct Jobs {
     state: State,
     /// Counts changes: whoever shows or plans jobs looks again when it moves.
     changes: watch::Sender<u64>,
-    /// Of each cluster, the newest backup that a job reported to this process.
-    reported: Arc<Mutex<BTreeMap<ClusterName, BackupSummary>>>,
+    /// Copies of the rows under `job/backup/`.
+    reported: Arc<Mutex<BTreeMap<ClusterName, ReportedBackup>>>,
 }
 
 /// Finished jobs kept of each cluster: a month of daily backups and then some, and few enough that ten thousand clusters
@@ -98,8 +108,10 @@ pub const HISTORY: usize = 60;
 const ATTEMPTS: usize = 32;
 
 impl Jobs {
-    pub fn new(state: State) -> Jobs {
-        Jobs { state, changes: watch::Sender::new(0), reported: Arc::default() }
+    pub async fn open(state: State) -> Result<Jobs, RowError> {
+        let (rows, _) = state.rows::<ReportedBackup>(BACKUP).await?;
+        let reported = rows.into_iter().map(|row| (row.value.backup.cluster.clone(), row.value)).collect();
+        Ok(Jobs { state, changes: watch::Sender::new(0), reported: Arc::new(Mutex::new(reported)) })
     }
 
     pub fn subscribe(&self) -> watch::Receiver<u64> {
@@ -261,24 +273,27 @@ impl Jobs {
         } else {
             txn.then(put_row(row.key.clone(), next)?)
         };
+        let reported = next.reported_backup();
+        let txn = match &reported {
+            Some(reported) => txn.then(put_row(format!("{BACKUP}{}", next.cluster), reported)?),
+            None => txn,
+        };
         let written = self.state.txn(txn).await?.succeeded;
         if written {
-            if let Some(Outcome { report: Some(Report::Backup(backup)), .. }) =
-                next.outcome.as_ref().filter(|_| next.is_over())
-            {
-                self.reported().insert(next.cluster.clone(), (**backup).clone());
+            if let Some(reported) = reported {
+                self.reported().insert(next.cluster.clone(), reported);
             }
             self.changed();
         }
         Ok(written)
     }
 
-    fn reported(&self) -> MutexGuard<'_, BTreeMap<ClusterName, BackupSummary>> {
+    fn reported(&self) -> MutexGuard<'_, BTreeMap<ClusterName, ReportedBackup>> {
         self.reported.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Known here before the agents' next look at the repository. Memory only.
-    pub fn reported_backups(&self) -> BTreeMap<ClusterName, BackupSummary> {
+    /// The newest of each cluster.
+    pub fn reported_backups(&self) -> BTreeMap<ClusterName, ReportedBackup> {
         self.reported().clone()
     }
 
@@ -301,6 +316,21 @@ impl Jobs {
             pruned += 1;
         }
         Ok(pruned)
+    }
+}
+
+impl Job {
+    /// What it made, if it is over and that was a backup.
+    pub fn reported_backup(&self) -> Option<ReportedBackup> {
+        let reported_at = self.finished_at?;
+        match &self.outcome.as_ref()?.report {
+            Some(Report::Backup(backup)) if self.is_over() => {
+                // Under the job's cluster, whatever the agent wrote into the summary.
+                let backup = BackupSummary { cluster: self.cluster.clone(), ..(**backup).clone() };
+                Some(ReportedBackup { backup, reported_at })
+            }
+            _ => None,
+        }
     }
 }
 

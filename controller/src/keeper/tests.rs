@@ -70,7 +70,8 @@ async fn room() -> Room {
         format!("apiVersion: walfleet/v1\nkind: Repository\nname: main\nspec: {{url: 'file://{}'}}\n", url.display());
     let planned = stored::plan(&state, document::parse(&text).expect("good")).await.expect("rows");
     stored::commit(&state, 0, &planned, "ann", now).await.expect("nobody else");
-    let reconciler = Reconciler::new(state.clone(), fleet, Jobs::new(state), roster, key, epoch);
+    let jobs = Jobs::open(state.clone()).await.expect("rows");
+    let reconciler = Reconciler::new(state, fleet, jobs, roster, key, epoch);
     let keeper = Keeper::new(reconciler);
     keeper.round(now).await;
     assert_eq!(keeper.notices(), Vec::<String>::new());
@@ -193,7 +194,7 @@ async fn an_attempt_that_had_committed_has_succeeded() {
     let over = room.after(&job, 5).await;
     assert_eq!(over.phase(), Phase::Succeeded);
     let reported = room.keeper.reconciler.jobs.reported_backups();
-    assert_eq!(reported.get(&orders()).map(|backup| backup.id.clone()), Some(session));
+    assert_eq!(reported.get(&orders()).map(|reported| reported.backup.id.clone()), Some(session));
 }
 
 #[tokio::test]

@@ -9,8 +9,7 @@ use super::schedules::{self, Followed};
 use super::{Picture, ReconcileError, Reconciler};
 use crate::fleet::clusters::ClusterSeen;
 use crate::fleet::protection::{self, Assessment};
-use crate::fleet::recovery::BackupSummary;
-use crate::jobs::Job;
+use crate::jobs::{Job, ReportedBackup};
 use crate::resources::Span;
 use crate::state::Row;
 
@@ -20,7 +19,7 @@ pub struct Overview {
     pub followed: BTreeMap<String, Row<Followed>>,
     pub jobs: Vec<Job>,
     /// Of each cluster, the newest backup that a job of it reported.
-    pub reported: BTreeMap<ClusterName, BackupSummary>,
+    pub reported: BTreeMap<ClusterName, ReportedBackup>,
     stale_after: Span,
 }
 

@@ -74,7 +74,8 @@ async fn reopened(folder: &tempfile::TempDir, state: State) -> Arc<Reconciler> {
     let roster = Roster::open(state.clone()).await.expect("rows");
     let keeper = Arc::new(KeeperKey::load(folder.path()).expect("a key"));
     let epoch = next_epoch(&state).await.expect("a state");
-    Reconciler::new(state.clone(), fleet, Jobs::new(state), roster, keeper, epoch)
+    let jobs = Jobs::open(state.clone()).await.expect("rows");
+    Reconciler::new(state, fleet, jobs, roster, keeper, epoch)
 }
 
 impl Room {

@@ -101,6 +101,13 @@ async fn a_controller_that_restarts_in_the_middle_takes_the_job_up_where_the_age
     let mut db1 = world.agent_with("db1", vec![entry(&order, Some(succeeded(&order)))]).await;
     db1.acknowledged(order.fencing_token).await;
     world.until_state(&job.id, JobState::Succeeded).await;
+    // What it made is listed before any agent has looked at the repository, through another restart too.
+    let world = world.restart().await;
+    let request = operator::ListBackupsRequest { cluster: "orders".to_owned() };
+    let listed = world.fleet("vera").await.list_backups(request).await.expect("a list").into_inner().backups;
+    assert_eq!(listed.iter().map(|backup| backup.id.as_str()).collect::<Vec<_>>(), ["bk_1"]);
+    let cluster = world.cluster("orders").await.expect("it is there");
+    assert_eq!(cluster.last_backup.map(|backup| backup.id), Some("bk_1".to_owned()));
 }
 
 #[tokio::test(flavor = "multi_thread")]
