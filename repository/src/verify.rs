@@ -200,8 +200,10 @@ async fn segments(cluster: &OpenCluster, backups: &[CommittedBackup], report: &m
                 continue;
             }
         };
-        let present: BTreeSet<(WalBranch, Segment)> =
-            listing.iter().flat_map(|(wal, found)| found.segments.iter().map(move |segment| (*wal, *segment))).collect();
+        let present: BTreeSet<(WalBranch, Segment)> = listing
+            .iter()
+            .flat_map(|(wal, found)| found.segments.iter().map(move |segment| (*wal, *segment)))
+            .collect();
         for backup in backups.iter().filter(|backup| backup.reference.wal.system_id == system_id) {
             let reference = &backup.reference;
             let last = crate::postgres::Lsn(reference.stop_lsn.0.saturating_sub(1)).segment_number(size);
