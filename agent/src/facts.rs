@@ -110,6 +110,22 @@ pub struct WalGap {
     pub acknowledged: bool,
 }
 
+impl RecoveryWindow {
+    /// Where stretches begin and what is missing, without how far they reach by now.
+    fn outline(&self) -> RecoveryWindow {
+        let still = |range: &RecoveryRange| RecoveryRange { to: None, to_lsn: Lsn::INVALID, ..range.clone() };
+        RecoveryWindow {
+            repository: self.repository.clone(),
+            as_of: Timestamp::UNIX_EPOCH,
+            ranges: self.ranges.iter().map(still).collect(),
+            gaps: self.gaps.clone(),
+            newest_commit: None,
+            newest_lsn: None,
+            newest_timeline: self.newest_timeline,
+        }
+    }
+}
+
 fn as_text<S: Serializer>(branch: &Branch, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.collect_str(branch)
 }
@@ -129,7 +145,7 @@ impl Facts {
                 .map(|instance| InstanceFacts {
                     current_lsn: None,
                     cluster_bytes: 0,
-                    windows: Vec::new(),
+                    windows: instance.windows.iter().map(RecoveryWindow::outline).collect(),
                     archive: ArchiveFacts {
                         archive_command_set: instance.archive.archive_command_set,
                         failed_count: instance.archive.failed_count,
@@ -181,5 +197,34 @@ pub(crate) mod tests {
         assert!(before.differs_materially(&facts(&|instance| instance.role = InstanceRole::Primary)));
         assert!(before.differs_materially(&facts(&|instance| instance.archive.failed_count = 1)));
         assert!(before.differs_materially(&Facts::none()));
+
+        let window = |reaches: u64, gaps: Vec<WalGap>| RecoveryWindow {
+            repository: "main".into(),
+            as_of: Timestamp::now(),
+            ranges: vec![RecoveryRange {
+                from: None,
+                to: None,
+                from_lsn: Lsn(1),
+                to_lsn: Lsn(reaches),
+                timeline: Timeline(1),
+                branch: Branch::ROOT,
+            }],
+            gaps,
+            newest_commit: None,
+            newest_lsn: Some(Lsn(reaches)),
+            newest_timeline: Some(Timeline(1)),
+        };
+        let gap = WalGap {
+            timeline: Timeline(1),
+            branch: Branch::ROOT,
+            from_lsn: Lsn(1),
+            to_lsn: Lsn(2),
+            acknowledged: false,
+        };
+        let with = |window: RecoveryWindow| facts(&move |instance| instance.windows = vec![window.clone()]);
+        let earlier = with(window(5, Vec::new()));
+        assert!(!earlier.differs_materially(&with(window(9, Vec::new()))), "WAL came as it always does");
+        assert!(earlier.differs_materially(&with(window(9, vec![gap]))));
+        assert!(earlier.differs_materially(&before));
     }
 }

@@ -109,6 +109,9 @@ impl Link {
                 Ok(SessionEnd::Cancelled) => return,
                 Ok(SessionEnd::Renewed) => tracing::info!("connecting again with the renewed certificate"),
                 Err(error) => {
+                    if matches!(*self.state.borrow(), LinkState::Connected { .. }) {
+                        complaint = Complaint::default();
+                    }
                     complaint.hear(&error);
                     let since = Timestamp::now();
                     self.state.send_replace(LinkState::Waiting { reason: error.to_string(), since });

@@ -53,14 +53,14 @@ pub struct FetchCommand {
 
 /// A parser of its own for each, so that nothing else is set up.
 #[derive(Parser, Debug)]
-#[command(name = "walfleet-agent wal push")]
+#[command(name = "walfleet-agent wal push", bin_name = "walfleet-agent wal push", no_binary_name = true)]
 struct PushParser {
     #[command(flatten)]
     push: PushCommand,
 }
 
 #[derive(Parser, Debug)]
-#[command(name = "walfleet-agent wal fetch")]
+#[command(name = "walfleet-agent wal fetch", bin_name = "walfleet-agent wal fetch", no_binary_name = true)]
 struct FetchParser {
     #[command(flatten)]
     fetch: FetchCommand,
@@ -70,9 +70,9 @@ struct FetchParser {
 pub fn dispatch(arguments: &[OsString]) -> Option<i32> {
     let word = |index: usize| arguments.get(index).and_then(|word| word.to_str());
     match (word(1), word(2)) {
-        (Some("wal"), Some("push")) => Some(push(arguments.get(2..).unwrap_or_default())),
+        (Some("wal"), Some("push")) => Some(push(arguments.get(3..).unwrap_or_default())),
         (Some("wal"), Some("fetch")) => {
-            let arguments = arguments.get(2..).unwrap_or_default();
+            let arguments = arguments.get(3..).unwrap_or_default();
             Some(contained(|| fetch(arguments)))
         }
         _ => None,
@@ -107,7 +107,7 @@ fn fetch(arguments: &[OsString]) -> i32 {
         Err(error) => {
             let _ = error.print();
             // Only a person asks for help and nothing else. In a restore_command even that delivered no file.
-            let alone = arguments.len() == 2;
+            let alone = arguments.len() == 1;
             if error.use_stderr() || !alone { FETCH_USAGE } else { 0 }
         }
     }

@@ -32,6 +32,8 @@ impl Report {
 pub struct BackupReport {
     pub id: BackupId,
     pub cluster: ClusterName,
+    /// As text in JSON: most readers hold numbers in 53 bits.
+    #[serde(with = "as_text")]
     pub system_identifier: u64,
     pub server_version_num: u32,
     pub timeline: Timeline,
@@ -109,4 +111,52 @@ pub struct VerifyFinding {
     pub problem: String,
     /// Backups that cannot be restored whole because of it.
     pub backups: Vec<BackupId>,
+}
+
+mod as_text {
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    pub fn serialize<S: Serializer>(value: &u64, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(value)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_journalled_report_reads_back_and_keeps_all_64_bits() {
+        let report = Report::Backup(BackupReport {
+            id: "bk_a".parse().unwrap(),
+            cluster: "orders".parse().unwrap(),
+            system_identifier: 7_710_514_706_050_377_753,
+            server_version_num: 150_018,
+            timeline: Timeline(1),
+            start_lsn: Lsn(0x300_0028),
+            stop_lsn: Lsn(0x300_0100),
+            started_at: Timestamp::UNIX_EPOCH,
+            finished_at: Timestamp::UNIX_EPOCH,
+            member: "db1".into(),
+            parents: vec!["bk_b".parse().unwrap()],
+            cluster_bytes: 1,
+            read_bytes: 1,
+            new_bytes: 1,
+            stored_bytes: 1,
+            damaged_pages: 0,
+            state: BackupState::Committed,
+            store_requests: 1,
+        });
+        let text = serde_json::to_string(&report).unwrap();
+        for part in
+            [r#""system_identifier":"7710514706050377753""#, r#""stop_lsn":"0/3000100""#, "1970-01-01T00:00:00Z"]
+        {
+            assert!(text.contains(part), "{text}");
+        }
+        assert_eq!(serde_json::from_str::<Report>(&text).unwrap(), report);
+    }
 }
