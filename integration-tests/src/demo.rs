@@ -62,6 +62,7 @@ struct Stage {
     servers: Vec<PgServer>,
     restored: PathBuf,
     restored_connection: String,
+    psql: PathBuf,
 }
 
 fn tell(scratch: &Scratch, say: &Narrator) -> anyhow::Result<Stage> {
@@ -83,18 +84,19 @@ fn tell(scratch: &Scratch, say: &Narrator) -> anyhow::Result<Stage> {
     let fleet = say.step("make and start a controller: certificate authority, first admin, recovery key", || {
         Fleet::start(scratch)
     })?;
-    let agents = say.step("join both hosts with single-use tokens and start their agents", || {
+    let (db1, lab1) = say.step("join both hosts with single-use tokens and start their agents", || {
         let mut db1 = fleet.agent("db1").instance(CLUSTER, &orders).postgres(&version).build()?;
         let mut lab1 = fleet.agent(RESTORE_HOST).postgres(&version).build()?;
         fleet.join(&mut db1, &[])?;
         fleet.join(&mut lab1, &["restores=yes"])?;
-        db1.archive_for(&orders)?;
-        Ok(vec![db1, lab1])
+        Ok((db1, lab1))
     })?;
     let place = Place::folder(scratch)?;
     say.step("apply a policy: every cluster, encrypted, into a repository in a folder", || {
         fleet.protect(&place)?;
-        fleet.wait_for_cluster(CLUSTER, "bound to its repository", |cluster| cluster["policy"].is_string()).map(drop)
+        fleet.wait_for_cluster(CLUSTER, "bound to its repository", |cluster| cluster["policy"].is_string())?;
+        fleet.wait_until_bound(&db1, &orders)?;
+        db1.archive_for(&orders)
     })?;
     let mut load = say
         .step(&format!("start a load of {TRANSACTIONS_PER_SECOND} writing transactions a second"), || {
@@ -137,7 +139,15 @@ fn tell(scratch: &Scratch, say: &Narrator) -> anyhow::Result<Stage> {
     })?;
     say.detail(&format!("restored: {}", summary(&copy.session()?)?));
     let restored_connection = copy.connection();
-    Ok(Stage { load, agents, fleet, servers: vec![orders, lab, copy], restored, restored_connection })
+    Ok(Stage {
+        load,
+        agents: vec![db1, lab1],
+        fleet,
+        servers: vec![orders, lab, copy],
+        restored,
+        restored_connection,
+        psql: version.bin().join("psql"),
+    })
 }
 
 fn judge_copy(copy: &PgServer, truth: &Barrier) -> anyhow::Result<()> {
@@ -183,7 +193,7 @@ impl Stage {
             self.restored.display(),
             free_port()
         );
-        println!("  psql '{}'      # the restored copy", self.restored_connection);
+        println!("  {} '{}'      # the restored copy", self.psql.display(), self.restored_connection);
         match written {
             Ok(()) => println!("\nTo stop everything and remove it:  bash {}", stop.display()),
             Err(error) => println!("\nTo stop everything: kill what runs in {} ({error})", scratch.path().display()),

@@ -13,7 +13,7 @@ use crate::os_user::os_user;
 use crate::output::Output;
 use crate::ports::free_port;
 use crate::postgres::dataset::Dataset;
-use crate::postgres::{PgServer, PgVersion};
+use crate::postgres::{PgServer, PgVersion, ServerBuilder};
 use crate::scratch::Scratch;
 use crate::wait_for;
 
@@ -30,7 +30,8 @@ pub struct Standalone {
     pub server: PgServer,
     scratch: Scratch,
     pub dataset: Dataset,
-    pub tablespace: PathBuf,
+    /// The tablespace's location, or its oid, by which restores map it elsewhere.
+    pub tablespace: String,
     pub place: Place,
     /// The recovery key.
     pub key_file: PathBuf,
@@ -46,14 +47,24 @@ pub struct Restored {
 
 impl Standalone {
     pub fn start(scratch: &Scratch, version: &PgVersion, place: Place) -> anyhow::Result<Standalone> {
-        let server = PgServer::builder(scratch, "primary", version)
+        Standalone::start_with(scratch, version, place, &[])
+    }
+
+    /// With options of initdb's: another segment size, no checksums, WAL elsewhere.
+    pub fn start_with(
+        scratch: &Scratch,
+        version: &PgVersion,
+        place: Place,
+        initdb: &[&str],
+    ) -> anyhow::Result<Standalone> {
+        let builder = PgServer::builder(scratch, "primary", version)
             .setting("archive_mode", "on")
             // Until the agent runs: WAL waits.
-            .setting("archive_command", "false")
-            .create()?;
+            .setting("archive_command", "false");
+        let server = initdb.iter().fold(builder, ServerBuilder::initdb_option).create()?;
         let dataset = Dataset { scale: 1 };
         dataset.create(&server)?;
-        let tablespace = dataset.add_tablespace(&server, "fast")?;
+        let tablespace = dataset.add_tablespace(&server, "fast")?.display().to_string();
         let key_file = scratch.join("recovery.key");
         let agent =
             Agent::builder(scratch, "host1").instance(CLUSTER, &server).repository(&place, &key_file).postgres(version);
@@ -77,22 +88,12 @@ impl Standalone {
 
     /// Has everything written so far archived, and waits until the repository confirmed it.
     pub fn archive_all(&self) -> anyhow::Result<Lsn> {
-        let session = self.server.session()?;
-        // A switch right after a switch does nothing: there must be a record between.
-        session.execute("SELECT pg_create_restore_point('archive_all')")?;
-        let end: Lsn = session.value("SELECT pg_switch_wal()")?.parse().context("read a WAL position")?;
-        let last = session.value(&format!("SELECT pg_walfile_name('{end}')"))?;
-        wait_for(&format!("{last} to be archived"), ARCHIVE_LIMIT, || {
-            let archived = session.value("SELECT coalesce(last_archived_wal, '') FROM pg_stat_archiver")?;
-            // Backup history files count too: "<segment>.<offset>.backup".
-            Ok((archived.get(..24) >= last.get(..24)).then_some(()))
-        })?;
-        Ok(end)
+        archive_all(&self.server)
     }
 
     /// Words of a restore into a new folder, by nothing but the repository and its key; not yet run.
     pub fn restore_words(&self, data_dir: &Path, target: &[&str]) -> Vec<String> {
-        let moved = format!("{}={}.fast", self.tablespace.display(), data_dir.display());
+        let moved = format!("{}={}.fast", self.tablespace, data_dir.display());
         let mut words = vec!["restore".to_owned()];
         words.extend(self.place.flags(&self.key_file));
         words.extend(["--cluster", CLUSTER, "--tablespace", &moved].map(str::to_owned));
@@ -131,4 +132,19 @@ impl Standalone {
         }
         builder.environment(self.place.credentials.clone()).open(&restored.data_dir)
     }
+}
+
+/// Has everything a server wrote so far archived, and waits until the archiver was told that it is.
+pub fn archive_all(server: &PgServer) -> anyhow::Result<Lsn> {
+    let session = server.session()?;
+    // A switch right after a switch does nothing: there must be a record between.
+    session.execute("SELECT pg_create_restore_point('archive_all')")?;
+    let end: Lsn = session.value("SELECT pg_switch_wal()")?.parse().context("read a WAL position")?;
+    let last = session.value(&format!("SELECT pg_walfile_name('{end}')"))?;
+    wait_for(&format!("{last} to be archived"), ARCHIVE_LIMIT, || {
+        let archived = session.value("SELECT coalesce(last_archived_wal, '') FROM pg_stat_archiver")?;
+        // Backup history files count too: "<segment>.<offset>.backup".
+        Ok((archived.get(..24) >= last.get(..24)).then_some(()))
+    })?;
+    Ok(end)
 }

@@ -8,6 +8,7 @@ use serde_json::Value;
 use super::standalone::CLUSTER;
 use super::{Agent, AgentBuilder, Controller, Ctl, Place};
 use crate::os_user::os_user;
+use crate::output::Output;
 use crate::postgres::dataset::Dataset;
 use crate::postgres::{PgServer, PgVersion};
 use crate::scratch::Scratch;
@@ -141,8 +142,23 @@ impl Fleet {
         self.join(&mut agent, &["restores=yes"])?;
         self.protect(&Place::folder(&self.scratch)?)?;
         self.wait_for_cluster(CLUSTER, "bound to its repository", |cluster| cluster["policy"].is_string())?;
+        self.wait_until_bound(&agent, &server)?;
         agent.archive_for(&server)?;
         Ok(Protected { agent, server, dataset })
+    }
+
+    /// Waits until an agent has heard from the controller which cluster its server belongs to: until it takes a segment.
+    /// PostgreSQL would ask three times and then rest for a minute (pgarch.c).
+    pub fn wait_until_bound(&self, agent: &Agent, server: &PgServer) -> anyhow::Result<()> {
+        self.scratch.allow_log("belongs to no cluster of this agent");
+        let session = server.session()?;
+        let segment = session.value("SELECT pg_walfile_name(pg_switch_wal())")?;
+        let path = server.data_dir().join("pg_wal").join(segment).display().to_string();
+        let socket = agent.socket().display().to_string();
+        wait_for(&format!("agent {} to archive", agent.name()), FACTS_LIMIT, || {
+            let push = agent.command(&["wal", "push", "--socket", &socket, &path]);
+            Ok((Output::of(push, FACTS_LIMIT)?.code == 0).then_some(()))
+        })
     }
 
     /// Takes a backup now and waits for it; the job as it ended.

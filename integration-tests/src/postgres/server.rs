@@ -53,10 +53,16 @@ pub struct ServerBuilder {
     version: PgVersion,
     settings: Vec<(String, String)>,
     initdb: Vec<String>,
+    basebackup: Vec<String>,
     environment: Vec<(String, String)>,
 }
 
 impl ServerBuilder {
+    pub fn basebackup_option(mut self, option: impl ToString) -> ServerBuilder {
+        self.basebackup.push(option.to_string());
+        self
+    }
+
     /// What the server's restore_command needs to reach the store, for example.
     pub fn environment(mut self, variables: impl IntoIterator<Item = (String, String)>) -> ServerBuilder {
         self.environment.extend(variables);
@@ -98,6 +104,7 @@ impl ServerBuilder {
         let server = self.lay_out()?;
         let mut command = self.version.command("pg_basebackup");
         command.args(["-R", "-X", "stream", "-c", "fast", "-d", &primary.connection(), "-D"]).arg(&server.data_dir);
+        command.args(&self.basebackup);
         run(command).with_context(|| format!("pg_basebackup for {}", self.name))?;
         self.configure(&server)?;
         server.into_started()
@@ -172,6 +179,7 @@ impl PgServer {
             version: version.clone(),
             settings: Vec::new(),
             initdb: Vec::new(),
+            basebackup: Vec::new(),
             environment: Vec::new(),
         }
     }
@@ -239,6 +247,11 @@ impl PgServer {
                 .context("write postgresql.conf")?;
         }
         Ok(())
+    }
+
+    /// Has its next start say this on the command line.
+    pub fn set_override(&mut self, name: &str, value: &str) {
+        self.overrides.push((name.to_owned(), value.to_owned()));
     }
 
     /// Changes a setting that takes effect without a restart.

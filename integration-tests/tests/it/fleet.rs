@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use walfleet_integration_tests::fleet::Fleet;
-use walfleet_integration_tests::fleet::standalone::CLUSTER;
+use walfleet_integration_tests::fleet::standalone::{CLUSTER, archive_all};
 use walfleet_integration_tests::ports::free_port;
 use walfleet_integration_tests::postgres::barrier::{Barriers, OwnRow};
 use walfleet_integration_tests::postgres::fingerprint::Fingerprint;
@@ -15,9 +15,14 @@ use walfleet_integration_tests::wait_for;
 const NOT_RECOVERABLE: i32 = 7;
 const REFUSED: i32 = 4;
 
+/// An agent looks at the repository once a minute, and after each job.
+const FACTS_LIMIT: Duration = Duration::from_secs(90);
+
 #[test]
 fn an_operator_restores_a_second_on_another_host() {
     in_scratch(|scratch| {
+        // Two of its restores are to be refused.
+        scratch.allow_log("job failed");
         let version = PgVersion::of(16)?;
         let fleet = Fleet::start(scratch)?;
         let host = fleet.protected(&version)?;
@@ -62,22 +67,16 @@ fn a_controller_killed_during_a_backup_comes_back_to_a_true_state() {
             std::thread::sleep(Duration::from_millis(40 + 150 * round));
             fleet.controller.kill_nine()?;
             // Its loss stops no WAL.
-            let session = host.server.session()?;
-            session.execute(
-                "CREATE TABLE IF NOT EXISTS while_it_was_gone (n integer); INSERT INTO while_it_was_gone VALUES (1)",
-            )?;
-            let before = session.value("SELECT pg_walfile_name(pg_switch_wal())")?;
-            wait_for("WAL to be archived without a controller", Duration::from_secs(30), || {
-                let last = session.value("SELECT coalesce(last_archived_wal, '') FROM pg_stat_archiver")?;
-                Ok((last.get(..24) >= before.get(..24)).then_some(()))
-            })?;
+            host.server.session()?.execute("CREATE TABLE IF NOT EXISTS meanwhile AS SELECT 1 AS n")?;
+            archive_all(&host.server)?;
             fleet.controller.start()?;
             fleet.admin.run(&["job", "watch", &id, "--timeout", "60s"])?.ok()?;
         }
-        // Each job made one backup, and none was made twice.
-        let backups = fleet.admin.json(&["backup", "list", CLUSTER])?;
-        let count = backups["backups"].as_array().map_or(0, Vec::len);
-        anyhow::ensure!(count == 4, "4 jobs, {count} backups: {backups}");
+        // Each job made one backup, and none was made twice. The list is what the agent last said.
+        let count = || Ok(fleet.admin.json(&["backup", "list", CLUSTER])?["backups"].as_array().map_or(0, Vec::len));
+        wait_for("4 jobs to have made 4 backups", FACTS_LIMIT, || Ok((count()? >= 4).then_some(())))?;
+        let count: anyhow::Result<usize> = count();
+        assert_eq!(count?, 4);
         Ok(())
     });
 }
@@ -98,11 +97,12 @@ fn an_agent_killed_during_a_job_comes_back_and_the_job_ends_in_a_true_state() {
             let watched = fleet.admin.run(&["job", "watch", &id, "--timeout", "120s"])?;
             anyhow::ensure!(watched.code <= 1, "{watched:?}");
             let job = fleet.admin.json(&["job", "show", &id])?;
-            let listed = fleet.admin.json(&["backup", "list", CLUSTER])?;
-            let backup = job["backup"]["id"].as_str();
-            let is_listed = |id: &str| listed.to_string().contains(id);
+            let backup = job["backup"]["id"].as_str().unwrap_or("none");
             match job["state"].as_str() {
-                Some("succeeded") => anyhow::ensure!(backup.is_some_and(is_listed), "no such backup: {job}\n{listed}"),
+                Some("succeeded") => wait_for(&format!("{backup} to be listed: {job}"), FACTS_LIMIT, || {
+                    let listed = fleet.admin.json(&["backup", "list", CLUSTER])?;
+                    Ok(listed.to_string().contains(backup).then_some(()))
+                })?,
                 Some("failed") => anyhow::ensure!(job["error"]["message"].is_string(), "{job}"),
                 _ => anyhow::bail!("not over: {job}"),
             }
@@ -124,13 +124,7 @@ fn without_controller_and_hosts_the_recovery_key_restores() {
         std::thread::sleep(Duration::from_secs(1));
         load.stop()?;
         let expected = Fingerprint::take(&host.server.session()?)?;
-        let session = host.server.session()?;
-        let last = session.value("SELECT pg_walfile_name(pg_switch_wal())")?;
-        wait_for("the last segment to be archived", Duration::from_secs(30), || {
-            let archived = session.value("SELECT coalesce(last_archived_wal, '') FROM pg_stat_archiver")?;
-            Ok((archived.get(..24) >= last.get(..24)).then_some(()))
-        })?;
-        drop(session);
+        archive_all(&host.server)?;
         let key = scratch.join("from-the-safe.key");
         std::fs::rename(fleet.controller.recovery_key(), &key)?;
         let program = walfleet_integration_tests::binaries::program("walfleet-agent")?;
