@@ -18,12 +18,13 @@ use bytes::Bytes;
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
-use walfleet_repository::backup::commit::{BackupSession, Parent, SessionError, SessionSpec, parent_packs};
+use walfleet_repository::backup::commit::{BackupSession, Parent, SessionError, SessionSpec};
 use walfleet_repository::backup::file_list::{PlacedFile, resolve_entry};
 use walfleet_repository::backup::write::{PackSession, WriteError};
 use walfleet_repository::cluster::{ClusterError, OpenCluster};
 use walfleet_repository::format::manifest::{Counters, DamagedPages, FileEntry, Manifest, Tablespace};
-use walfleet_repository::postgres::{Lsn, WalBranch};
+use walfleet_repository::ids::BackupId;
+use walfleet_repository::postgres::{Lsn, SystemId, WalBranch};
 use walfleet_repository::signature::Signer;
 
 use crate::backup::copy::{BadFile, CopyError, CopyReport, CopySpec};
@@ -71,6 +72,10 @@ pub enum BackupError {
         "the server's data directory is {found}, and this instance's is {expected}\nHINT: check the instance's connection and data_dir in the agent's configuration."
     )]
     DataDirectory { found: PathBuf, expected: PathBuf },
+    #[error(
+        "{data_dir} holds system {here}, and the server at the connection is system {server}\nHINT: check the instance's connection and data_dir in the agent's configuration."
+    )]
+    OtherSystem { data_dir: PathBuf, here: SystemId, server: SystemId },
     #[error(transparent)]
     Control(#[from] ControlError),
     #[error(transparent)]
@@ -114,7 +119,9 @@ impl From<BackupError> for Failure {
         }
         let (code, exit, remedy) = match &error {
             E::Server(_) => ("backup.postgres", ExitCode::Failed, Remedy::Retry),
-            E::DataDirectory { .. } => ("backup.data_directory", ExitCode::Refused, Remedy::Operator),
+            E::DataDirectory { .. } | E::OtherSystem { .. } => {
+                ("backup.data_directory", ExitCode::Refused, Remedy::Operator)
+            }
             E::Control(_) => ("backup.pg_control", ExitCode::Failed, Remedy::Operator),
             E::Session(SessionError::RunServed { .. }) => ("backup.run_served", ExitCode::Refused, Remedy::Operator),
             E::Session(error) if error.is_retryable() => ("backup.repository", ExitCode::Failed, Remedy::Retry),
@@ -124,6 +131,7 @@ impl From<BackupError> for Failure {
             E::Write(_) => ("backup.repository", ExitCode::Failed, Remedy::Retry),
             E::Copy(_) | E::CopyLost => ("backup.read", ExitCode::Failed, Remedy::Retry),
             E::Scan(_) => ("backup.read", ExitCode::Failed, Remedy::Operator),
+            E::WalWait(WalWaitError::Foreign { .. }) => ("backup.wal_foreign", ExitCode::Refused, Remedy::Operator),
             E::WalWait(_) => ("backup.wal_missing", ExitCode::Failed, Remedy::Retry),
             E::Branch { .. } => ("backup.wal_missing", ExitCode::Failed, Remedy::Retry),
             E::Promoted { .. } => ("backup.promoted", ExitCode::Failed, Remedy::Retry),
@@ -155,17 +163,22 @@ pub async fn run(
     let wal = branch(&request, &facts).await?;
     let spec = SessionSpec { run: request.run.clone(), wal, wal_floor: starting.start_lsn };
     let opened = BackupSession::open(request.cluster.clone(), request.signer.clone(), &request.member, spec).await;
-    let (session, parent) = opened?;
+    let (mut session, parent) = match opened {
+        Ok(opened) => opened,
+        // The reply of an earlier attempt's commit was lost: its backup stands, and that is what was asked for.
+        Err(SessionError::RunServed { backup, by, .. }) if by == request.member => {
+            tracing::info!(%backup, "an earlier attempt of this run was committed");
+            return standing(&request.cluster, &backup).await;
+        }
+        Err(error) => return Err(error.into()),
+    };
     tracing::info!(backup = %session.id(), start_lsn = %starting.start_lsn, parents = ?session.parents(), "backup started");
 
     let taken = take(&request, &session, parent, starting, &facts, wal, cluster_bytes, (progress, cancel)).await;
     let (manifest, packs, damaged) = match taken {
         Ok(taken) => taken,
         Err(error) => {
-            let id = session.id().clone();
-            if let Err(abort) = session.abort(&error.to_string()).await {
-                tracing::warn!(backup = %id, "the session could not be aborted and stays open: {abort}");
-            }
+            abort(session, &error).await;
             return Err(error);
         }
     };
@@ -174,10 +187,31 @@ pub async fn run(
     manifest.counters.store_requests =
         request.cluster.repository().store().counters().requests().saturating_sub(requests_before);
     let committing = session.commit(&manifest, packs, damaged);
-    let committed = committing.instrument(tracing::info_span!("commit")).await?;
+    let committed = match committing.instrument(tracing::info_span!("commit")).await {
+        Ok(committed) => committed,
+        Err(error) => {
+            abort(session, &error).await;
+            return Err(error.into());
+        }
+    };
     tracing::info!(backup = %committed.reference.backup, stop_lsn = %committed.reference.stop_lsn,
         read_bytes = manifest.counters.read_bytes, stored_bytes = manifest.counters.stored_bytes, "backup committed");
     Ok(summary(&committed))
+}
+
+async fn abort(session: BackupSession, error: &(dyn std::error::Error + Sync)) {
+    let id = session.id().clone();
+    if let Err(abort) = session.abort(&error.to_string()).await {
+        tracing::warn!(backup = %id, "the session could not be aborted and stays open: {abort}");
+    }
+}
+
+/// A backup that is committed already.
+async fn standing(cluster: &OpenCluster, backup: &BackupId) -> Result<BackupReport, BackupError> {
+    let log = cluster.log().await?;
+    let found = cluster.repository().backups(&log).await.readable;
+    let found = found.iter().find(|committed| committed.reference.backup == *backup).map(summary);
+    found.ok_or_else(|| SessionError::Aborted(backup.clone()).into())
 }
 
 type Taken = (Manifest, Vec<walfleet_repository::backup::write::UsedPack>, u64);
@@ -194,6 +228,7 @@ async fn take(
     cluster_bytes: u64,
     (progress, cancel): (&Progress, &CancellationToken),
 ) -> Result<Taken, BackupError> {
+    let began_at_us = jiff::Timestamp::now().as_microsecond();
     let start_lsn = starting.start_lsn;
     let started_at_us = starting.started_at_us;
     progress.enter("copy", cluster_bytes);
@@ -203,7 +238,7 @@ async fn take(
         session.id().clone(),
         request.cluster.keys().newest().clone(),
         request.compression_level,
-        parent.iter().flat_map(|parent| parent_packs(&parent.backup)),
+        parent.iter().flat_map(|parent| parent.packs.clone()),
     );
     // A lost connection ends the backup at once: Postgres has left backup mode.
     let stop_copy = cancel.child_token();
@@ -233,6 +268,7 @@ async fn take(
         wal,
         segment_size: facts.wal_segment_size,
         deadline: request.wal_wait,
+        began_at_us,
     };
     let waiting = wait.until_archived(start_lsn, stop.stop_lsn, facts.role == ServerRole::Primary, cancel);
     waiting.instrument(tracing::info_span!("wait for wal")).await?;
@@ -344,6 +380,11 @@ fn damaged_pages(files: &[BadFile], stop_lsn: Lsn) -> Vec<DamagedPages> {
 
 /// The data directory that the server names must be the one that is copied.
 fn check_data_directory(request: &BackupRequest, facts: &ServerFacts) -> Result<(), BackupError> {
+    let here = ControlFile::read(&request.data_dir)?.system_id;
+    if here != facts.system_id {
+        return Err(BackupError::OtherSystem { data_dir: request.data_dir.clone(), here, server: facts.system_id });
+    }
+    // Only a role that may read all settings is told; the system identifier then has to do.
     let Some(found) = &facts.data_directory else { return Ok(()) };
     let real = |path: &PathBuf| path.canonicalize().unwrap_or_else(|_| path.clone());
     if real(found) == real(&request.data_dir) {

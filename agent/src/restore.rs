@@ -27,7 +27,7 @@ use crate::jobs::order::RecoveryTarget;
 use crate::jobs::report::RestoreReport;
 use crate::postgres::instance::{self, BinariesError};
 use crate::progress::Progress;
-use crate::restore::plan::{PlanError, RestorePlan};
+use crate::restore::plan::{PlanEnd, PlanError, RestorePlan};
 use crate::restore::recovery::RecoverySettings;
 use crate::restore::start::{StartError, StartSpec};
 use crate::restore::write::{Destination, DirectoryMode, FileSink, WriteError, write_plain};
@@ -35,6 +35,9 @@ use crate::wal::fetch::{RestoreSource, SOURCE_FILE, SourceTimeline};
 
 /// Segments that one `wal fetch` brings along: four times 16 MiB hides a store's latency behind replay.
 const READ_AHEAD: u32 = 8;
+
+/// And no more than this of them, since segments can have a gigabyte.
+const READ_AHEAD_BYTES: u32 = 128 << 20;
 
 /// Requests in flight while files are fetched.
 const REQUESTS: usize = 4;
@@ -85,8 +88,10 @@ pub enum RestoreError {
     Programs(#[from] BinariesError),
     #[error("the backup's control file has {found} bytes, expected {expected}")]
     ControlSize { found: usize, expected: u64 },
-    #[error("{0}")]
-    Unsupported(&'static str),
+    #[error(
+        "a restore by root would belong to root, and PostgreSQL refuses to run as root\nHINT: run it as the server's own user: sudo -u postgres walfleet-agent restore …; nothing was changed."
+    )]
+    Root,
     #[error("a restoring thread ended without a result")]
     Lost,
 }
@@ -120,7 +125,7 @@ impl From<RestoreError> for Failure {
             }
             E::Start(_) | E::Programs(_) => ("restore.start", ExitCode::Failed, Remedy::Operator),
             E::ControlSize { .. } => ("restore.read", ExitCode::Failed, Remedy::Operator),
-            E::Unsupported(_) => ("restore.unsupported", ExitCode::Refused, Remedy::Operator),
+            E::Root => ("restore.root", ExitCode::Refused, Remedy::Operator),
             E::Lost => ("restore.write", ExitCode::Failed, Remedy::Operator),
         };
         Failure::new(code, exit, remedy, error)
@@ -148,6 +153,9 @@ pub async fn run(
             report.notes.push(error.to_string());
         }
         return Ok(report);
+    }
+    if rustix::process::geteuid().is_root() {
+        return Err(RestoreError::Root);
     }
     destination.check(cluster_bytes)?;
     let bin_dir = programs(&request, &reader)?;
@@ -192,6 +200,7 @@ pub async fn run(
         report.reached_lsn = standing.reached_lsn;
         report.reached_commit = standing.reached_commit;
         report.connection = standing.connection;
+        report.notes.push(format!("the server logs to {} until its next restart", start::LOG_FILE));
     }
     report.store_requests = request.cluster.repository().store().counters().requests().saturating_sub(requests_before);
     tracing::info!(data_dir = %request.data_dir.display(), state = report.server_state, "restore finished");
@@ -331,12 +340,16 @@ fn write_recovery(
         );
     }
     let auto = data_dir.join("postgresql.auto.conf");
-    let before = std::fs::read_to_string(&auto).unwrap_or_default();
-    put("postgresql.auto.conf", settings.auto_conf(&before).as_bytes())?;
+    let before = match std::fs::read(&auto) {
+        Ok(before) => before,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Vec::new(),
+        Err(source) => return Err(WriteError::Io { operation: "read", path: auto, source }.into()),
+    };
+    put("postgresql.auto.conf", &settings.auto_conf(&before))?;
     put("recovery.signal", b"")?;
     if let Some(missing) = bin_dir.and_then(|bin_dir| missing_socket_dir(bin_dir, data_dir)) {
         settings.socket_dir = Some(PathBuf::from("/tmp"));
-        put("postgresql.auto.conf", settings.auto_conf(&before).as_bytes())?;
+        put("postgresql.auto.conf", &settings.auto_conf(&before))?;
         notes.push(format!("unix_socket_directories {missing} cannot be used on this host: set to /tmp"));
     }
     if !request.keep_archiving {
@@ -378,9 +391,15 @@ fn source(request: &RestoreRequest, plan: &RestorePlan) -> RestoreSource {
         timelines: plan
             .chain
             .iter()
-            .map(|wal| SourceTimeline { timeline: wal.timeline, branch: wal.branch.to_string() })
+            .map(|leg| SourceTimeline {
+                timeline: leg.wal.timeline,
+                branch: leg.wal.branch.to_string(),
+                needed_from_lsn: leg.from,
+                needed_to_lsn: leg.to,
+            })
             .collect(),
-        read_ahead: READ_AHEAD,
+        read_ahead: READ_AHEAD.min(READ_AHEAD_BYTES / plan.backup.reference.segment_size.bytes()),
         needed_to_lsn: plan.wal_to,
+        ends_there: plan.ends == PlanEnd::There,
     }
 }

@@ -97,8 +97,9 @@ impl WalArchive {
         &self.store
     }
 
-    pub fn content_id(&self, upload: &SegmentUpload<'_>) -> Result<ChunkId, SegmentError> {
-        upload.content_id(self.keys.newest())
+    /// The id of a segment's valid bytes, by which two writers of the same segment compare.
+    pub fn id_of(&self, valid: &[u8]) -> ChunkId {
+        self.keys.newest().chunk_id(valid)
     }
 
     /// Seals and stores a segment; returns once it is durable. Sealing runs on the calling task's blocking pool.

@@ -48,8 +48,6 @@ pub enum CopyError {
     Read(#[from] StretchError),
     #[error(transparent)]
     Write(#[from] WriteError),
-    #[error("read the parent's file list: {0}")]
-    Parent(#[from] ReadError),
     #[error("cancelled")]
     Cancelled,
     #[error("a reading thread ended before its work was done")]
@@ -279,7 +277,7 @@ impl<'a> Walk<'a> {
             self.under_way.push_back(UnderWay { file, state: FileState::Directory });
             return Ok(());
         }
-        let parent = self.parent_entry(&file)?;
+        let parent = self.parent_entry(&file);
         let parent_content = parent.and_then(|entry| match entry.kind {
             EntryKind::File { content, .. } => Some(content),
             EntryKind::Directory => None,
@@ -322,9 +320,10 @@ impl<'a> Walk<'a> {
         };
         let map = match (&parent, &self.parent) {
             (Some(place), Some(reader)) => {
-                let map: FileMap = self.runtime.block_on(reader.file_map(place))?;
-                // Another slot size, and nothing can be compared by position.
-                (map.slot_bytes == SLOT_BYTES).then_some(map)
+                let map: Result<FileMap, ReadError> = self.runtime.block_on(reader.file_map(place));
+                // Without it, or with another slot size, nothing is compared and everything is stored.
+                let readable = map.map_err(|error| tracing::warn!(path = %file.absolute.display(), "the parent's map of this file does not read: {error}"));
+                readable.ok().filter(|map| map.slot_bytes == SLOT_BYTES)
             }
             _ => None,
         };
@@ -351,10 +350,15 @@ impl<'a> Walk<'a> {
         Ok(())
     }
 
-    fn parent_entry(&mut self, file: &ScannedFile) -> Result<Option<FileEntry>, CopyError> {
-        match &mut self.parent_files {
-            Some(files) => Ok(self.runtime.block_on(files.find(&file.path))?),
-            None => Ok(None),
+    fn parent_entry(&mut self, file: &ScannedFile) -> Option<FileEntry> {
+        let Some(files) = &mut self.parent_files else { return None };
+        match self.runtime.block_on(files.find(&file.path)) {
+            Ok(entry) => entry,
+            Err(error) => {
+                tracing::warn!("the parent's file list does not read, and all that follows is stored anew: {error}");
+                self.parent_files = None;
+                None
+            }
         }
     }
 

@@ -2,11 +2,15 @@
 //!
 //! On a primary the end of the backup has closed its last segment, so whatever the archiver has not brought yet is
 //! shipped from here. On a standby the last segment is closed by the primary, in its own time.
+//!
+//! That an object has the right name proves nothing: a server that was rolled back, or its twin, may have written it. So
+//! the segment is compared with what lies in this server's own `pg_wal`.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio_util::sync::CancellationToken;
+use walfleet_repository::format::wal_segment::SegmentDirectory;
 use walfleet_repository::postgres::{Lsn, Segment, SegmentSize, WalBranch};
 use walfleet_repository::wal_archive::{ArchiveError, SegmentForm, WalArchive};
 
@@ -29,6 +33,12 @@ pub enum WalWaitError {
         "the primary has not finished {segment} within {} seconds, and the backup of its standby needs it\nHINT: run SELECT pg_switch_wal() on the primary, or set its archive_timeout.", waited.as_secs()
     )]
     NotFinished { segment: String, waited: Duration },
+    #[error("compare {segment} with the archived one: {source}")]
+    Compare { segment: String, source: Arc<ShipError> },
+    #[error(
+        "{segment} in the repository, shipped by {stored_by}, is not this server's WAL\nHINT: two servers write the same timeline of one cluster, or this one was rolled back to an older state; find out which is the primary. The backup would not restore and was given up."
+    )]
+    Foreign { segment: String, stored_by: String },
     #[error("cancelled")]
     Cancelled,
 }
@@ -39,6 +49,8 @@ pub struct WalWait<'a> {
     pub wal: WalBranch,
     pub segment_size: SegmentSize,
     pub deadline: Duration,
+    /// This host's clock when the backup began, microseconds since the Unix epoch.
+    pub began_at_us: i64,
 }
 
 impl WalWait<'_> {
@@ -70,26 +82,51 @@ impl WalWait<'_> {
     ) -> Result<(), WalWaitError> {
         let name = segment.file_name(self.segment_size);
         loop {
+            let waited = began.elapsed();
             match self.archive.directory(self.wal, segment, self.segment_size, SegmentForm::Whole).await {
-                Ok(_) => return Ok(()),
+                Ok(directory) => return self.must_be_ours(segment, &directory).await,
                 Err(error) if error.is_not_found() => {}
                 Err(source) => return Err(WalWaitError::Archive { segment: name, source }),
             }
-            let waited = began.elapsed();
-            if waited >= GRACE {
-                if is_primary {
-                    let shipped = self.shipper.ship(&name).await;
-                    let missing = |source| WalWaitError::Missing { segment: name.clone(), start, stop, source };
-                    return shipped.map_err(missing);
+            if waited >= GRACE && is_primary {
+                let shipped = tokio::select! {
+                    // The upload goes on by itself; the archiver will find it done.
+                    () = cancel.cancelled() => return Err(WalWaitError::Cancelled),
+                    shipped = self.shipper.ship(&name) => shipped,
+                };
+                match shipped {
+                    Ok(()) => return Ok(()),
+                    // The archiver may have brought it and Postgres recycled it in between: look once more.
+                    Err(source) if waited >= 2 * GRACE => {
+                        return Err(WalWaitError::Missing { segment: name.clone(), start, stop, source });
+                    }
+                    Err(_) => {}
                 }
-                if waited >= self.deadline {
-                    return Err(WalWaitError::NotFinished { segment: name, waited });
-                }
+            }
+            if waited >= self.deadline {
+                return Err(WalWaitError::NotFinished { segment: name, waited });
             }
             tokio::select! {
                 () = cancel.cancelled() => return Err(WalWaitError::Cancelled),
                 () = tokio::time::sleep(POLL) => {}
             }
+        }
+    }
+
+    /// An archived segment counts if this server's own file says the same, or if this host shipped it since the backup
+    /// began and Postgres has recycled the file since.
+    async fn must_be_ours(&self, segment: Segment, directory: &SegmentDirectory) -> Result<(), WalWaitError> {
+        if self.shipper.has_confirmed(segment) {
+            return Ok(());
+        }
+        let name = segment.file_name(self.segment_size);
+        let compared = self.shipper.agrees(segment, directory.content_id).await;
+        let compared =
+            compared.map_err(|source| WalWaitError::Compare { segment: name.clone(), source: Arc::new(source) })?;
+        match compared {
+            Some(true) => Ok(()),
+            None if directory.shipped_at_us >= self.began_at_us => Ok(()),
+            _ => Err(WalWaitError::Foreign { segment: name, stored_by: directory.member.clone() }),
         }
     }
 }

@@ -67,23 +67,41 @@ impl PlanError {
     }
 }
 
+/// One branch on the way, and which of its segments `[from, to)` recovery cannot do without.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Leg {
+    pub wal: WalBranch,
+    pub from: Lsn,
+    pub to: Lsn,
+}
+
+/// What is behind the WAL of the plan.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum PlanEnd {
+    /// Recovery stops by itself, or takes what has come meanwhile.
+    Open,
+    /// The plan's end stands for a time: WAL that comes later must not be replayed.
+    There,
+}
+
 /// How a target is reached.
 #[derive(Clone, Debug)]
 pub struct RestorePlan {
     pub backup: CommittedBackup,
     /// The branches that WAL is read from, oldest first; the last is the one recovered to.
-    pub chain: Vec<WalBranch>,
+    pub chain: Vec<Leg>,
     /// What recovery is told: as asked, or without a target where the end of the WAL is the target.
     pub target: RecoveryTarget,
     /// WAL that replay reads: `[from, to)`.
     pub wal_from: Lsn,
     pub wal_to: Lsn,
+    pub ends: PlanEnd,
     pub notes: Vec<String>,
 }
 
 impl RestorePlan {
     pub fn timeline(&self) -> Timeline {
-        self.chain.last().map_or(self.backup.reference.wal.timeline, |wal| wal.timeline)
+        self.chain.last().map_or(self.backup.reference.wal.timeline, |leg| leg.wal.timeline)
     }
 
     /// Bytes that a restore fetches at least.
@@ -143,17 +161,20 @@ pub async fn plan(
 }
 
 fn finish(target: &RecoveryTarget, choice: Choice, backup: CommittedBackup) -> RestorePlan {
-    let mut chain: Vec<WalBranch> = Vec::new();
-    for wal in choice.reads.iter().map(|read| read.wal).chain([choice.wal]) {
-        if chain.last() != Some(&wal) {
-            chain.push(wal);
-        }
+    let mut chain: Vec<Leg> =
+        choice.reads.iter().map(|read| Leg { wal: read.wal, from: read.from, to: read.to }).collect();
+    if chain.last().is_none_or(|leg| leg.wal != choice.wal) {
+        chain.push(Leg { wal: choice.wal, from: Lsn::INVALID, to: Lsn::INVALID });
     }
+    let mut ends = PlanEnd::Open;
     let mut notes = Vec::new();
     let mut target = target.clone();
     if choice.stop == StopAt::EndOfWal {
         if target.point != TargetPoint::Latest {
-            notes.push("the target is the newest commit there is: recovery goes to the end of the WAL".to_owned());
+            ends = PlanEnd::There;
+            notes.push(
+                "the target is the newest commit there is: recovery goes to the end of the WAL there was".to_owned(),
+            );
         }
         if target.action != TargetAction::Promote {
             notes.push("recovery to the end of the WAL always ends in a promotion".to_owned());
@@ -171,7 +192,7 @@ fn finish(target: &RecoveryTarget, choice: Choice, backup: CommittedBackup) -> R
             backup.reference.damaged_page_count
         ));
     }
-    RestorePlan { wal_from: choice.from, wal_to: choice.to, backup, chain, target, notes }
+    RestorePlan { wal_from: choice.from, wal_to: choice.to, backup, chain, target, ends, notes }
 }
 
 fn timeline(timeline: TargetTimeline) -> TimelineChoice {

@@ -12,8 +12,9 @@ use walfleet_repository::postgres::{Lsn, Timeline};
 
 use crate::jobs::order::{RecoveryTarget, TargetAction, TargetPoint};
 
-/// Settings of postgresql.auto.conf that a restore replaces: everything that steers recovery. Targets exclude each other,
-/// so one left over from the source would stop the start.
+/// Settings of postgresql.auto.conf that a restore replaces: everything that steers recovery. What is left of them in the
+/// source's postgresql.conf is overruled by writing every one of them: a target or a delay inherited from an old recovery
+/// would stop the restore short, or hold it up, without a word.
 const REPLACED: &[&str] = &[
     "restore_command",
     "archive_cleanup_command",
@@ -50,18 +51,22 @@ pub struct RecoverySettings<'a> {
 
 impl RecoverySettings<'_> {
     /// The new postgresql.auto.conf: what the source had, less what steers recovery, and ours at the end, where it wins.
-    pub fn auto_conf(&self, source: &str) -> String {
-        let mut text = String::new();
-        for line in source.lines() {
-            let name = line.split(['=', ' ', '\t']).next().unwrap_or_default().to_ascii_lowercase();
-            if !REPLACED.contains(&name.as_str()) && !line.starts_with("# walfleet restore") {
-                text.push_str(line);
-                text.push('\n');
+    ///
+    /// Bytes, since a setting may be in any encoding.
+    pub fn auto_conf(&self, source: &[u8]) -> Vec<u8> {
+        const HEADING: &[u8] = b"# walfleet restore";
+        let mut text = Vec::new();
+        for line in source.split(|byte| *byte == b'\n').filter(|line| !line.is_empty()) {
+            let name = line.split(|byte| b"= \t".contains(byte)).next().unwrap_or_default().to_ascii_lowercase();
+            if !REPLACED.iter().any(|replaced| replaced.as_bytes() == name) && !line.starts_with(HEADING) {
+                text.extend_from_slice(line);
+                text.push(b'\n');
             }
         }
-        text.push_str("# walfleet restore\n");
+        text.extend_from_slice(HEADING);
+        text.push(b'\n');
         for (name, value) in self.settings() {
-            let _ = writeln!(text, "{name} = {}", quote(&value));
+            text.extend_from_slice(format!("{name} = {}\n", quote(&value)).as_bytes());
         }
         text
     }
@@ -75,11 +80,25 @@ impl RecoverySettings<'_> {
             ("recovery_target_timeline", self.timeline.to_string()),
             // So that it can be asked where it stands.
             ("hot_standby", "on".to_owned()),
+            ("recovery_target_action", action(self.target.action).to_owned()),
+            ("recovery_target_inclusive", if self.target.exclusive { "off" } else { "on" }.to_owned()),
+            ("recovery_min_apply_delay", "0".to_owned()),
+            ("archive_cleanup_command", String::new()),
+            ("primary_conninfo", String::new()),
+            ("primary_slot_name", String::new()),
         ];
-        settings.extend(self.point());
-        if self.target.point != TargetPoint::Latest {
-            settings.push(("recovery_target_action", action(self.target.action).to_owned()));
-        }
+        // Targets exclude each other, and an empty one is none (check_recovery_target_…, xlogrecovery.c).
+        let target = self.point();
+        const TARGETS: [&str; 5] = [
+            "recovery_target",
+            "recovery_target_lsn",
+            "recovery_target_name",
+            "recovery_target_time",
+            "recovery_target_xid",
+        ];
+        let others = TARGETS.into_iter().filter(|name| target.as_ref().is_none_or(|(used, _)| used != name));
+        settings.extend(others.map(|name| (name, String::new())));
+        settings.extend(target);
         if !self.keep_archiving {
             // The copy begins a timeline of its own: it must not write into the archive of the original.
             settings.push(("archive_mode", "off".to_owned()));
@@ -93,22 +112,16 @@ impl RecoverySettings<'_> {
         settings
     }
 
-    fn point(&self) -> Vec<(&'static str, String)> {
-        let target = self.target;
-        let mut settings = match &target.point {
-            TargetPoint::Time(at) => vec![("recovery_target_time", postgres_time(*at))],
-            TargetPoint::Lsn(lsn) => vec![("recovery_target_lsn", lsn.to_string())],
+    fn point(&self) -> Option<(&'static str, String)> {
+        match &self.target.point {
+            TargetPoint::Time(at) => Some(("recovery_target_time", postgres_time(*at))),
+            TargetPoint::Lsn(lsn) => Some(("recovery_target_lsn", lsn.to_string())),
             // Records hold the low 32 bits; recovery compares those (recoveryStopsBefore, xlogrecovery.c).
-            TargetPoint::Xid(xid) => vec![("recovery_target_xid", (xid & 0xFFFF_FFFF).to_string())],
-            TargetPoint::Name(name) => vec![("recovery_target_name", name.clone())],
-            TargetPoint::Immediate => vec![("recovery_target", "immediate".to_owned())],
-            TargetPoint::Latest => Vec::new(),
-        };
-        if target.point.can_be_exclusive() {
-            let inclusive = if target.exclusive { "off" } else { "on" };
-            settings.push(("recovery_target_inclusive", inclusive.to_owned()));
+            TargetPoint::Xid(xid) => Some(("recovery_target_xid", (xid & 0xFFFF_FFFF).to_string())),
+            TargetPoint::Name(name) => Some(("recovery_target_name", name.clone())),
+            TargetPoint::Immediate => Some(("recovery_target", "immediate".to_owned())),
+            TargetPoint::Latest => None,
         }
-        settings
     }
 
     /// For a source whose configuration lies outside its data directory (Debian's /etc/postgresql): enough to start.
@@ -221,27 +234,25 @@ mod tests {
         }
     }
 
+    fn written(target: &RecoveryTarget, source: &str) -> String {
+        String::from_utf8(settings(target).auto_conf(source.as_bytes())).unwrap()
+    }
+
     #[test]
     fn each_target_becomes_the_settings_that_recovery_reads() {
         let at: Timestamp = "2026-06-04T14:31:59.25Z".parse().unwrap();
         for (point, exclusive, wanted) in [
-            (
-                TargetPoint::Time(at),
-                false,
-                "recovery_target_time = '2026-06-04 14:31:59.250000+00'\nrecovery_target_inclusive = 'on'",
-            ),
-            (
-                TargetPoint::Lsn(Lsn(0x300_0060)),
-                true,
-                "recovery_target_lsn = '0/3000060'\nrecovery_target_inclusive = 'off'",
-            ),
-            (TargetPoint::Xid(0x1_0000_02E6), false, "recovery_target_xid = '742'\nrecovery_target_inclusive = 'on'"),
+            (TargetPoint::Time(at), false, "recovery_target_time = '2026-06-04 14:31:59.250000+00'"),
+            (TargetPoint::Lsn(Lsn(0x300_0060)), true, "recovery_target_lsn = '0/3000060'"),
+            (TargetPoint::Xid(0x1_0000_02E6), false, "recovery_target_xid = '742'"),
             (TargetPoint::Name("it's".into()), false, "recovery_target_name = 'it''s'"),
             (TargetPoint::Immediate, false, "recovery_target = 'immediate'"),
         ] {
             let target = target(point, exclusive);
-            let text = settings(&target).auto_conf("");
+            let text = written(&target, "");
             assert!(text.contains(wanted), "{text}");
+            assert_eq!(text.matches("recovery_target_inclusive = 'off'").count(), usize::from(exclusive));
+            assert_eq!(text.matches(" = ''\n").count(), 4 + 3, "all other targets are none: {text}");
             assert!(text.contains("recovery_target_action = 'promote'") && text.contains("archive_mode = 'off'"));
             assert!(text.contains("restore_command = '''/opt/wal fleet/walfleet-agent'' wal fetch --source"), "{text}");
         }
@@ -252,11 +263,12 @@ mod tests {
         let target = target(TargetPoint::Latest, false);
         let source =
             "# comment\nwork_mem = '64MB'\nrecovery_target_time = 'x'\nprimary_conninfo='y'\narchive_mode = 'on'\n";
-        let text = settings(&target).auto_conf(source);
+        let text = written(&target, source);
         assert!(text.starts_with("# comment\nwork_mem = '64MB'\narchive_mode = 'on'\n# walfleet restore\n"), "{text}");
-        assert!(!text.contains("primary_conninfo") && !text.contains("recovery_target_time"));
+        assert!(text.contains("primary_conninfo = ''") && text.contains("recovery_target_time = ''"), "{text}");
+        assert!(!text.contains("'x'") && !text.contains("'y'"));
         assert!(text.rfind("archive_mode = 'off'") > text.rfind("archive_mode = 'on'"), "the last one wins");
-        let twice = settings(&target).auto_conf(&text);
+        let twice = written(&target, &text);
         assert_eq!(twice.matches("restore_command").count(), 1);
     }
 

@@ -104,6 +104,9 @@ async fn launch(spec: &StartSpec) -> Result<(), StartError> {
         .arg(&spec.data_dir)
         .arg("-l")
         .arg(spec.data_dir.join(LOG_FILE))
+        // What PostgreSQL says until it stands must come here, in words that are known, whatever the source's logging
+        // was; a restart brings that back.
+        .args(["-o", "-c logging_collector=off -c log_destination=stderr -c lc_messages=C"])
         .args(["-W", "-s", "start"])
         .current_dir("/")
         .stdin(Stdio::null())

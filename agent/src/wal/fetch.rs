@@ -31,6 +31,9 @@ pub const AHEAD_FOLDER: &str = "pg_wal/walfleet-ahead";
 /// One call may take this long before recovery is stopped rather than left hanging.
 const DEADLINE: Duration = Duration::from_secs(600);
 
+/// How long a delivered file waits for those brought along with it.
+const AHEAD_DEADLINE: Duration = Duration::from_secs(20);
+
 /// Everything a fetch needs, kept beside the restored server's WAL.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -53,6 +56,8 @@ pub struct RestoreSource {
     pub read_ahead: u32,
     /// No segment behind the one that holds this position is brought along.
     pub needed_to_lsn: Lsn,
+    /// That position stands for a time: no segment that begins there or later belongs to this restore.
+    pub ends_there: bool,
 }
 
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -61,6 +66,10 @@ pub struct SourceTimeline {
     pub timeline: Timeline,
     /// 16 hexadecimal digits.
     pub branch: String,
+    /// Segments that begin in `[from, to)` were there when the restore was planned: without one of them recovery must
+    /// stop, and not end.
+    pub needed_from_lsn: Lsn,
+    pub needed_to_lsn: Lsn,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -90,6 +99,10 @@ pub enum FetchError {
     Name(#[from] WalReadError),
     #[error("write {path}: {source}")]
     Write { path: PathBuf, source: std::io::Error },
+    #[error(
+        "{name} was in the archive when the restore was planned and is gone\nHINT: recovery was stopped, since it would end too early; put the object back from a replica or an older version of it, and start the server again."
+    )]
+    Gone { name: String },
     #[error("no answer within {} seconds", DEADLINE.as_secs())]
     Deadline,
     #[error("{0}")]
@@ -127,6 +140,9 @@ struct Plan {
     size: SegmentSize,
     domain: DomainKeys,
     branches: BTreeMap<Timeline, Branch>,
+    needed: BTreeMap<Timeline, (Lsn, Lsn)>,
+    /// WAL from here on is not part of the restore.
+    end: Option<Lsn>,
 }
 
 impl Plan {
@@ -148,12 +164,32 @@ impl Plan {
             size,
             domain: DomainKeys { domain, commitments },
             branches: branches.map_err(|e| e.to_string())?,
+            needed: source
+                .timelines
+                .iter()
+                .map(|entry| (entry.timeline, (entry.needed_from_lsn, entry.needed_to_lsn)))
+                .collect(),
+            end: source.ends_there.then_some(source.needed_to_lsn),
         })
     }
 
     fn wal(&self, timeline: Timeline) -> Option<WalBranch> {
         let branch = *self.branches.get(&timeline)?;
         Some(WalBranch { system_id: self.system_id, timeline, branch })
+    }
+}
+
+impl Plan {
+    fn needs(&self, segment: Segment) -> bool {
+        let start = segment.start(self.size);
+        self.needed.get(&segment.timeline).is_some_and(|(from, to)| {
+            // The first needed position lies within its segment.
+            segment.end(self.size) > *from && start < *to
+        })
+    }
+
+    fn is_behind(&self, segment: Segment) -> bool {
+        self.end.is_some_and(|end| segment.start(self.size) >= end)
     }
 }
 
@@ -219,7 +255,9 @@ async fn bring_segments(
     destination: &Path,
 ) -> Result<FetchOutcome, FetchError> {
     // A timeline that does not lead to the target: its WAL is not part of this restore.
-    let Some(wal) = plan.wal(segment.timeline) else { return Ok(FetchOutcome::Absent) };
+    let Some(wal) = plan.wal(segment.timeline).filter(|_| !plan.is_behind(segment)) else {
+        return Ok(FetchOutcome::Absent);
+    };
     let last = source.needed_to_lsn.segment_number(plan.size);
     let ahead: Vec<Segment> = (1..=u64::from(source.read_ahead))
         .map(|n| Segment { number: segment.number.saturating_add(n), ..segment })
@@ -240,9 +278,16 @@ async fn bring_segments(
     if found.is_none() {
         found = archive.get_segment(wal, segment, plan.size, SegmentForm::Partial).await?;
     }
-    let Some((_, content)) = found else { return Ok(FetchOutcome::Absent) };
+    let Some((_, content)) = found else {
+        if plan.needs(segment) {
+            return Err(FetchError::Gone { name: segment.file_name(plan.size) });
+        }
+        return Ok(FetchOutcome::Absent);
+    };
     write_whole(destination, &content)?;
-    while tasks.join_next().await.is_some() {}
+    // The file is delivered; what was to come along may hang without spoiling that.
+    let all = async { while tasks.join_next().await.is_some() {} };
+    let _ = tokio::time::timeout(AHEAD_DEADLINE, all).await;
     Ok(FetchOutcome::Delivered)
 }
 

@@ -4,13 +4,14 @@
 //! as well, and answers at once when Postgres comes to ask for them. An answer is only ever given for what the store
 //! has confirmed; nothing else is remembered across a restart of the agent, since asking the archive again is cheap.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use jiff::Timestamp;
 use tokio::sync::{Semaphore, watch};
+use walfleet_repository::ids::ChunkId;
 use walfleet_repository::postgres::{Branch, Lsn, Segment, SegmentSize, SystemId, Timeline, WalBranch};
 use walfleet_repository::wal_archive::{ArchiveError, Archived, OwnedSegment, SegmentForm, WalArchive};
 
@@ -20,6 +21,9 @@ use crate::wal::read::{SegmentContent, WalFile, WalReadError, read_segment};
 /// Files that were shipped ahead and not asked for yet are remembered; beyond this, the oldest are forgotten and would
 /// only be compared again.
 const REMEMBERED: usize = 4096;
+
+/// Segments in flight hold at most this much content, and about as much again sealed; always one.
+const IN_FLIGHT_BYTES: u32 = 64 << 20;
 
 #[derive(Debug, thiserror::Error)]
 pub enum ShipError {
@@ -76,7 +80,13 @@ struct State {
     files: HashMap<WalFile, watch::Receiver<Outcome>>,
     /// In the order they were begun.
     order: std::collections::VecDeque<WalFile>,
-    branches: BTreeMap<Timeline, Branch>,
+    /// Whose history file the archive holds.
+    stored_histories: BTreeSet<Branch>,
+    /// Confirmed segments ahead of the contiguous end, by number.
+    confirmed: BTreeSet<Segment>,
+    /// The first segment whose durability is promised, and from which the contiguous end grows.
+    next: Option<Segment>,
+    first: Option<Segment>,
 }
 
 /// Ships one instance's WAL. Cheap to share.
@@ -93,8 +103,10 @@ pub struct Shipper {
 impl Shipper {
     pub fn new(source: ShipSource, options: ShipOptions) -> Arc<Shipper> {
         let (status, _) = watch::channel(ShipStatus::default());
+        let fitting = (IN_FLIGHT_BYTES / source.segment_size.bytes()).max(1) as usize;
+        let options = ShipOptions { parallel: options.parallel.clamp(1, fitting), ..options };
         Arc::new(Shipper {
-            slots: Arc::new(Semaphore::new(options.parallel.max(1))),
+            slots: Arc::new(Semaphore::new(options.parallel)),
             source,
             options,
             state: Mutex::default(),
@@ -110,6 +122,9 @@ impl Shipper {
     /// Returns once the file is durable in the repository. Dropping it leaves the upload running.
     pub async fn ship(self: &Arc<Self>, name: &str) -> Result<(), Arc<ShipError>> {
         let file = WalFile::parse(name, self.source.segment_size).map_err(|e| Arc::new(ShipError::Read(e)))?;
+        if let WalFile::Segment(segment) = file {
+            self.expect(segment);
+        }
         let mut receiver = self.begin(file);
         self.read_ahead(file).await;
         let outcome = receiver.wait_for(Option::is_some).await;
@@ -237,31 +252,27 @@ impl Shipper {
         Ok(content)
     }
 
-    /// Where a timeline's WAL lies. The first time, its history file is archived before any of its segments.
+    /// Where a timeline's WAL lies: said by the history file that lies in `pg_wal` at this moment, since a host can be
+    /// rewound and promoted to the same number again. It is archived before any of the timeline's segments.
     pub async fn branch(&self, timeline: Timeline) -> Result<WalBranch, ShipError> {
         let system_id = self.source.system_id;
-        let known = self.state().branches.get(&timeline).copied();
-        if let Some(branch) = known {
-            return Ok(WalBranch { system_id, timeline, branch });
+        if timeline == Timeline::FIRST {
+            return Ok(WalBranch { system_id, timeline, branch: Branch::ROOT });
         }
-        let branch = if timeline == Timeline::FIRST {
-            Branch::ROOT
-        } else {
-            match self.read_small(&timeline.history_name()).await {
-                Ok(content) => {
-                    let now = Timestamp::now().as_microsecond();
-                    let archive = &self.source.archive;
-                    archive.put_history(system_id, timeline, &content, &self.source.member, now).await?;
-                    Branch::of_history(&content)
-                }
-                Err(WalReadError::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
-                    let stored = self.source.archive.branch_of(system_id, timeline).await?;
-                    stored.ok_or(ShipError::NoHistory(timeline))?.branch
-                }
-                Err(error) => return Err(error.into()),
+        let content = match self.read_small(&timeline.history_name()).await {
+            Ok(content) => content,
+            Err(WalReadError::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
+                return Err(ShipError::NoHistory(timeline));
             }
+            Err(error) => return Err(error.into()),
         };
-        self.state().branches.insert(timeline, branch);
+        let branch = Branch::of_history(&content);
+        let is_stored = self.state().stored_histories.contains(&branch);
+        if !is_stored {
+            let now = Timestamp::now().as_microsecond();
+            self.source.archive.put_history(system_id, timeline, &content, &self.source.member, now).await?;
+            self.state().stored_histories.insert(branch);
+        }
         Ok(WalBranch { system_id, timeline, branch })
     }
 
@@ -282,6 +293,10 @@ impl Shipper {
 
     fn note(&self, file: WalFile, result: &Result<Archived, Arc<ShipError>>) {
         let size = self.source.segment_size;
+        let reached = match (file, result) {
+            (WalFile::Segment(segment), Ok(_)) => self.confirm(segment),
+            _ => None,
+        };
         self.status.send_modify(|status| match result {
             Ok(archived) => {
                 match archived {
@@ -291,9 +306,7 @@ impl Shipper {
                     }
                     Archived::AlreadyThere => status.already_there += 1,
                 }
-                if let WalFile::Segment(segment) = file
-                    && status.last_segment.is_none_or(|last| last < segment)
-                {
+                if let Some(segment) = reached {
                     status.last_segment = Some(segment);
                     status.durable_lsn = segment.end(size);
                     status.durable_at = Some(Timestamp::now());
@@ -307,13 +320,64 @@ impl Shipper {
         });
     }
 
+    /// Postgres asks in WAL order: what it asks for first, or after a change of timeline, is where durability begins.
+    fn expect(&self, asked: Segment) {
+        let mut state = self.state();
+        if state.next.is_none_or(|next| next.timeline < asked.timeline) {
+            (state.first, state.next) = (Some(asked), Some(asked));
+            state.confirmed.clear();
+        }
+    }
+
+    /// Takes in a confirmed segment; the new contiguous end, if it grew.
+    fn confirm(&self, segment: Segment) -> Option<Segment> {
+        let mut state = self.state();
+        let mut next = state.next?;
+        if segment < next || segment.timeline != next.timeline {
+            return None;
+        }
+        state.confirmed.insert(segment);
+        let mut reached = None;
+        while state.confirmed.remove(&next) {
+            reached = Some(next);
+            next = next.next();
+        }
+        state.next = Some(next);
+        reached
+    }
+
+    /// Whether this process has seen the archive confirm the segment with the content that lay here.
+    pub fn has_confirmed(&self, segment: Segment) -> bool {
+        let state = self.state();
+        state.confirmed.contains(&segment)
+            || state.next.is_some_and(|next| segment.timeline == next.timeline && segment < next)
+                && state.first.is_some_and(|first| first <= segment)
+    }
+
+    /// Compares a finished segment in `pg_wal` with the archived one; `None`: there is nothing to compare.
+    pub async fn agrees(&self, segment: Segment, archived: ChunkId) -> Result<Option<bool>, ShipError> {
+        let (source, size) = (self.source.clone(), self.source.segment_size);
+        let read = tokio::task::spawn_blocking(move || {
+            let path = source.data_dir.join("pg_wal").join(segment.file_name(size));
+            match read_segment(&path, segment, size, source.system_id, None) {
+                Ok(content) if content.suspicion.is_none() => Ok(Some(content)),
+                Ok(_) => Ok(None),
+                Err(WalReadError::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => Ok(None),
+                Err(error) => Err(error),
+            }
+        });
+        let Some(content) = read.await.map_err(|_| ShipError::Stopping)?? else { return Ok(None) };
+        let valid = content.bytes.get(..content.facts.valid_bytes as usize).unwrap_or_default();
+        Ok(Some(self.source.archive.id_of(valid) == archived))
+    }
+
     fn state(&self) -> std::sync::MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Waits until nothing is in flight, or the deadline.
     pub async fn drain(&self, deadline: Duration) {
-        let all = u32::try_from(self.options.parallel.max(1)).unwrap_or(u32::MAX);
+        let all = u32::try_from(self.options.parallel).unwrap_or(u32::MAX);
         let _ = tokio::time::timeout(deadline, self.slots.acquire_many(all)).await;
     }
 }

@@ -1,5 +1,6 @@
 //! A backup session in the cluster's log: opened before anything is written, committed after everything is durable.
 
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -12,7 +13,7 @@ use crate::format::log_entry::{Action, Open};
 use crate::format::manifest::Manifest;
 use crate::format::reference::{PackUse, ReferencePart, SessionPacks};
 use crate::format::sealed::{Compressor, SealedError};
-use crate::ids::{BackupId, Digest};
+use crate::ids::{BackupId, Digest, PackId};
 use crate::layout;
 use crate::open::CommittedBackup;
 use crate::postgres::{Lsn, WalBranch};
@@ -67,6 +68,8 @@ pub struct SessionSpec {
 pub struct Parent {
     pub backup: CommittedBackup,
     pub reader: Arc<BackupReader>,
+    /// Its packs that are seen to lie there whole: only these may be referred to.
+    pub packs: Vec<ParentPack>,
 }
 
 /// An open session.
@@ -134,8 +137,10 @@ impl BackupSession {
     ///
     /// Bottom-up: manifest and reference part first, each under a name of its own, then the log entry that makes them
     /// count. A crash before it leaves objects that nothing refers to; a crash after it leaves a backup.
+    ///
+    /// After an error the session may still be open: abort it, which changes nothing if the commit did count.
     pub async fn commit(
-        mut self,
+        &mut self,
         manifest: &Manifest,
         packs: Vec<UsedPack>,
         damaged_page_count: u64,
@@ -196,22 +201,44 @@ impl BackupSession {
     }
 }
 
-/// The packs that a session with this parent may refer to.
-pub fn parent_packs(parent: &CommittedBackup) -> Vec<ParentPack> {
-    let sessions = parent.reference.sessions.iter().filter(|session| session.cluster.is_none());
-    sessions
-        .flat_map(|session| {
-            session.packs.iter().map(|used| ParentPack {
-                pack: used.pack,
-                session: session.session.clone(),
-                stored_bytes: used.stored_bytes,
-            })
-        })
-        .collect()
+/// The parent's packs that a listing shows with the size they should have.
+///
+/// A pack that is missing there, or cut short, is left out, and what lies in it is stored anew: a listing that shows too
+/// little costs space, never correctness.
+async fn present_packs(
+    cluster: &OpenCluster,
+    log: &ClusterLog,
+    backup: &CommittedBackup,
+) -> Result<Vec<ParentPack>, StoreError> {
+    let mut wanted: BTreeMap<BackupId, Vec<PackUse>> = BTreeMap::new();
+    for session in backup.reference.sessions.iter().filter(|session| session.cluster.is_none()) {
+        for used in &session.packs {
+            let home = log.state().moved(&used.pack).unwrap_or(&session.session);
+            wanted.entry(home.clone()).or_default().push(*used);
+        }
+    }
+    let mut present = Vec::new();
+    for (session, packs) in wanted {
+        let listed = cluster.repository().store().list(&layout::session_packs(cluster.name(), &session)).await?;
+        let sizes: HashMap<PackId, u64> = listed
+            .iter()
+            .filter_map(|object| Some((layout::parse_pack(cluster.name(), &object.key)?.1, object.size)))
+            .collect();
+        for used in packs {
+            if sizes.get(&used.pack) == Some(&used.stored_bytes) {
+                let (pack, stored_bytes) = (used.pack, used.stored_bytes);
+                present.push(ParentPack { pack, session: session.clone(), stored_bytes });
+            } else {
+                let parent = &backup.reference.backup;
+                tracing::error!(pack = %used.pack, backup = %parent, "a pack that a committed backup needs is missing or damaged; what lies in it is stored anew");
+            }
+        }
+    }
+    Ok(present)
 }
 
 fn by_session(packs: Vec<UsedPack>) -> Vec<SessionPacks> {
-    let mut sessions: std::collections::BTreeMap<BackupId, Vec<PackUse>> = Default::default();
+    let mut sessions: BTreeMap<BackupId, Vec<PackUse>> = BTreeMap::new();
     for pack in packs {
         let used = PackUse { pack: pack.pack, stored_bytes: pack.stored_bytes, used_bytes: pack.used_bytes };
         sessions.entry(pack.session).or_default().push(used);
@@ -236,7 +263,9 @@ async fn newest_parent(cluster: &OpenCluster, log: &ClusterLog, wal: WalBranch) 
                 let life = crate::open::BackupLife::Live;
                 let backup = CommittedBackup { reference, commit: committed.clone(), life, writer };
                 let reader = cluster.open_backup(&backup, log.state()).await;
-                reader.map(|reader| Parent { backup, reader: Arc::new(reader) })
+                let packs = present_packs(cluster, log, &backup).await;
+                let packs = packs.map_err(|source| ClusterError::Store { backup: session.id().clone(), source });
+                reader.and_then(|reader| Ok(Parent { backup, reader: Arc::new(reader), packs: packs? }))
             }
             Err(error) => Err(error.into()),
         };

@@ -55,6 +55,8 @@ pub enum FetchError {
     Read(#[from] ReadError),
     #[error("write restored content: {0}")]
     Sink(#[source] std::io::Error),
+    #[error("a restoring thread ended before its work was done")]
+    Lost,
     #[error("cancelled")]
     Cancelled,
 }
@@ -137,7 +139,7 @@ pub async fn fetch_all(
         };
         tasks.spawn(fetching.in_current_span());
     }
-    drop(fetched_sender);
+    drop((fetched_sender, ranges));
     let mut threads = Vec::new();
     for _ in 0..options.threads.max(1) {
         let (fetched, sink, keys) = (fetched.clone(), sink.clone(), reader.keys().clone());
@@ -148,6 +150,7 @@ pub async fn fetch_all(
             }
         }));
     }
+    drop(fetched);
 
     let files = tokio::select! {
         // Dropping the plan loses nothing that was not already handed on.
@@ -158,12 +161,18 @@ pub async fn fetch_all(
         fail(&failure, &stop)(error);
         0
     });
+    // A task that panicked took a range with it: nothing that was written may pass for whole.
     let mut fetched_bytes = 0;
     while let Some(done) = tasks.join_next().await {
-        fetched_bytes += done.unwrap_or(0);
+        fetched_bytes += done.unwrap_or_else(|_| {
+            fail(&failure, &stop)(FetchError::Lost);
+            0
+        });
     }
     for thread in threads {
-        let _ = thread.await;
+        if thread.await.is_err() {
+            fail(&failure, &stop)(FetchError::Lost);
+        }
     }
     if let Some(error) = Arc::into_inner(failure).and_then(OnceLock::into_inner) {
         return Err(error);

@@ -9,7 +9,7 @@ use object_store::ObjectStoreExt;
 use object_store::memory::InMemory;
 use tokio_util::sync::CancellationToken;
 
-use super::commit::{BackupSession, SessionError, SessionSpec, parent_packs};
+use super::commit::{BackupSession, SessionError, SessionSpec};
 use super::fetch::{FetchError, FetchOptions, FileNumber, PieceSink, fetch_all};
 use super::file_list::{FileListWriter, PlacedContent, PlacedFile, PlacedKind};
 use super::write::{PackSession, PlacedSlot};
@@ -52,14 +52,14 @@ fn wal() -> WalBranch {
 async fn back_up(ground: &Ground, files: &Files, run: Option<&str>) -> Result<(CommittedBackup, u64), SessionError> {
     let spec = SessionSpec { run: run.map(str::to_owned), wal: wal(), wal_floor: Lsn(0x100) };
     let opened = BackupSession::open(ground.cluster.clone(), ground.signer.clone(), "pg1", spec).await?;
-    let (session, parent) = opened;
+    let (mut session, parent) = opened;
     let packs = PackSession::begin(
         ground.cluster.repository().store().clone(),
         ground.cluster.name().clone(),
         session.id().clone(),
         ground.cluster.keys().newest().clone(),
         3,
-        parent.iter().flat_map(|parent| parent_packs(&parent.backup)),
+        parent.iter().flat_map(|parent| parent.packs.clone()),
     );
     let known = match &parent {
         Some(parent) => entries(&parent.reader).await,
@@ -253,6 +253,22 @@ async fn a_run_is_served_once_and_a_dead_attempt_gives_way() {
     assert!(matches!(again, Err(SessionError::RunServed { .. })));
     let log = ground.cluster.log().await.unwrap();
     assert!(!log.state().session(dead.id()).unwrap().is_open(), "the dead attempt was aborted");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_parents_pack_that_is_gone_is_not_referred_to_and_its_content_is_stored_anew() {
+    let ground = ground().await;
+    let (first, stored) = back_up(&ground, &cluster_files(), None).await.unwrap();
+    let log = ground.cluster.log().await.unwrap();
+    // The largest pack holds the data.
+    let packs = first.reference.sessions.iter().flat_map(|session| &session.packs);
+    let largest = packs.max_by_key(|used| used.stored_bytes).unwrap().pack;
+    let key = ground.cluster.pack_keys(&first, log.state())[&largest].clone();
+    ground.objects.delete(&key).await.unwrap();
+    assert!(bring_back(&ground, &first).await.is_err());
+    let (second, again) = back_up(&ground, &cluster_files(), None).await.unwrap();
+    assert!(again > stored / 2, "{again} of {stored} bytes were stored anew");
+    assert_eq!(bring_back(&ground, &second).await.unwrap(), cluster_files());
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -93,10 +93,6 @@ impl SegmentUpload<'_> {
         self.content.get(..self.facts.valid_bytes as usize).ok_or(bad)
     }
 
-    pub fn content_id(&self, domain: &DomainKey) -> Result<ChunkId, SegmentError> {
-        Ok(domain.chunk_id(self.valid()?))
-    }
-
     /// The object's bytes and its directory. `key` is the object's key in the repository.
     pub fn seal(
         &self,
