@@ -164,7 +164,11 @@ impl Keeper {
         let roots = Roots { root_public_key: root, recovery_recipient: self.reconciler.keeper.recovery_recipient() };
         let (repository, initialised) = Repository::init(store, roots).await?;
         let fresh = Made { url: spec.url.clone(), id: repository.id().to_string(), at: now };
-        self.reconciler.state.update_row(&key, made.map_or(0, |row| row.mod_revision), &fresh).await?;
+        match self.reconciler.state.update_row(&key, made.map_or(0, |row| row.mod_revision), &fresh).await {
+            // Somebody else noted it first; the next look compares with that.
+            Ok(_) | Err(RowError::Conflict { .. }) => {}
+            Err(error) => return Err(error.into()),
+        }
         match initialised {
             Initialised::Made { .. } => {
                 tracing::info!(repository = name, url = spec.url, id = fresh.id, "made a repository")

@@ -11,8 +11,8 @@ use walfleet_repository::ids::JobId;
 use super::fleet::{find, no_agent};
 use super::status::of_job;
 use super::{Api, now, watch};
-use crate::fleet::InstanceRole;
 use crate::fleet::clusters::ClusterSeen;
+use crate::fleet::{Fleet, InstanceRole};
 use crate::identity::{PeerIdentity, peer};
 use crate::jobs::work::{BackupWork, VerifyWork, Work};
 use crate::jobs::{Event, Job, JobKind, NewJob, Refusal, dispatch};
@@ -43,7 +43,7 @@ impl Api {
         let work = backup_work(cluster).ok_or_else(|| no_repository(cluster))?;
         let on = match wanted.agent.as_str() {
             "" => {
-                any_ready(&picture, cluster, JobKind::Backup)?;
+                any_ready(&self.reconciler.fleet, &picture, cluster, JobKind::Backup)?;
                 None
             }
             agent => {
@@ -54,7 +54,7 @@ impl Api {
                         "the server of {agent} does not answer\nHINT: `walfleet agent show {agent}` says what is wrong."
                     )));
                 }
-                ready(&picture, agent, JobKind::Backup)?;
+                ready(&self.reconciler.fleet, &picture, agent, JobKind::Backup)?;
                 Some(agent.to_owned())
             }
         };
@@ -76,7 +76,7 @@ impl Api {
         let assembly = picture.assemble();
         let cluster = find(&assembly, &wanted.cluster)?;
         let work = self.restore_work(&picture, cluster, &wanted.agent, wanted.order.unwrap_or_default())?;
-        ready(&picture, &wanted.agent, JobKind::Restore)?;
+        ready(&self.reconciler.fleet, &picture, &wanted.agent, JobKind::Restore)?;
         self.create(NewJob {
             cluster: cluster.name.clone(),
             work: Work::Restore(work),
@@ -99,12 +99,12 @@ impl Api {
         let backup = backup_id("backup", &wanted.backup)?;
         let on = match wanted.agent.as_str() {
             "" => {
-                any_ready(&picture, cluster, JobKind::Verify)?;
+                any_ready(&self.reconciler.fleet, &picture, cluster, JobKind::Verify)?;
                 None
             }
             agent => {
                 self.may_hold(&picture, cluster, agent)?;
-                ready(&picture, agent, JobKind::Verify)?;
+                ready(&self.reconciler.fleet, &picture, agent, JobKind::Verify)?;
                 Some(agent.to_owned())
             }
         };
@@ -169,12 +169,13 @@ fn not_a_member(agent: &str, cluster: &ClusterSeen<'_>) -> Status {
     ))
 }
 
-/// Whether the agent could begin such a job now, were it not busy.
-fn ready(picture: &Picture, agent: &str, kind: JobKind) -> Result<(), Status> {
+/// Whether the agent could begin such a job soon. One that is busy has it queued, and so has one that lost its stream a
+/// moment ago, or has not come back yet after the controller's start.
+fn ready(fleet: &Fleet, picture: &Picture, agent: &str, kind: JobKind) -> Result<(), Status> {
     let seen = picture.agents.get(agent).ok_or_else(|| no_agent(agent))?;
     if seen.enrolled.revoked {
         Err(Status::failed_precondition(format!("agent {agent} is revoked\nHINT: let it join again with a new token.")))
-    } else if !seen.connected {
+    } else if !seen.connected && fleet.lease_lost(agent).is_some() {
         Err(Status::failed_precondition(format!(
             "agent {agent} is not connected\nHINT: start it, or look into its log why it cannot reach the controller."
         )))
@@ -189,7 +190,7 @@ fn ready(picture: &Picture, agent: &str, kind: JobKind) -> Result<(), Status> {
 }
 
 /// Whether any member could. Otherwise the reason is each one's.
-fn any_ready(picture: &Picture, cluster: &ClusterSeen<'_>, kind: JobKind) -> Result<(), Status> {
+fn any_ready(fleet: &Fleet, picture: &Picture, cluster: &ClusterSeen<'_>, kind: JobKind) -> Result<(), Status> {
     let candidates = match kind {
         JobKind::Backup => dispatch::backup_order(cluster).map_err(Status::failed_precondition)?,
         JobKind::Restore | JobKind::Verify => cluster.members.iter().map(|member| member.agent).collect(),
@@ -199,7 +200,7 @@ fn any_ready(picture: &Picture, cluster: &ClusterSeen<'_>, kind: JobKind) -> Res
     }
     let mut reasons = Vec::new();
     for agent in candidates {
-        match ready(picture, agent, kind) {
+        match ready(fleet, picture, agent, kind) {
             Ok(()) => return Ok(()),
             Err(status) => reasons.push(status.message().lines().next().unwrap_or_default().to_owned()),
         }
