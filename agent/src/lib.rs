@@ -1,4 +1,20 @@
 //! The host's side of walfleet: finds PostgreSQL instances, ships their WAL, takes backups, restores them.
+//!
+//! One process per host, as the user that owns the data directories; and the same program as a few commands, which do the
+//! same work without it. Production comes first: the agent may fall behind, the server may not be hurt. It answers
+//! PostgreSQL only for what the store has confirmed, and it does not take the controller's word for what it can see itself.
+//!
+//! Rooms, from the ground up:
+//! - `postgres`: the server and its files, as facts. `durable`, `journal`, `desired`, `identity`: what survives a restart.
+//! - `access`: which clusters and repositories this host may use, and with which keys; the one place that opens them.
+//! - `wal`: segments in ([`wal::ship`]) and out ([`wal::fetch`]). `archiving` says who ships for which data directory.
+//! - `backup` and `restore`: the long operations, a file for each step.
+//! - `jobs`: what is asked of this host, run once and journalled, whoever asks: a controller, or a person at the command line.
+//! - `facts`, `doctor`, `metrics`: what is told. `link`: the stream to the controller. `daemon`: which tasks there are and
+//!   in which order they end. `cli`: arguments in, exit codes out.
+//!
+//! `wire` alone names generated protobuf types. The host's two contracts with PostgreSQL are the exit codes of `wal push`
+//! and `wal fetch` ([`wal::client`]).
 
 pub mod access;
 pub mod archiving;
