@@ -11,7 +11,7 @@
 //! | `clusters/<cluster>/backups/<backup>.refs` | its reference part, in clear and signed | the session's agent | never |
 //! | `clusters/<cluster>/wal/<system id>/<timeline>-<branch>/<segment>` | one WAL segment, sealed | any member's agent | never; the keeper deletes |
 //! | `clusters/<cluster>/wal/<system id>/<timeline>-<branch>/history` | the timeline's history file, sealed | any member's agent | never |
-//! | `clusters/<cluster>/wal/<system id>/<timeline>-<branch>/<segment>.partial` | the last segment of a timeline that a promotion left unfinished, sealed | any member's agent | never; the keeper deletes |
+//! | `clusters/<cluster>/wal/<system id>/<timeline>-<branch>/partial/<segment>.<content>` | the last segment of a timeline that a promotion left unfinished, sealed; several promotions may leave several, told apart by the first 8 bytes of the content id | any member's agent | never; the keeper deletes |
 //! | `clusters/<cluster>/wal/<system id>/<timeline>-<branch>/<segment>.<offset>.backup` | a backup history file, sealed | any member's agent | never; the keeper deletes |
 //! | `clusters/<cluster>/wal/<system id>/catalog/<range>.<n>` | a cache of what the archive holds | keeper | never; the newest `n` wins |
 //! | `tails/<cluster>/<system id>/<timeline>-<branch>/<segment>/<from>-<to>.<member>` | `[from, to)` of an unfinished segment | the member's agent | never; the keeper deletes in batches |
@@ -22,7 +22,7 @@
 
 use object_store::path::Path;
 
-use crate::ids::{BackupId, ClusterName, DomainId, PackId, RecipientId};
+use crate::ids::{BackupId, ChunkId, ClusterName, DomainId, PackId, RecipientId};
 use crate::postgres::{Branch, Segment, SegmentSize, SystemId, Timeline, WalBranch};
 
 const HISTORY: &str = "history";
@@ -109,9 +109,28 @@ pub fn wal_history(cluster: &ClusterName, branch: &WalBranch) -> Path {
     wal_branch(cluster, branch).join(HISTORY)
 }
 
-/// The unfinished last segment of a timeline.
-pub fn wal_partial(cluster: &ClusterName, branch: &WalBranch, segment: Segment, size: SegmentSize) -> Path {
-    wal_branch(cluster, branch).join(format!("{}.partial", segment.file_name(size)))
+/// An unfinished last segment of a timeline: each promotion off it may leave another.
+pub fn wal_partial(
+    cluster: &ClusterName,
+    branch: &WalBranch,
+    segment: Segment,
+    size: SegmentSize,
+    content: ChunkId,
+) -> Path {
+    let content: String = content.0.iter().take(8).map(|byte| format!("{byte:02x}")).collect();
+    wal_partials(cluster, branch).join(format!("{}.{content}", segment.file_name(size)))
+}
+
+/// Below it lie the unfinished last segments of a timeline.
+pub fn wal_partials(cluster: &ClusterName, branch: &WalBranch) -> Path {
+    wal_branch(cluster, branch).join("partial")
+}
+
+/// The segment of a key below [`wal_partials`].
+pub fn parse_wal_partial(cluster: &ClusterName, branch: &WalBranch, key: &Path, size: SegmentSize) -> Option<Segment> {
+    let [name] = parts_below(&wal_partials(cluster, branch), key)?;
+    let (segment, _) = name.split_once('.')?;
+    Segment::from_file_name(segment, size).ok().filter(|segment| segment.timeline == branch.timeline)
 }
 
 /// A backup history file (BackupHistoryFileName, src/include/access/xlog_internal.h).
@@ -269,7 +288,7 @@ mod tests {
         assert_eq!(parse_log_entry(&cluster, &checkpoint(&cluster, 7)), None);
         for key in [
             "clusters/orders/wal/7412/00000002-0707070707070707/000000010000000000000009",
-            "clusters/orders/wal/7412/00000002-0707070707070707/000000020000000000000009.partial",
+            "clusters/orders/wal/7412/00000002-0707070707070707/partial/000000020000000000000009.0011223344556677",
             "clusters/orders/wal/07412/00000002-0707070707070707/history",
             "clusters/orders/wal/7412/0000000a-0707070707070707/history",
             "clusters/other/wal/7412/00000002-0707070707070707/history",

@@ -49,15 +49,6 @@ impl ArchiveError {
     }
 }
 
-/// Which object of a segment's name is meant.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum SegmentForm {
-    /// Finished: its last record ends with it or continues in the next.
-    Whole,
-    /// The last of its timeline, which a promotion left unfinished (`.partial`).
-    Partial,
-}
-
 /// How a segment came to lie in the archive.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Archived {
@@ -103,30 +94,40 @@ impl WalArchive {
     }
 
     /// Seals and stores a segment; returns once it is durable. Sealing runs on the calling task's blocking pool.
-    pub async fn put_segment(&self, upload: OwnedSegment, form: SegmentForm) -> Result<Archived, ArchiveError> {
+    pub async fn put_segment(&self, upload: OwnedSegment) -> Result<Archived, ArchiveError> {
         let (segment, size, wal) = (upload.segment, upload.segment_size, upload.wal);
-        let key = self.key(wal, segment, size, form);
-        let named = |source| ArchiveError::Segment { key: key.to_string(), source };
-        let archive = self.clone();
-        let name = key.to_string();
-        let sealed = tokio::task::spawn_blocking(move || archive.seal(&upload, &name));
-        let (bytes, directory) = sealed.await.map_err(|_| named(SegmentError::Content))?.map_err(named)?;
+        let key = layout::wal_segment(&self.cluster, &wal, segment, size);
+        let (bytes, directory) = self.sealed(upload, &key).await?;
         let stored_bytes = bytes.len() as u64;
         if self.store.create(&key, bytes).await? == Creation::Created {
             return Ok(Archived::Stored { stored_bytes });
         }
-        let existing = self.directory(wal, segment, size, form).await?;
+        let existing = self.directory(wal, segment, size).await?;
         if existing.content_id == directory.content_id && existing.valid_bytes == directory.valid_bytes {
             return Ok(Archived::AlreadyThere);
         }
         Err(ArchiveError::Diverged { name: segment.file_name(size), stored_by: existing.member })
     }
 
-    fn key(&self, wal: WalBranch, segment: Segment, size: SegmentSize, form: SegmentForm) -> Path {
-        match form {
-            SegmentForm::Whole => layout::wal_segment(&self.cluster, &wal, segment, size),
-            SegmentForm::Partial => layout::wal_partial(&self.cluster, &wal, segment, size),
-        }
+    /// Stores the unfinished last segment of a timeline (`.partial`). Each promotion off the timeline may leave another,
+    /// so they are told apart by content and never stand in each other's way.
+    pub async fn put_partial(&self, upload: OwnedSegment) -> Result<Archived, ArchiveError> {
+        let valid = upload.content.get(..upload.facts.valid_bytes as usize).unwrap_or_default();
+        let content = self.id_of(valid);
+        let key = layout::wal_partial(&self.cluster, &upload.wal, upload.segment, upload.segment_size, content);
+        let (bytes, _) = self.sealed(upload, &key).await?;
+        let stored_bytes = bytes.len() as u64;
+        Ok(match self.store.create(&key, bytes).await? {
+            Creation::Created => Archived::Stored { stored_bytes },
+            Creation::AlreadyThere => Archived::AlreadyThere,
+        })
+    }
+
+    async fn sealed(&self, upload: OwnedSegment, key: &Path) -> Result<(Bytes, SegmentDirectory), ArchiveError> {
+        let (archive, name) = (self.clone(), key.to_string());
+        let sealed = tokio::task::spawn_blocking(move || archive.seal(&upload, &name)).await;
+        let sealed = sealed.unwrap_or(Err(SegmentError::Content));
+        sealed.map_err(|source| ArchiveError::Segment { key: key.to_string(), source })
     }
 
     fn seal(&self, upload: &OwnedSegment, key: &str) -> Result<(Bytes, SegmentDirectory), SegmentError> {
@@ -144,16 +145,44 @@ impl WalArchive {
         wal: WalBranch,
         segment: Segment,
         size: SegmentSize,
-        form: SegmentForm,
     ) -> Result<Option<(SegmentDirectory, Vec<u8>)>, ArchiveError> {
-        let key = self.key(wal, segment, size, form);
-        let bytes = match self.store.get(&key).await {
+        self.read_segment(&layout::wal_segment(&self.cluster, &wal, segment, size), wal, segment).await
+    }
+
+    /// The longest of the unfinished copies of a timeline's last segment, padded with zeros; `None` if there is none.
+    pub async fn get_partial(
+        &self,
+        wal: WalBranch,
+        segment: Segment,
+        size: SegmentSize,
+    ) -> Result<Option<(SegmentDirectory, Vec<u8>)>, ArchiveError> {
+        let mut longest: Option<(SegmentDirectory, Vec<u8>)> = None;
+        let listed = self.store.list(&layout::wal_partials(&self.cluster, &wal)).await?;
+        for object in listed {
+            if layout::parse_wal_partial(&self.cluster, &wal, &object.key, size) != Some(segment) {
+                continue;
+            }
+            let found = self.read_segment(&object.key, wal, segment).await?;
+            let length = |(directory, _): &(SegmentDirectory, Vec<u8>)| directory.valid_bytes;
+            if found.as_ref().map(length) > longest.as_ref().map(length) {
+                longest = found;
+            }
+        }
+        Ok(longest)
+    }
+
+    async fn read_segment(
+        &self,
+        key: &Path,
+        wal: WalBranch,
+        segment: Segment,
+    ) -> Result<Option<(SegmentDirectory, Vec<u8>)>, ArchiveError> {
+        let bytes = match self.store.get(key).await {
             Ok(bytes) => bytes,
             Err(error) if error.is_not_found() => return Ok(None),
             Err(error) => return Err(error.into()),
         };
-        let keys = self.keys.clone();
-        let name = key.to_string();
+        let (keys, name) = (self.keys.clone(), key.to_string());
         let opened = tokio::task::spawn_blocking(move || {
             let domain = domain_for(&bytes, &keys, ObjectKind::Segment)?;
             wal_segment::open_segment(bytes, domain, &name, wal, segment)
@@ -168,9 +197,10 @@ impl WalArchive {
         wal: WalBranch,
         segment: Segment,
         size: SegmentSize,
-        form: SegmentForm,
     ) -> Result<SegmentDirectory, ArchiveError> {
-        self.ends(wal, segment, &self.key(wal, segment, size, form)).await.map(|(directory, ..)| directory)
+        self.ends(wal, segment, &layout::wal_segment(&self.cluster, &wal, segment, size))
+            .await
+            .map(|(directory, ..)| directory)
     }
 
     /// The commits and restore points that end in a segment.
@@ -402,23 +432,36 @@ mod tests {
     async fn a_segment_is_stored_once_and_another_never_takes_its_name() {
         let archive = archive(&Store::in_memory());
         let (wal, number, size) = (segment(1, 0).wal, segment(1, 0).segment, segment(1, 0).segment_size);
-        assert!(matches!(archive.put_segment(segment(1, 7), SegmentForm::Whole).await, Ok(Archived::Stored { .. })));
-        assert!(
-            matches!(archive.put_segment(segment(1, 9), SegmentForm::Whole).await, Ok(Archived::AlreadyThere)),
-            "stale tails differ"
-        );
-        let diverged = archive.put_segment(segment(2, 7), SegmentForm::Whole).await;
+        assert!(matches!(archive.put_segment(segment(1, 7)).await, Ok(Archived::Stored { .. })));
+        assert!(matches!(archive.put_segment(segment(1, 9)).await, Ok(Archived::AlreadyThere)), "stale tails differ");
+        let diverged = archive.put_segment(segment(2, 7)).await;
         assert!(
             matches!(diverged, Err(ArchiveError::Diverged { ref stored_by, .. }) if stored_by == "pg1"),
             "{diverged:?}"
         );
-        let (directory, content) = archive.get_segment(wal, number, size, SegmentForm::Whole).await.unwrap().unwrap();
+        let (directory, content) = archive.get_segment(wal, number, size).await.unwrap().unwrap();
         assert_eq!(directory.last_commit.unwrap().at_us, 4_000_000);
         assert!(content[..900_000].iter().all(|b| *b == 1) && content[900_000..].iter().all(|b| *b == 0));
-        assert_eq!(archive.get_segment(wal, number.next(), size, SegmentForm::Whole).await.unwrap(), None);
+        assert_eq!(archive.get_segment(wal, number.next(), size).await.unwrap(), None);
         assert_eq!(archive.commit_times(wal, number, size).await.unwrap().0.len(), 5);
         let listed = archive.list(SystemId(5), size).await.unwrap();
         assert_eq!(listed[&wal].segments, [number]);
+    }
+
+    #[tokio::test]
+    async fn unfinished_last_segments_of_two_promotions_lie_side_by_side() {
+        let archive = archive(&Store::in_memory());
+        let (wal, number, size) = (segment(1, 0).wal, segment(1, 0).segment, segment(1, 0).segment_size);
+        let mut shorter = segment(1, 7);
+        shorter.facts.valid_bytes = 500_000;
+        assert!(matches!(archive.put_partial(shorter).await, Ok(Archived::Stored { .. })));
+        assert!(matches!(archive.put_partial(segment(2, 7)).await, Ok(Archived::Stored { .. })));
+        assert!(matches!(archive.put_partial(segment(2, 9)).await, Ok(Archived::AlreadyThere)));
+        let (directory, content) = archive.get_partial(wal, number, size).await.unwrap().unwrap();
+        assert_eq!((directory.valid_bytes, content[0]), (900_000, 2), "the longest");
+        assert_eq!(archive.get_partial(wal, number.next(), size).await.unwrap(), None);
+        assert_eq!(archive.get_segment(wal, number, size).await.unwrap(), None);
+        assert_eq!(archive.list(SystemId(5), size).await.unwrap().len(), 0, "they make no window");
     }
 
     #[tokio::test]

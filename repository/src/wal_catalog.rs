@@ -10,7 +10,7 @@ use futures::StreamExt;
 use crate::format::wal_segment::{RestorePoint, SegmentDirectory};
 use crate::postgres::{Lsn, Segment, SegmentSize, SystemId, TimelineHistory, WalBranch};
 use crate::recovery_window::{BackupFacts, BranchWal, SegmentCommits, SegmentFacts, WalCatalog};
-use crate::wal_archive::{ArchiveError, SegmentForm, WalArchive};
+use crate::wal_archive::{ArchiveError, WalArchive};
 
 /// Directories read at once.
 const READS_IN_FLIGHT: usize = 8;
@@ -81,7 +81,7 @@ async fn note(
     let Some(facts) = branch.segments.get_mut(&number) else { return Ok(None) };
     if facts.commits == SegmentCommits::Unknown {
         let segment = Segment { timeline: wal.timeline, number };
-        let directory = archive.directory(wal, segment, branch.segment_size, SegmentForm::Whole).await?;
+        let directory = archive.directory(wal, segment, branch.segment_size).await?;
         *facts = facts_of(&directory);
     }
     Ok(Some(facts.commits))

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use tokio_util::sync::CancellationToken;
 use walfleet_repository::format::wal_segment::SegmentDirectory;
 use walfleet_repository::postgres::{Lsn, Segment, SegmentSize, WalBranch};
-use walfleet_repository::wal_archive::{ArchiveError, SegmentForm, WalArchive};
+use walfleet_repository::wal_archive::{ArchiveError, WalArchive};
 
 use crate::wal::ship::{ShipError, Shipper};
 
@@ -83,7 +83,7 @@ impl WalWait<'_> {
         let name = segment.file_name(self.segment_size);
         loop {
             let waited = began.elapsed();
-            match self.archive.directory(self.wal, segment, self.segment_size, SegmentForm::Whole).await {
+            match self.archive.directory(self.wal, segment, self.segment_size).await {
                 Ok(directory) => return self.must_be_ours(segment, &directory).await,
                 Err(error) if error.is_not_found() => {}
                 Err(source) => return Err(WalWaitError::Archive { segment: name, source }),

@@ -17,7 +17,7 @@ use walfleet_repository::key_file::{KeyFile, KeyFileError};
 use walfleet_repository::keyring::{Keyring, KeyringError};
 use walfleet_repository::postgres::{Branch, Lsn, Segment, SegmentSize, SystemId, Timeline, WalBranch};
 use walfleet_repository::store::{Store, StoreError, StoreOptions};
-use walfleet_repository::wal_archive::{ArchiveError, SegmentForm, WalArchive};
+use walfleet_repository::wal_archive::{ArchiveError, WalArchive};
 
 use crate::wal::read::{WalFile, WalReadError};
 
@@ -269,14 +269,14 @@ async fn bring_segments(
         let (archive, size) = (archive.clone(), plan.size);
         tasks.spawn(async move {
             // What does not come now is asked for by name later; then its failure counts.
-            if let Ok(Some((_, content))) = archive.get_segment(wal, next, size, SegmentForm::Whole).await {
+            if let Ok(Some((_, content))) = archive.get_segment(wal, next, size).await {
                 let _ = write_ahead(&next.file_name(size), &content);
             }
         });
     }
-    let mut found = archive.get_segment(wal, segment, plan.size, SegmentForm::Whole).await?;
+    let mut found = archive.get_segment(wal, segment, plan.size).await?;
     if found.is_none() {
-        found = archive.get_segment(wal, segment, plan.size, SegmentForm::Partial).await?;
+        found = archive.get_partial(wal, segment, plan.size).await?;
     }
     let Some((_, content)) = found else {
         if plan.needs(segment) {

@@ -107,15 +107,14 @@ pub fn read_segment(
         SegmentEnd::MoreToCome => Some("its records end before the segment".to_owned()),
         _ => None,
     };
-    let facts = facts_of(&digest, suspicion.is_some().then_some(size.bytes()));
+    let facts = facts_of(&digest);
     Ok(SegmentContent { bytes, facts, carry: digest.carry, suspicion })
 }
 
-/// `valid_bytes` overrides the decoder's idea of where the segment ends.
-pub fn facts_of(digest: &SegmentDigest, valid_bytes: Option<u32>) -> SegmentFacts {
+fn facts_of(digest: &SegmentDigest) -> SegmentFacts {
     let point = |lsn, at_us| CommitPoint { lsn, at_us };
     SegmentFacts {
-        valid_bytes: valid_bytes.unwrap_or(digest.valid_bytes),
+        valid_bytes: digest.valid_bytes,
         commits: digest.completions.iter().map(|c| point(c.end, c.at_us)).collect(),
         restore_points: digest
             .restore_points

@@ -13,7 +13,7 @@ use jiff::Timestamp;
 use tokio::sync::{Semaphore, watch};
 use walfleet_repository::ids::ChunkId;
 use walfleet_repository::postgres::{Branch, Lsn, Segment, SegmentSize, SystemId, Timeline, WalBranch};
-use walfleet_repository::wal_archive::{ArchiveError, Archived, OwnedSegment, SegmentForm, WalArchive};
+use walfleet_repository::wal_archive::{ArchiveError, Archived, OwnedSegment, WalArchive};
 
 use crate::postgres::wal_record::Carry;
 use crate::wal::read::{SegmentContent, WalFile, WalReadError, read_segment};
@@ -70,6 +70,15 @@ pub struct ShipStatus {
     pub stored_bytes: u64,
     pub failures: u64,
     pub last_error: Option<String>,
+}
+
+/// Which file of a segment is meant.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum SegmentForm {
+    /// Finished: its last record ends with it or continues in the next.
+    Whole,
+    /// The last of its timeline, which a promotion left unfinished (`.partial`).
+    Partial,
 }
 
 type Outcome = Option<Result<(), Arc<ShipError>>>;
@@ -209,8 +218,9 @@ impl Shipper {
 
     async fn ship_segment(&self, segment: Segment, form: SegmentForm) -> Result<Archived, ShipError> {
         let wal = self.branch(segment.timeline).await?;
-        let content = self.decode(segment, form).await?;
+        let mut content = self.decode(segment, form).await?;
         if let Some(suspicion) = content.suspicion.filter(|_| form == SegmentForm::Whole) {
+            content.facts.valid_bytes = self.source.segment_size.bytes();
             let name = segment.file_name(self.source.segment_size);
             tracing::warn!(
                 segment = name,
@@ -227,7 +237,10 @@ impl Shipper {
             member: self.source.member.clone(),
             shipped_at_us: Timestamp::now().as_microsecond(),
         };
-        Ok(self.source.archive.put_segment(upload, form).await?)
+        Ok(match form {
+            SegmentForm::Whole => self.source.archive.put_segment(upload).await?,
+            SegmentForm::Partial => self.source.archive.put_partial(upload).await?,
+        })
     }
 
     /// Reads and decodes a segment behind its predecessor.
