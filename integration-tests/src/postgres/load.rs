@@ -1,5 +1,7 @@
 //! A steady load of writing transactions: pgbench's bank, and documents that come, change and go.
 
+use std::time::Duration;
+
 use rustix::process::Signal;
 
 use super::barrier::GATE;
@@ -8,6 +10,9 @@ use super::{PgServer, Session};
 use crate::os_user::os_user;
 use crate::process::Process;
 use crate::scratch::Scratch;
+use crate::wait_for;
+
+const SESSIONS_END: Duration = Duration::from_secs(20);
 
 /// Balances agree at every commit: [`must_balance`].
 fn script() -> String {
@@ -33,7 +38,10 @@ COMMIT;
 }
 
 /// Stops when dropped.
-pub struct Load(Process);
+pub struct Load {
+    process: Process,
+    connection: String,
+}
 
 impl Load {
     /// `per_second` bounds the transactions of all clients together; None: as many as it can.
@@ -53,21 +61,28 @@ impl Load {
         if let Some(rate) = per_second {
             command.args(["-R", &rate.to_string()]);
         }
-        Ok(Load(Process::spawn(scratch, &name, command, Signal::TERM)?))
+        let process = Process::spawn(scratch, &name, command, Signal::TERM)?;
+        Ok(Load { process, connection: server.connection() })
     }
 
     /// A load that ended by itself has lost its server, or met an error.
     pub fn is_running(&mut self) -> anyhow::Result<bool> {
-        Ok(self.0.ended()?.is_none())
+        Ok(self.process.ended()?.is_none())
     }
 
+    /// Ends it and waits until the server is done with it: a commit that pgbench no longer waited for may still come.
     pub fn stop(mut self) -> anyhow::Result<()> {
-        anyhow::ensure!(self.is_running()?, "the load had ended by itself:\n{}", self.0.log_text());
-        self.0.stop().map(drop)
+        anyhow::ensure!(self.is_running()?, "the load had ended by itself:\n{}", self.process.log_text());
+        self.process.stop()?;
+        let session = Session::open(&self.connection)?;
+        wait_for("the end of the load's sessions", SESSIONS_END, || {
+            let left = session.number("SELECT count(*) FROM pg_stat_activity WHERE application_name = 'pgbench'")?;
+            Ok((left == 0).then_some(()))
+        })
     }
 
     pub fn leave_running(self) {
-        self.0.leave_running();
+        self.process.leave_running();
     }
 }
 

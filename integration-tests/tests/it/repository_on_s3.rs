@@ -15,7 +15,7 @@ use walfleet_repository::open::{Initialised, Repository, RepositorySpec};
 use walfleet_repository::postgres::{Branch, Lsn, Segment, SegmentSize, SystemId, Timeline, WalBranch};
 use walfleet_repository::signature::Signer;
 use walfleet_repository::store::{RetryPolicy, Store, StoreOptions};
-use walfleet_repository::wal_archive::{ArchiveError, Archived, OwnedSegment, SegmentForm};
+use walfleet_repository::wal_archive::{ArchiveError, Archived, OwnedSegment};
 
 const WAL: WalBranch =
     WalBranch { system_id: SystemId(7_412_000_000_000_000_001), timeline: Timeline::FIRST, branch: Branch::ROOT };
@@ -115,14 +115,14 @@ fn a_segment_stored_over_a_bad_line_is_stored_once_and_comes_back_whole() {
         };
         spoil(&server);
         for number in 1..=20 {
-            let stored = block_on(archive.put_segment(upload(number, 3, "a"), SegmentForm::Whole))?;
+            let stored = block_on(archive.put_segment(upload(number, 3, "a")))?;
             assert!(matches!(stored, Archived::Stored { .. }), "{number}: {stored:?}");
-            let again = block_on(archive.put_segment(upload(number, 3, "b"), SegmentForm::Whole))?;
+            let again = block_on(archive.put_segment(upload(number, 3, "b")))?;
             assert_eq!(again, Archived::AlreadyThere, "{number}");
-            let other = block_on(archive.put_segment(upload(number, 5, "b"), SegmentForm::Whole));
+            let other = block_on(archive.put_segment(upload(number, 5, "b")));
             assert!(matches!(other, Err(ArchiveError::Diverged { .. })), "{number}: {other:?}");
             let segment = Segment { timeline: Timeline::FIRST, number };
-            let (_, content) = block_on(archive.get_segment(WAL, segment, size, SegmentForm::Whole))?.expect("stored");
+            let (_, content) = block_on(archive.get_segment(WAL, segment, size))?.expect("stored");
             assert_eq!(content, upload(number, 3, "a").content, "{number}");
         }
         assert!(server.strikes() > 20, "only {} faults struck", server.strikes());
