@@ -67,87 +67,116 @@ struct Stage {
 
 fn tell(scratch: &Scratch, say: &Narrator) -> anyhow::Result<Stage> {
     let version = PgVersion::newest()?;
-    let (orders, lab) =
-        say.step(&format!("start two {version} servers: \"orders\" on host db1, another on {RESTORE_HOST}"), || {
-            let orders = PgServer::builder(scratch, "orders", &version)
-                .setting("archive_mode", "on")
-                .setting("archive_command", "false")
-                // Every second is in the repository five seconds later, busy or not.
-                .setting("archive_timeout", "5s")
-                .create()?;
-            Ok((orders, PgServer::builder(scratch, "lab", &version).create()?))
-        })?;
-    let dataset = Dataset { scale: SCALE };
-    say.step(&format!("fill orders with {} accounts, documents, indexes", SCALE * 100_000), || {
-        dataset.create(&orders)
-    })?;
-    let fleet = say.step("make and start a controller: certificate authority, first admin, recovery key", || {
-        Fleet::start(scratch)
-    })?;
-    let (db1, lab1) = say.step("join both hosts with single-use tokens and start their agents", || {
-        let mut db1 = fleet.agent("db1").instance(CLUSTER, &orders).postgres(&version).build()?;
-        let mut lab1 = fleet.agent(RESTORE_HOST).postgres(&version).build()?;
-        fleet.join(&mut db1, &[])?;
-        fleet.join(&mut lab1, &["restores=yes"])?;
-        Ok((db1, lab1))
-    })?;
-    let place = Place::folder(scratch)?;
-    say.step("apply a policy: every cluster, encrypted, into a repository in a folder", || {
-        fleet.protect(&place)?;
-        fleet.wait_for_cluster(CLUSTER, "bound to its repository", |cluster| cluster["policy"].is_string())?;
-        fleet.wait_until_bound(&db1, &orders)?;
-        db1.archive_for(&orders)
-    })?;
-    let mut load = say
-        .step(&format!("start a load of {TRANSACTIONS_PER_SECOND} writing transactions a second"), || {
-            Load::start(scratch, &orders, &dataset, CLIENTS, Some(TRANSACTIONS_PER_SECOND))
-        })?;
-    say.walfleet(&fleet, "take a backup under load", &["backup", "start", CLUSTER, "--wait"])?;
-    std::thread::sleep(Duration::from_secs(2));
-    say.walfleet(&fleet, "take another: only what changed is stored", &["backup", "start", CLUSTER, "--wait"])?;
-
-    let (truth, before) =
-        say.step("note what every table holds at this moment, by a snapshot of the source", || {
-            std::thread::sleep(Duration::from_secs(1));
-            Barriers::install(&orders)?.pass_and(summary)
-        })?;
-    let session = orders.session()?;
-    say.detail(&format!("the moment: {}; {before}", target_time(&truth)));
-    say.step("the disaster: UPDATE pgbench_accounts SET abalance = 0, without a WHERE", || {
-        std::thread::sleep(Duration::from_secs(1));
-        session.execute("UPDATE pgbench_accounts SET abalance = 0")
-    })?;
-    std::thread::sleep(Duration::from_secs(1));
+    let scene = set_the_scene(scratch, say, &version)?;
+    let mut load = protect(scratch, say, &scene)?;
+    let truth = lose(say, &scene)?;
     anyhow::ensure!(load.is_running()?, "the load ended early");
-    anyhow::ensure!(must_balance(&session).is_err(), "the disaster did no harm");
-    say.detail(&format!("the load goes on upon the wreck: {}", summary(&session)?));
-
-    let to = target_time(&truth);
-    say.step("wait until the repository reaches past that moment", || {
-        fleet.wait_until_recoverable(CLUSTER, &["--to", &to], RESTORE_HOST)
-    })?;
-
-    let (restored, port) = (scratch.join("restored"), free_port());
-    let (data_dir, port_text) = (restored.display().to_string(), port.to_string());
-    let words = ["restore", "start", CLUSTER, "--to", &to, "--on", RESTORE_HOST, "--data-dir", &data_dir];
-    let words: Vec<&str> = words.into_iter().chain(["--start", "--port", &port_text, "--wait"]).collect();
-    say.walfleet(&fleet, &format!("restore the second before, on {RESTORE_HOST}"), &words)?;
-
-    let copy = PgServer::builder(scratch, "restored", &version).adopt(&restored, orders.socket_dir(), port)?;
-    say.step("compare every table with what it held at that moment, and check every index", || {
-        judge_copy(&copy, &truth)
-    })?;
-    say.detail(&format!("restored: {}", summary(&copy.session()?)?));
-    let restored_connection = copy.connection();
+    let copy = recover(scratch, say, &scene, &truth)?;
+    let Scene { orders, lab, db1, lab1, fleet, .. } = scene;
     Ok(Stage {
         load,
         agents: vec![db1, lab1],
         fleet,
+        restored: copy.data_dir().to_owned(),
+        restored_connection: copy.connection(),
         servers: vec![orders, lab, copy],
-        restored,
-        restored_connection,
         psql: version.bin().join("psql"),
     })
+}
+
+struct Scene {
+    dataset: Dataset,
+    /// The one that is protected.
+    orders: PgServer,
+    /// Another cluster's, on the host that restores.
+    lab: PgServer,
+    fleet: Fleet,
+    db1: Agent,
+    lab1: Agent,
+}
+
+fn set_the_scene(scratch: &Scratch, say: &Narrator, version: &PgVersion) -> anyhow::Result<Scene> {
+    let what = format!("start two {version} servers: \"orders\" on host db1, another on {RESTORE_HOST}");
+    let (orders, lab) = say.step(&what, || {
+        let orders = PgServer::builder(scratch, "orders", version)
+            .setting("archive_mode", "on")
+            .setting("archive_command", "false")
+            // Every second is in the repository five seconds later, busy or not.
+            .setting("archive_timeout", "5s")
+            .create()?;
+        Ok((orders, PgServer::builder(scratch, "lab", version).create()?))
+    })?;
+    let dataset = Dataset { scale: SCALE };
+    let what = format!("fill orders with {} accounts, documents, indexes", SCALE * 100_000);
+    say.step(&what, || dataset.create(&orders))?;
+    let what = "make and start a controller: certificate authority, first admin, recovery key";
+    let fleet = say.step(what, || Fleet::start(scratch))?;
+    let (db1, lab1) = say.step("join both hosts with single-use tokens and start their agents", || {
+        let mut db1 = fleet.agent("db1").instance(CLUSTER, &orders).postgres(version).build()?;
+        let mut lab1 = fleet.agent(RESTORE_HOST).postgres(version).build()?;
+        fleet.join(&mut db1, &[])?;
+        fleet.join(&mut lab1, &["restores=yes"])?;
+        Ok((db1, lab1))
+    })?;
+    Ok(Scene { dataset, orders, lab, fleet, db1, lab1 })
+}
+
+/// A policy, a load, two backups.
+fn protect(scratch: &Scratch, say: &Narrator, scene: &Scene) -> anyhow::Result<Load> {
+    let Scene { dataset, orders, fleet, db1, .. } = scene;
+    let place = Place::folder(scratch)?;
+    say.step("apply a policy: every cluster, encrypted, into a repository in a folder", || {
+        fleet.protect(&place)?;
+        fleet.wait_for_cluster(CLUSTER, "bound to its repository", |cluster| cluster["policy"].is_string())?;
+        fleet.wait_until_bound(db1, orders)?;
+        db1.archive_for(orders)
+    })?;
+    let what = format!("start a load of {TRANSACTIONS_PER_SECOND} writing transactions a second");
+    let load = say.step(&what, || Load::start(scratch, orders, dataset, CLIENTS, Some(TRANSACTIONS_PER_SECOND)))?;
+    say.walfleet(fleet, "take a backup under load", &["backup", "start", CLUSTER, "--wait"])?;
+    std::thread::sleep(Duration::from_secs(2));
+    say.walfleet(fleet, "take another: only what changed is stored", &["backup", "start", CLUSTER, "--wait"])?;
+    say.step("wait until the controller has heard what the repository holds", || {
+        fleet.wait_for_cluster(CLUSTER, "protected", |cluster| cluster["state"] == "protected").map(drop)
+    })?;
+    say.walfleet(fleet, "the fleet at a glance", &["status"])?;
+    Ok(load)
+}
+
+/// The truth at a moment, and a second later the disaster.
+fn lose(say: &Narrator, scene: &Scene) -> anyhow::Result<Barrier> {
+    let what = "note what every table holds at this moment, by a snapshot of the source";
+    let (truth, before) = say.step(what, || Barriers::install(&scene.orders)?.pass_and(summary))?;
+    let session = scene.orders.session()?;
+    say.detail(&format!("the moment: {}; {before}", target_time(&truth)));
+    std::thread::sleep(Duration::from_secs(1));
+    say.step("the disaster: UPDATE pgbench_accounts SET abalance = 0, without a WHERE", || {
+        session.execute("UPDATE pgbench_accounts SET abalance = 0")
+    })?;
+    std::thread::sleep(Duration::from_secs(1));
+    anyhow::ensure!(must_balance(&session).is_err(), "the disaster did no harm");
+    say.detail(&format!("the load goes on upon the wreck: {}", summary(&session)?));
+    Ok(truth)
+}
+
+fn recover(scratch: &Scratch, say: &Narrator, scene: &Scene, truth: &Barrier) -> anyhow::Result<PgServer> {
+    let Scene { orders, fleet, .. } = scene;
+    let to = target_time(truth);
+    say.step("wait until the repository reaches past that moment", || {
+        fleet.wait_until_recoverable(CLUSTER, &["--to", &to], RESTORE_HOST)
+    })?;
+    let (restored, port) = (scratch.join("restored"), free_port());
+    let (data_dir, port_text) = (restored.display().to_string(), port.to_string());
+    let words = ["restore", "start", CLUSTER, "--to", &to, "--on", RESTORE_HOST, "--data-dir", &data_dir];
+    let words: Vec<&str> = words.into_iter().chain(["--start", "--port", &port_text, "--wait"]).collect();
+    say.walfleet(fleet, &format!("restore the second before, on {RESTORE_HOST}"), &words)?;
+    let builder = PgServer::builder(scratch, "restored", orders.version());
+    let copy = builder.adopt(&restored, orders.socket_dir(), port)?;
+    say.step("compare every table with what it held at that moment, and check every index", || {
+        judge_copy(&copy, truth)
+    })?;
+    say.detail(&format!("restored: {}", summary(&copy.session()?)?));
+    Ok(copy)
 }
 
 fn judge_copy(copy: &PgServer, truth: &Barrier) -> anyhow::Result<()> {
