@@ -347,6 +347,14 @@ fn write_recovery(
     };
     put("postgresql.auto.conf", &settings.auto_conf(&before))?;
     put("recovery.signal", b"")?;
+    // A standby's own backup brings it along, and it would keep the copy a standby for ever.
+    let standby = data_dir.join("standby.signal");
+    match std::fs::remove_file(&standby) {
+        Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
+            return Err(WriteError::Io { operation: "remove", path: standby, source }.into());
+        }
+        _ => {}
+    }
     if let Some(missing) = bin_dir.and_then(|bin_dir| missing_socket_dir(bin_dir, data_dir)) {
         settings.socket_dir = Some(PathBuf::from("/tmp"));
         put("postgresql.auto.conf", &settings.auto_conf(&before))?;

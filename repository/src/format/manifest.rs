@@ -349,9 +349,9 @@ fn entry_from_wire(entry: wire::FileEntry, packs: &[crate::ids::PackId]) -> Resu
     Ok(FileEntry { path: entry.path, kind, mode: entry.mode & 0o7777, mtime_us: entry.mtime_us })
 }
 
-/// The order of the file list: by path, component by component.
+/// The order of the file list: by the bytes of whole paths.
 pub fn path_order(a: &[u8], b: &[u8]) -> std::cmp::Ordering {
-    a.split(|byte| *byte == b'/').cmp(b.split(|byte| *byte == b'/'))
+    a.cmp(b)
 }
 
 #[cfg(test)]
@@ -423,9 +423,9 @@ mod tests {
     }
 
     #[test]
-    fn paths_are_ordered_component_by_component() {
+    fn paths_are_ordered_by_their_bytes() {
         let mut paths: Vec<&[u8]> = vec![b"base/1.x", b"base/1/2", b"base", b"base/1", b"global"];
         paths.sort_by(|a, b| path_order(a, b));
-        assert_eq!(paths, [&b"base"[..], b"base/1", b"base/1/2", b"base/1.x", b"global"]);
+        assert_eq!(paths, [&b"base"[..], b"base/1", b"base/1.x", b"base/1/2", b"global"]);
     }
 }
