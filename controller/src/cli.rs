@@ -61,6 +61,9 @@ pub struct InitArgs {
     /// Where metrics and health are served, in clear
     #[arg(long, value_name = "IP:PORT")]
     pub metrics_listen: Option<SocketAddr>,
+    /// An existing recovery key, so that its repositories go on under this controller; a new one is made if absent
+    #[arg(long, value_name = "FILE")]
+    pub recovery_key: Option<PathBuf>,
 }
 
 #[derive(Debug, clap::Args)]

@@ -48,12 +48,13 @@ struct ConfigFile<'a> {
 /// Makes the folder's content and says what to do next.
 pub async fn init(args: &InitArgs, out: &mut impl Write) -> anyhow::Result<()> {
     let (config, admin) = configuration(args)?;
+    let recovery = args.recovery_key.as_deref().map(existing_key).transpose()?;
     let url = match &args.url {
         Some(url) => url.clone(),
         None => default_url(&config),
     };
     let made = make_folder(&config.directory)?;
-    match fill(&config, &admin, &url).await {
+    match fill(&config, &admin, &url, recovery).await {
         Ok(()) => {}
         Err(error) => {
             // Ours alone: the folder was empty. What cannot be removed is refused by the next `init`, by name.
@@ -71,7 +72,7 @@ pub async fn init(args: &InitArgs, out: &mut impl Write) -> anyhow::Result<()> {
         out,
         "A new walfleet controller lives in {directory}.\n\
          \n\
-         1. Move the recovery key to a safe place off this host, twice, and delete it here:\n\
+         1. Keep the recovery key in a safe place off this host, twice, and delete it here:\n\
          \x20    {recovery}\n\
          \x20  Whoever has it can read every backup; without it and without any host's key no backup can be read.\n\
          \x20  The controller never needs it.\n\
@@ -82,7 +83,10 @@ pub async fn init(args: &InitArgs, out: &mut impl Write) -> anyhow::Result<()> {
          4. Admit the first host:\n\
          \x20    walfleet --context {context} token create --role agent --ttl 1h\n",
         directory = config.directory.display(),
-        recovery = file(RECOVERY_KEY_FILE),
+        recovery = match &args.recovery_key {
+            Some(path) => path.display().to_string(),
+            None => file(RECOVERY_KEY_FILE),
+        },
         config = file(CONFIG_FILE),
         context = file(CONTEXT_FILE),
     )?;
@@ -125,12 +129,31 @@ fn make_folder(directory: &Path) -> anyhow::Result<bool> {
     }
 }
 
-async fn fill(config: &Config, admin: &MemberName, url: &str) -> anyhow::Result<()> {
+/// The key of repositories that exist already: with another, a new controller could never write to them.
+fn existing_key(path: &Path) -> anyhow::Result<KeyFile> {
+    let key = KeyFile::read(path).context("--recovery-key")?;
+    if key.kind != KeyKind::Recovery {
+        bail!(
+            "--recovery-key: {} is a host's key\nHINT: name the recovery key that was made with the repository.",
+            path.display()
+        );
+    }
+    Ok(key)
+}
+
+/// `recovery`: an existing key, which stays where it is.
+async fn fill(config: &Config, admin: &MemberName, url: &str, recovery: Option<KeyFile>) -> anyhow::Result<()> {
     let directory = &config.directory;
     let name = config.controller_name();
     let authority = Authority::create(directory, &name)?;
-    let recovery = KeyFile::generate(KeyKind::Recovery)?;
-    recovery.create(&directory.join(RECOVERY_KEY_FILE))?;
+    let recovery = match recovery {
+        Some(recovery) => recovery,
+        None => {
+            let made = KeyFile::generate(KeyKind::Recovery)?;
+            made.create(&directory.join(RECOVERY_KEY_FILE))?;
+            made
+        }
+    };
     KeeperKey::create(directory, &name, &recovery)?;
     let state = State::open(&config.state_path(), state_options(config))?;
     admit_admin(config, &state, &authority, admin, &directory.join(CONTEXT_FILE), url).await?;

@@ -51,6 +51,7 @@ async fn new_fleet(change: impl FnOnce(&mut Config)) -> Fleet {
         url: None,
         admin: "admin".to_owned(),
         metrics_listen: Some("127.0.0.1:0".parse().unwrap()),
+        recovery_key: None,
     };
     init::init(&args, &mut std::io::sink()).await.unwrap();
     let running = start(config(&directory, change)).await.unwrap();
@@ -347,6 +348,7 @@ async fn init_refuses_a_folder_that_holds_anything_and_run_one_that_holds_nothin
         url: None,
         admin: "admin".to_owned(),
         metrics_listen: None,
+        recovery_key: None,
     };
     std::fs::write(folder.path().join("precious"), "").unwrap();
     let error = init::init(&args(folder.path()), &mut std::io::sink()).await.unwrap_err();
