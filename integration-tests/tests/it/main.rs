@@ -12,3 +12,4 @@ mod matrix;
 mod repository_on_s3;
 mod servers;
 mod store;
+mod trace;
