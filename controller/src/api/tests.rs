@@ -2,6 +2,7 @@
 
 mod agents;
 mod courses;
+mod fake_agent;
 mod operators;
 mod restores;
 mod world;

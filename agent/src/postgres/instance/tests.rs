@@ -3,6 +3,8 @@
 use std::fs;
 use std::time::Duration;
 
+use tokio_postgres::config::Host;
+
 use super::*;
 use crate::postgres::test_server::{TestServer, installations, oldest_and_newest};
 
@@ -67,8 +69,9 @@ fn a_server_is_found_while_it_runs_and_gone_when_all_of_it_is() {
         assert_eq!(postmaster.socket_dir, Some(server.folder()));
         assert_eq!(process::executable_dir(postmaster.pid), installation.bin.canonicalize().ok());
         assert!(process::is_shared_memory_attached(postmaster.shared_memory.unwrap()));
-        let expected = format!("host='{}' port=5432", server.folder().display());
-        assert!(instance.connection_string().unwrap().starts_with(&expected));
+        let connection: tokio_postgres::Config = instance.connection_string().unwrap().parse().unwrap();
+        assert_eq!(connection.get_hosts(), [Host::Unix(server.folder())]);
+        assert_eq!(connection.get_ports(), [server.port]);
 
         let pid = rustix::process::Pid::from_raw(postmaster.pid as i32).unwrap();
         // A stopped child outlives its postmaster: the data are still in use.

@@ -7,7 +7,8 @@ use walfleet_proto::agent::v1 as agent;
 use walfleet_proto::agent::v1::agent_message::Message as Say;
 use walfleet_proto::job::v1::JobState;
 
-use super::world::{World, primary, succeeded};
+use super::fake_agent::{primary, succeeded};
+use super::world::World;
 use crate::identity::member::{self, Member};
 
 #[tokio::test(flavor = "multi_thread")]

@@ -4,7 +4,8 @@ use walfleet_proto::agent::v1::controller_message::Message as Told;
 use walfleet_proto::job::v1::JobState;
 use walfleet_proto::operator::v1 as operator;
 
-use super::world::{World, entry, failed, succeeded};
+use super::fake_agent::{entry, failed, succeeded};
+use super::world::World;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_backup_goes_its_way_and_whoever_watches_sees_it() {
@@ -132,7 +133,7 @@ async fn outcomes_count_once_and_those_of_replaced_attempts_not_at_all() {
     let world = World::new().await;
     world.apply(&world.documents(", backup: {retries: 1}")).await.expect("good documents");
     let mut db1 = world.agent("db1").await;
-    db1.facts(super::world::primary()).await;
+    db1.facts(super::fake_agent::primary()).await;
     world.until_known("orders").await;
     let job = world.start_backup("").await.expect("db1 can do it");
     let first = db1.offer().await;

@@ -4,7 +4,8 @@ use tonic::Code;
 use walfleet_proto::operator::v1 as operator;
 use walfleet_proto::operator::v1::{ChangeKind, ProtectionState};
 
-use super::world::{PATIENCE, World, map, primary};
+use super::fake_agent::primary;
+use super::world::{PATIENCE, World, map};
 
 fn cluster_document(name: &str, spec: &str) -> String {
     format!("---\napiVersion: walfleet/v1\nkind: Cluster\nname: {name}\nlabels: {{env: prod}}\nspec: {{{spec}}}\n")

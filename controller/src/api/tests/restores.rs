@@ -6,7 +6,8 @@ use walfleet_proto::operator::v1 as operator;
 use walfleet_proto::recovery::v1 as recovery;
 use walfleet_proto::recovery::v1::recovery_target::Kind;
 
-use super::world::{World, primary};
+use super::fake_agent::primary;
+use super::world::World;
 
 async fn restore(
     world: &World,
