@@ -43,7 +43,7 @@ pub enum JobState {
     Running,
     /// Set when the work ended; sent to the controller until it acknowledges.
     Ended { ending: Ending, at: Timestamp },
-    /// The controller has the outcome; kept for [`REMEMBER`] to answer re-deliveries.
+    /// The controller has the outcome; kept for `REMEMBER` to answer re-deliveries.
     Acknowledged { ending: Ending, at: Timestamp },
 }
 

@@ -1,6 +1,6 @@
 //! Bringing a cluster back: to any point its archive covers, into an empty directory, with one call.
 //!
-//! [`plan`] says from which backup, over which timelines, and what it takes; [`write`] puts the files down so that the
+//! [`plan`] says from which backup, over which timelines, and what it takes; [`mod@write`] puts the files down so that the
 //! directory cannot be taken for whole before it is; [`recovery`] words what PostgreSQL needs to be told; [`start`]
 //! starts it and waits until it stands at its target.
 
@@ -169,13 +169,14 @@ pub async fn run(
     destination.begin(mode, &description)?;
     let sink = Arc::new(FileSink::new(&request.data_dir, progress.clone()));
     let options = FetchOptions { requests: REQUESTS, threads: request.processes.max(1) as usize };
-    let fetched = fetch_all(reader.clone(), sink, options, cancel).await?;
+    let fetched = fetch_all(reader.clone(), sink.clone(), options, cancel).await?;
     progress.enter("finish", 0);
     let (control_mode, control) = control_file(&reader).await?;
     let tablespace_map = tablespace_map(&reader, &destination);
     write_backup_manifest(&request, &plan, &reader, tablespace_map.as_deref(), mode).await?;
     let notes = write_recovery(&request, &plan, &reader, tablespace_map.as_deref(), mode, bin_dir.as_deref())?;
     report.notes.extend(notes);
+    sink.settle()?;
     let finishing = destination.clone();
     let finished = tokio::task::spawn_blocking(move || {
         finishing.sync()?;

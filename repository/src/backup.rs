@@ -1,6 +1,6 @@
 //! Writing a backup's content into packs, and reading it back.
 //!
-//! [`write`] finds what a parent has, packs and uploads the rest; [`file_list`] turns placed content into file maps and
+//! [`mod@write`] finds what a parent has, packs and uploads the rest; [`file_list`] turns placed content into file maps and
 //! the file list; [`commit`] publishes. [`read`] opens a committed backup; [`fetch`] brings its chunks, coalesced and in
 //! parallel, to whoever writes them down.
 

@@ -3,7 +3,8 @@
 use std::fmt;
 use std::sync::Arc;
 
-use futures::StreamExt;
+use futures::future::BoxFuture;
+use futures::{FutureExt, StreamExt};
 
 use crate::cluster_log::{ClusterLog, Committed, LogError, SessionState};
 use crate::format::reference::{ReferenceError, ReferencePart};
@@ -203,7 +204,14 @@ impl Repository {
 
     /// Every committed backup of a cluster that is not purged, with its reference part checked against the log's digest
     /// and its signature. A bad one does not hide the others.
-    pub async fn backups(&self, log: &ClusterLog) -> CommittedBackups {
+    ///
+    /// Boxed here, where the lifetimes have names: inside a larger future rustc 1.95 cannot prove that it may be sent
+    /// to another thread (rust-lang/rust#102211).
+    pub fn backups<'a>(&'a self, log: &'a ClusterLog) -> BoxFuture<'a, CommittedBackups> {
+        self.read_backups(log).boxed()
+    }
+
+    async fn read_backups(&self, log: &ClusterLog) -> CommittedBackups {
         // Owned, since a stream of futures over borrowed rows is not Send for the compiler.
         let committed: Vec<(BackupId, Committed, BackupLife)> = log
             .state()
@@ -233,16 +241,19 @@ impl Repository {
         backups
     }
 
-    /// The reference part of one committed backup.
-    pub async fn reference(
-        &self,
-        cluster: &ClusterName,
-        backup: &BackupId,
-        committed: &Committed,
-    ) -> Result<(ReferencePart, Writer), RepositoryError> {
-        let object = self.store.get(&layout::reference(cluster, backup)).await;
-        let object = object.map_err(|source| store_error(&self.store, source))?;
-        Ok(ReferencePart::open(&self.trust(), cluster, backup, committed.reference_digest, &object)?)
+    /// The reference part of one committed backup. Boxed for the same reason as [`Repository::backups`].
+    pub fn reference<'a>(
+        &'a self,
+        cluster: &'a ClusterName,
+        backup: &'a BackupId,
+        committed: &'a Committed,
+    ) -> BoxFuture<'a, Result<(ReferencePart, Writer), RepositoryError>> {
+        let read = async move {
+            let object = self.store.get(&layout::reference(cluster, backup)).await;
+            let object = object.map_err(|source| store_error(&self.store, source))?;
+            Ok(ReferencePart::open(&self.trust(), cluster, backup, committed.reference_digest, &object)?)
+        };
+        read.boxed()
     }
 }
 

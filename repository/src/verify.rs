@@ -7,7 +7,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use bytes::Bytes;
-use futures::StreamExt;
+use futures::future::BoxFuture;
+use futures::{FutureExt, StreamExt};
 use object_store::path::Path;
 use tokio_util::sync::CancellationToken;
 
@@ -81,10 +82,22 @@ enum What {
 }
 
 /// Checks and reports; `seen` is told the bytes of each object.
-pub async fn verify(
+///
+/// Boxed here, where the lifetimes have names: inside a larger future rustc 1.95 cannot prove that it may be sent to
+/// another thread (rust-lang/rust#102211).
+pub fn verify<'a>(
+    cluster: &'a OpenCluster,
+    spec: &'a VerifySpec,
+    seen: impl Fn(u64) + Send + 'a,
+    cancel: &'a CancellationToken,
+) -> BoxFuture<'a, Result<VerifyReport, VerifyError>> {
+    check_all(cluster, spec, seen, cancel).boxed()
+}
+
+async fn check_all(
     cluster: &OpenCluster,
     spec: &VerifySpec,
-    seen: impl Fn(u64),
+    seen: impl Fn(u64) + Send,
     cancel: &CancellationToken,
 ) -> Result<VerifyReport, VerifyError> {
     let log = cluster.log().await?;

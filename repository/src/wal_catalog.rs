@@ -5,7 +5,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use futures::StreamExt;
+use futures::future::BoxFuture;
+use futures::{FutureExt, StreamExt};
 
 use crate::format::wal_segment::{RestorePoint, SegmentDirectory};
 use crate::postgres::{Lsn, Segment, SegmentSize, SystemId, TimelineHistory, WalBranch};
@@ -24,7 +25,20 @@ pub fn systems(backups: &[BackupFacts], sizes: &[SegmentSize]) -> BTreeMap<Syste
 }
 
 /// Lists the archive and reads the commits at the end of every stretch without a gap: what windows need.
-pub async fn read(archive: &WalArchive, systems: &BTreeMap<SystemId, SegmentSize>) -> Result<WalCatalog, ArchiveError> {
+///
+/// Boxed here, where the lifetimes have names: inside a larger future rustc 1.95 cannot prove that it may be sent to
+/// another thread (rust-lang/rust#102211).
+pub fn read<'a>(
+    archive: &'a WalArchive,
+    systems: &'a BTreeMap<SystemId, SegmentSize>,
+) -> BoxFuture<'a, Result<WalCatalog, ArchiveError>> {
+    read_systems(archive, systems).boxed()
+}
+
+async fn read_systems(
+    archive: &WalArchive,
+    systems: &BTreeMap<SystemId, SegmentSize>,
+) -> Result<WalCatalog, ArchiveError> {
     let mut catalog = WalCatalog::default();
     for (system_id, size) in systems {
         for (wal, listing) in archive.list(*system_id, *size).await? {

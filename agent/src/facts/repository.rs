@@ -6,15 +6,14 @@
 use std::collections::BTreeMap;
 
 use futures::StreamExt;
-use futures::future::BoxFuture;
 use jiff::Timestamp;
 use walfleet_repository::cluster::{ClusterError, OpenCluster};
 use walfleet_repository::cluster_log::{ClusterLog, Committed, SessionState};
 use walfleet_repository::format::reference::ReferencePart;
 use walfleet_repository::ids::BackupId;
-use walfleet_repository::open::{BackupLife, CommittedBackup, Repository, RepositoryError};
-use walfleet_repository::recovery_window::{BackupFacts, WalCatalog, Windows, recovery_windows};
-use walfleet_repository::wal_archive::{ArchiveError, WalArchive};
+use walfleet_repository::open::{BackupLife, CommittedBackup, RepositoryError};
+use walfleet_repository::recovery_window::{BackupFacts, Windows, recovery_windows};
+use walfleet_repository::wal_archive::WalArchive;
 use walfleet_repository::wal_catalog;
 
 use super::{RecoveryRange, RecoveryWindow, WalGap};
@@ -85,7 +84,7 @@ impl ClusterWatch {
         view.backups.drain(..view.backups.len().saturating_sub(NEWEST_BACKUPS));
         let as_of = Timestamp::now();
         let systems = wal_catalog::systems(&facts, &sizes);
-        match read_catalog(&self.archive, &systems).await {
+        match wal_catalog::read(&self.archive, &systems).await {
             Ok(catalog) => {
                 let windows = recovery_windows(&facts, &catalog);
                 problems.extend(windows.unrestorable.iter().map(|lost| {
@@ -115,11 +114,11 @@ impl ClusterWatch {
             .map(|(session, committed)| (session.id().clone(), committed.clone()))
             .collect();
         self.references.retain(|id, _| present.contains(id));
-        let repository = self.cluster.repository();
-        let reads: Vec<_> = missing
-            .into_iter()
-            .map(|(id, committed)| read_reference(repository, &self.cluster, id, committed))
-            .collect();
+        let cluster = &self.cluster;
+        let reads = missing.into_iter().map(|(id, committed)| async move {
+            let read = cluster.repository().reference(cluster.name(), &id, &committed).await;
+            (id, read.map(|(reference, _)| reference))
+        });
         let read: Vec<_> = futures::stream::iter(reads).buffer_unordered(READS).collect().await;
         let mut problems = Vec::new();
         for (id, reference) in read {
@@ -144,28 +143,6 @@ pub async fn view(access: &Access, cluster: &ClusterAccess) -> Result<Repository
 pub fn nothing(cluster: &ClusterAccess) -> RepositoryView {
     let window = window(&cluster.repository.name, Timestamp::now(), Windows::default());
     RepositoryView { windows: vec![window], ..RepositoryView::default() }
-}
-
-type Read = (BackupId, Result<ReferencePart, RepositoryError>);
-
-/// Boxed here, where the lifetimes have names: inside a larger future rustc 1.95 cannot prove that it may be sent
-/// (rust-lang/rust#102211). So is the next one.
-fn read_reference<'a>(
-    repository: &'a Repository,
-    cluster: &'a OpenCluster,
-    id: BackupId,
-    committed: Committed,
-) -> BoxFuture<'a, Read> {
-    Box::pin(async move {
-        let read = repository.reference(cluster.name(), &id, &committed).await;
-        (id, read.map(|(reference, _)| reference))
-    })
-}
-
-type Systems = BTreeMap<walfleet_repository::postgres::SystemId, walfleet_repository::postgres::SegmentSize>;
-
-fn read_catalog<'a>(archive: &'a WalArchive, systems: &'a Systems) -> BoxFuture<'a, Result<WalCatalog, ArchiveError>> {
-    Box::pin(wal_catalog::read(archive, systems))
 }
 
 /// Microseconds outside of jiff's range come from nonsense in the store, which shows as the epoch.

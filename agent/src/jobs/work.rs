@@ -6,10 +6,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use futures::future::BoxFuture;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
-use walfleet_repository::cluster::OpenCluster;
 use walfleet_repository::verify::{Depth, VerifyError, VerifySpec, verify};
 
 use super::Work;
@@ -134,7 +132,7 @@ impl HostWork {
         let depth = if order.deep { Depth::Content } else { Depth::Stored };
         let spec = VerifySpec { backup: order.backup.clone(), depth };
         progress.enter("verify", 0);
-        let report = verifying(&open, &spec, progress, cancel).await.map_err(verify_failure)?;
+        let report = verify(&open, &spec, |bytes| progress.add(bytes), cancel).await.map_err(verify_failure)?;
         Ok(Report::Verify(VerifyReport {
             packs: report.packs,
             segments: report.segments,
@@ -192,17 +190,6 @@ async fn connection(instance: InstanceAccess) -> Result<String, Failure> {
         Failure::new("backup.postgres", ExitCode::Failed, Remedy::Retry, message)
     };
     found.map_err(|error| failure(&error))?.map_err(|error| failure(&error))
-}
-
-/// Boxed here, where the lifetimes have names: inside a larger future rustc 1.95 cannot prove that it may be sent
-/// (rust-lang/rust#102211).
-fn verifying<'a>(
-    cluster: &'a OpenCluster,
-    spec: &'a VerifySpec,
-    progress: &'a Progress,
-    cancel: &'a CancellationToken,
-) -> BoxFuture<'a, Result<walfleet_repository::verify::VerifyReport, VerifyError>> {
-    Box::pin(verify(cluster, spec, |bytes| progress.add(bytes), cancel))
 }
 
 fn verify_failure(error: VerifyError) -> Failure {

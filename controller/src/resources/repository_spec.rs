@@ -12,7 +12,7 @@ use super::document::{Spec, SpecFault};
 pub struct RepositorySpec {
     /// `file:///srv/walfleet` or `s3://bucket/prefix`.
     pub url: String,
-    /// See [`OPTIONS`].
+    /// See `OPTIONS`.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub options: BTreeMap<String, String>,
 }

@@ -29,7 +29,7 @@ pub struct Barriers {
 
 pub struct Barrier {
     pub id: u32,
-    /// The restore point, "barrier_<id>".
+    /// The restore point, `barrier_<id>`.
     pub name: String,
     /// With microseconds and zone: "2026-06-04 14:31:59.123456+00".
     pub time: String,

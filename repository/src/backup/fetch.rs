@@ -38,7 +38,7 @@ const WINDOW_BYTES: u64 = 1 << 30;
 /// Pieces gathered at most, whatever their size: bounds memory with many small files.
 const WINDOW_PIECES: usize = 64 << 10;
 
-/// Which file of the walk; counts up from 0 in the order that [`PieceSink::file`] saw them.
+/// Which file of the walk; counts up from 0 in the order that [`PieceSink::entry`] saw them.
 pub type FileNumber = u64;
 
 /// Takes files and their content. Called from many threads; content of one file may come in any order.

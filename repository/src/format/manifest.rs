@@ -84,7 +84,7 @@ pub struct Counters {
 /// One file or directory of the backup.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct FileEntry {
-    /// Relative, '/' as separator; tablespaces as pg_tblspc/<oid>/….
+    /// Relative, '/' as separator; tablespaces as `pg_tblspc/<oid>/…`.
     pub path: Bytes,
     pub kind: EntryKind,
     pub mode: u32,
