@@ -2,7 +2,7 @@
 //!
 //! Order is the crash argument. First a marker file; then everything but `global/pg_control`, without which no
 //! PostgreSQL starts; then one sync of every file system touched; then `pg_control`, durable; then the marker goes. A
-//! directory with the marker, or without `pg_control`, is an unfinished restore.
+//! directory with the marker and without `pg_control` is an unfinished restore.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, OpenOptions};
@@ -33,8 +33,8 @@ pub enum WriteError {
         "{path} belongs to a running PostgreSQL server (pid {pid})\nHINT: name another directory, or stop the server; nothing was changed."
     )]
     Running { path: PathBuf, pid: u32 },
-    #[error("{path} is an unfinished restore\nHINT: remove it (rm -r {path}) and restore again.")]
-    Unfinished { path: PathBuf },
+    #[error("{path} is an unfinished restore\nHINT: remove it (rm -r {}) and restore again.", printed(.remains))]
+    Unfinished { path: PathBuf, remains: Vec<PathBuf> },
     #[error("{path} is not an absolute path")]
     Relative { path: PathBuf },
     #[error(
@@ -45,6 +45,10 @@ pub enum WriteError {
     UnknownTablespace(String),
     #[error("two tablespaces would go to {0}")]
     SameLocation(PathBuf),
+}
+
+fn printed(paths: &[PathBuf]) -> String {
+    paths.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(" ")
 }
 
 fn io(operation: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> WriteError {
@@ -178,15 +182,20 @@ fn check_empty(path: &Path) -> Result<(), WriteError> {
     if entries.next().is_none() {
         return Ok(());
     }
-    if path.join(MARKER).exists() {
-        return Err(WriteError::Unfinished { path: path.to_owned() });
-    }
     let pid = fs::read_to_string(path.join("postmaster.pid")).ok();
     let pid = pid.and_then(|text| text.lines().next()?.trim().parse::<u32>().ok());
-    match pid.filter(|pid| Path::new(&format!("/proc/{pid}")).exists()) {
-        Some(pid) => Err(WriteError::Running { path: path.to_owned(), pid }),
-        None => Err(WriteError::NotEmpty { path: path.to_owned() }),
+    if let Some(pid) = pid.filter(|pid| Path::new(&format!("/proc/{pid}")).exists()) {
+        return Err(WriteError::Running { path: path.to_owned(), pid });
     }
+    // With pg_control it was whole, even if the marker could not be removed any more: somebody may have used it since.
+    if !path.join(MARKER).exists() || path.join("global/pg_control").exists() {
+        return Err(WriteError::NotEmpty { path: path.to_owned() });
+    }
+    // Its links are this restore's own: they lead to directories that were empty when it began.
+    let links = fs::read_dir(path.join("pg_tblspc")).into_iter().flatten().flatten();
+    let tablespaces = links.filter_map(|link| fs::read_link(link.path()).ok()).filter(|target| target.exists());
+    let remains = std::iter::once(path.to_owned()).chain(tablespaces).collect();
+    Err(WriteError::Unfinished { path: path.to_owned(), remains })
 }
 
 fn make_directory(path: &Path, mode: DirectoryMode) -> Result<(), WriteError> {
@@ -198,7 +207,11 @@ fn make_directory(path: &Path, mode: DirectoryMode) -> Result<(), WriteError> {
 /// Writes a small file that the sync of everything makes durable.
 pub fn write_plain(path: &Path, content: &[u8], mode: u32) -> Result<(), WriteError> {
     let opened = OpenOptions::new().write(true).create(true).truncate(true).mode(mode).open(path);
-    opened.and_then(|mut file| file.write_all(content)).map_err(io("write", path))
+    let written = opened.and_then(|mut file| {
+        set_mode(&file, mode)?;
+        file.write_all(content)
+    });
+    written.map_err(io("write", path))
 }
 
 /// Writes a small file whole: temporary name, sync, rename, sync of the folder.
@@ -212,10 +225,19 @@ pub fn write_durable(path: &Path, content: &[u8], mode: u32) -> Result<(), Write
         .truncate(true)
         .mode(mode)
         .open(&temporary)
-        .and_then(|mut file| file.write_all(content).and_then(|()| file.sync_all()))
+        .and_then(|mut file| {
+            set_mode(&file, mode)?;
+            file.write_all(content)?;
+            file.sync_all()
+        })
         .and_then(|()| fs::rename(&temporary, path));
     written.map_err(io("write", path))?;
     sync_folder(path.parent().unwrap_or(Path::new("/")))
+}
+
+/// Exactly as at the source: what was created has lost the bits of the umask of whoever restores.
+fn set_mode(file: &File, mode: u32) -> std::io::Result<()> {
+    file.set_permissions(fs::Permissions::from_mode(mode))
 }
 
 fn sync_folder(path: &Path) -> Result<(), WriteError> {
@@ -229,11 +251,30 @@ pub struct FileSink {
     /// By number: 60 bytes a file, 30 MB for 500,000 relations.
     paths: RwLock<Vec<Box<[u8]>>>,
     open: Mutex<Vec<(FileNumber, Arc<File>)>>,
+    /// Files that their owner may not write (a server's private key, 0400), until their content is there.
+    read_only: Mutex<Vec<(PathBuf, u32)>>,
 }
+
+/// What the owner may do with a file while it is being filled.
+const OWNER_WRITES: u32 = 0o200;
 
 impl FileSink {
     pub fn new(data_dir: &Path, progress: Progress) -> FileSink {
-        FileSink { data_dir: data_dir.to_owned(), progress, paths: RwLock::default(), open: Mutex::default() }
+        FileSink {
+            data_dir: data_dir.to_owned(),
+            progress,
+            paths: RwLock::default(),
+            open: Mutex::default(),
+            read_only: Mutex::default(),
+        }
+    }
+
+    /// Once everything is written: takes away what only the writing needed.
+    pub fn settle(&self) -> Result<(), WriteError> {
+        for (path, mode) in self.read_only.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
+            fs::set_permissions(&path, fs::Permissions::from_mode(mode)).map_err(io("set permissions of", &path))?;
+        }
+        Ok(())
     }
 
     fn path(&self, relative: &[u8]) -> PathBuf {
@@ -274,10 +315,18 @@ impl PieceSink for FileSink {
                     Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
                     other => other.map_err(|e| named("make directory", &path, e))?,
                 }
+                fs::set_permissions(&path, fs::Permissions::from_mode(entry.mode))
+                    .map_err(|e| named("set permissions of", &path, e))?;
             }
             EntryKind::File { size, .. } => {
-                let file = OpenOptions::new().write(true).create_new(true).mode(entry.mode).open(&path);
+                let mode = entry.mode | OWNER_WRITES;
+                let file = OpenOptions::new().write(true).create_new(true).mode(mode).open(&path);
                 let file = file.map_err(|e| named("create", &path, e))?;
+                set_mode(&file, mode).map_err(|e| named("set permissions of", &path, e))?;
+                if mode != entry.mode {
+                    let mut read_only = self.read_only.lock().unwrap_or_else(PoisonError::into_inner);
+                    read_only.push((path.clone(), entry.mode));
+                }
                 // What is not written stays a hole: zero slots cost nothing.
                 file.set_len(*size).map_err(|e| named("extend", &path, e))?;
             }
@@ -329,6 +378,16 @@ mod tests {
         fs::write(folder.path().join("postmaster.pid"), format!("{}\n", std::process::id())).unwrap();
         assert!(matches!(check(folder.path(), 0), Err(WriteError::Running { .. })));
         fs::write(folder.path().join(MARKER), "").unwrap();
-        assert!(matches!(check(folder.path(), 0), Err(WriteError::Unfinished { .. })));
+        assert!(matches!(check(folder.path(), 0), Err(WriteError::Running { .. })), "whatever else lies there");
+        fs::remove_file(folder.path().join("postmaster.pid")).unwrap();
+        let tablespace = tempfile::tempdir().unwrap();
+        fs::create_dir(folder.path().join("pg_tblspc")).unwrap();
+        std::os::unix::fs::symlink(tablespace.path(), folder.path().join("pg_tblspc/1")).unwrap();
+        let refused = check(folder.path(), 0).unwrap_err().to_string();
+        let remains = format!("rm -r {} {})", folder.path().display(), tablespace.path().display());
+        assert!(refused.contains(&remains), "{refused}");
+        fs::create_dir(folder.path().join("global")).unwrap();
+        fs::write(folder.path().join("global/pg_control"), "").unwrap();
+        assert!(matches!(check(folder.path(), 0), Err(WriteError::NotEmpty { .. })), "it was whole");
     }
 }
