@@ -20,7 +20,7 @@ pub enum Stop {
 pub struct Target {
     pub stop: Stop,
     pub exclusive: bool,
-    /// "latest", "current" or a number; `None` is latest.
+    /// "latest", "current", a number, or a branch such as "5-0f3c"; `None` is latest.
     pub timeline: Option<String>,
     /// `None` is promote.
     pub action: Option<Action>,
@@ -82,7 +82,8 @@ pub struct TargetArgs {
     /// Stop just before the target instead of just after it
     #[arg(long)]
     pub exclusive: bool,
-    /// Follow this timeline: a number, latest or current (the backup's own) [default: latest]
+    /// Follow this timeline: a number, latest or current (the backup's own); of several with one number, 5-BRANCH, by as
+    /// many digits as tell it from the others [default: latest]
     #[arg(long, value_name = "TIMELINE", value_parser = parse_timeline)]
     pub timeline: Option<String>,
     /// What Postgres does at the target [default: promote]
@@ -91,12 +92,19 @@ pub struct TargetArgs {
 }
 
 fn parse_timeline(text: &str) -> Result<String, String> {
-    let number =
-        || text.parse::<u32>().is_ok_and(|number| number > 0) && text.bytes().all(|byte| byte.is_ascii_digit());
-    if matches!(text, "latest" | "current") || number() {
-        Ok(text.to_owned())
+    let number = |text: &str| {
+        text.bytes().all(|byte| byte.is_ascii_digit()) && text.parse::<u32>().is_ok_and(|number| number > 0)
+    };
+    // Eight bytes of the history's hash, in hexadecimal.
+    let digits = |text: &str| (1..=16).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_hexdigit());
+    let good = match text.split_once('-') {
+        Some((timeline, branch)) => number(timeline) && digits(branch),
+        None => matches!(text, "latest" | "current") || number(text),
+    };
+    if good {
+        Ok(text.to_ascii_lowercase())
     } else {
-        Err("it is a number from 1, latest or current".to_owned())
+        Err("it is a number from 1, a number and a branch such as 5-9f3c, latest or current".to_owned())
     }
 }
 

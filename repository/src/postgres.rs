@@ -216,7 +216,8 @@ impl Segment {
 }
 
 /// Which of several timelines with one number is meant: the first 8 bytes of BLAKE3 of the history file, zero for a
-/// timeline without one. Two promotions to the same number never meet under one name.
+/// timeline without one. Two promotions to the same number share a name only if they left the same parent at the same
+/// position for the same reason; then the first to store a segment keeps it (`docs/format.md`, section 11).
 #[derive(Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Branch(pub [u8; 8]);
 

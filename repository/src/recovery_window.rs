@@ -4,6 +4,7 @@
 //! PostgreSQL does ([`lineage`]). Where something is unknown, less is promised: a segment whose commits were not read
 //! extends a range by its positions, not by a time.
 
+pub mod branch_name;
 pub mod choose;
 pub mod lineage;
 
@@ -17,7 +18,8 @@ use crate::format::reference::ReferencePart;
 use crate::ids::BackupId;
 use crate::postgres::{Lsn, Segment, SegmentSize, SystemId, TimelineHistory, WalBranch};
 
-pub use choose::{Choice, NotRecoverable, Pick, StopAt, TargetPoint, TimelineChoice, choose_backup};
+pub use branch_name::{BranchName, BranchNameError};
+pub use choose::{Choice, NotRecoverable, Pick, StopAt, TargetPoint, TimelineChoice, choose_backup, ways};
 use lineage::{Lineage, Run};
 
 /// A committed backup, as far as windows depend on it.
@@ -253,6 +255,23 @@ impl fmt::Display for PrintedTime {
             Err(_) => write!(f, "{} us", self.0),
         }
     }
+}
+
+/// The branches that a number may mean, for messages: where each left its parent, and what it has.
+pub(crate) fn printed_branches<'a>(wal: &WalCatalog, branches: impl Iterator<Item = &'a WalBranch>) -> String {
+    let printed: Vec<String> = branches.map(|branch| printed_branch(wal, branch)).collect();
+    if printed.is_empty() { "none".to_owned() } else { printed.join("; ") }
+}
+
+fn printed_branch(wal: &WalCatalog, branch: &WalBranch) -> String {
+    let known = wal.branches.get(branch);
+    let parent = known.and_then(|known| known.history.as_ref()?.ancestors.last());
+    let begin = parent.map(|(parent, at)| format!(" left timeline {parent} at {at}"));
+    let commits = known.into_iter().flat_map(|known| known.segments.values()).map(|facts| facts.commits);
+    let newest = commits.filter_map(SegmentCommits::newest_us).max();
+    let newest = newest.map(|at_us| format!("newest commit {}", PrintedTime(at_us)));
+    let (begin, newest) = (begin.unwrap_or_default(), newest.unwrap_or_else(|| "no commit known".to_owned()));
+    format!("{}{begin}, {newest}", BranchName::from(branch))
 }
 
 /// The systems that have backups.

@@ -3,12 +3,14 @@
 //!
 //! A listing only finds things. A segment it does not show makes a gap here, which promises less, never more.
 
-use std::collections::{BTreeMap, BTreeSet};
+pub mod restore_points;
 
+use std::collections::BTreeMap;
+
+use futures::FutureExt;
 use futures::future::BoxFuture;
-use futures::{FutureExt, StreamExt};
 
-use crate::format::wal_segment::{RestorePoint, SegmentDirectory};
+use crate::format::wal_segment::SegmentDirectory;
 use crate::postgres::{Lsn, Segment, SegmentSize, SystemId, TimelineHistory, WalBranch};
 use crate::recovery_window::{BackupFacts, BranchWal, SegmentCommits, SegmentFacts, WalCatalog};
 use crate::wal_archive::{ArchiveError, WalArchive};
@@ -140,34 +142,4 @@ pub async fn read_around(
         }
     }
     Ok(())
-}
-
-/// Where a restore point lies: the newest of that name at or after `from` on the branches given. Reads the index of
-/// every segment there, newest first.
-pub async fn find_restore_point(
-    archive: &WalArchive,
-    catalog: &WalCatalog,
-    branches: &BTreeSet<WalBranch>,
-    name: &str,
-) -> Result<Option<(WalBranch, RestorePoint)>, ArchiveError> {
-    for wal in branches.iter().rev() {
-        let Some(branch) = catalog.branches.get(wal) else { continue };
-        let size = branch.segment_size;
-        // Owned, since a stream of futures over borrowed rows is not Send for the compiler.
-        let numbers: Vec<u64> = branch.segments.keys().rev().copied().collect();
-        let (wal, archive) = (*wal, archive.clone());
-        let reads = numbers.into_iter().map(move |number| {
-            let archive = archive.clone();
-            let segment = Segment { timeline: wal.timeline, number };
-            async move { archive.commit_times(wal, segment, size).await }
-        });
-        let mut reads = futures::stream::iter(reads).buffered(READS_IN_FLIGHT);
-        while let Some(read) = reads.next().await {
-            let (_, points) = read?;
-            if let Some(point) = points.into_iter().rev().find(|point| point.name == name) {
-                return Ok(Some((wal, point)));
-            }
-        }
-    }
-    Ok(None)
 }

@@ -1,11 +1,11 @@
 //! The flags that say where recovery is to stop.
 
 use clap::{Args, ValueEnum};
-use walfleet_repository::postgres::{Lsn, Timeline};
+use walfleet_repository::postgres::Lsn;
 
 use super::time;
 use crate::failure::Failure;
-use crate::jobs::order::{RecoveryTarget, TargetAction, TargetPoint, TargetTimeline};
+use crate::jobs::order::{RecoveryTarget, TargetAction, TargetPoint, TargetTimeline, TimelineError};
 
 #[derive(Args, Clone, Default, Debug)]
 pub struct TargetArgs {
@@ -30,7 +30,8 @@ pub struct TargetArgs {
     /// Stop just before the target instead of just after it.
     #[arg(long)]
     exclusive: bool,
-    #[arg(long, value_name = "N|latest|current", default_value = "latest", value_parser = timeline)]
+    /// Follow this timeline; N-BRANCH names one of several with one number, by as many digits as tell it from the others.
+    #[arg(long, value_name = "N|N-BRANCH|latest|current", default_value = "latest", value_parser = timeline)]
     timeline: TargetTimeline,
     /// What Postgres does at the target.
     #[arg(long, value_enum, default_value_t)]
@@ -72,21 +73,15 @@ impl TargetArgs {
     }
 }
 
-fn timeline(text: &str) -> Result<TargetTimeline, String> {
-    match text {
-        "latest" => Ok(TargetTimeline::Latest),
-        "current" => Ok(TargetTimeline::Current),
-        number => {
-            let number: u32 = number.parse().map_err(|_| "write latest, current or a timeline's number".to_owned())?;
-            Timeline::new(number).map(TargetTimeline::Number).map_err(|error| error.to_string())
-        }
-    }
+fn timeline(text: &str) -> Result<TargetTimeline, TimelineError> {
+    if text.is_empty() { Err(TimelineError::Word(String::new())) } else { text.parse() }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use clap::Parser;
+    use walfleet_repository::postgres::Timeline;
 
     #[derive(Parser, Debug)]
     struct Only {
@@ -113,6 +108,8 @@ mod tests {
         let full = target(&["--to-xid", "1", "--exclusive", "--timeline", "3", "--action", "pause"]).unwrap();
         assert_eq!((full.exclusive, full.action), (true, TargetAction::Pause));
         assert_eq!(full.timeline, TargetTimeline::Number(Timeline(3)));
+        let branch = target(&["--timeline", "3-0f3c"]).unwrap().timeline;
+        assert_eq!(branch, TargetTimeline::Branch("3-0f3c".parse().unwrap()));
     }
 
     #[test]
@@ -126,6 +123,11 @@ mod tests {
             &["--to-lsn", "nonsense"],
             &["--timeline", "0"],
             &["--timeline", "newest"],
+            &["--timeline", ""],
+            &["--timeline", "+3"],
+            &["--timeline", "3-"],
+            &["--timeline", "3-xyz"],
+            &["--timeline", "0-0f3c"],
             &["--action", "explode"],
         ] {
             assert!(target(bad).is_err(), "{bad:?}");

@@ -2,12 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::str::FromStr;
 use std::time::Duration;
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use walfleet_repository::ids::{BackupId, ClusterName, JobId};
 use walfleet_repository::postgres::{Lsn, Timeline};
+use walfleet_repository::recovery_window::{BranchName, BranchNameError};
 
 /// One attempt of one job. Re-delivery of the same changes nothing.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -157,6 +159,37 @@ pub enum TargetTimeline {
     /// The backup's own.
     Current,
     Number(Timeline),
+    /// One of several timelines with one number.
+    Branch(BranchName),
+}
+
+/// As people write it, as orders carry it.
+impl FromStr for TargetTimeline {
+    type Err = TimelineError;
+
+    fn from_str(text: &str) -> Result<Self, TimelineError> {
+        match text {
+            "" | "latest" => Ok(TargetTimeline::Latest),
+            "current" => Ok(TargetTimeline::Current),
+            branch if branch.contains('-') => Ok(TargetTimeline::Branch(branch.parse()?)),
+            number => {
+                // u32's own reading would take a sign.
+                let digits = number.bytes().all(|byte| byte.is_ascii_digit());
+                let number = number.parse().ok().filter(|_| digits).and_then(|number| Timeline::new(number).ok());
+                Ok(TargetTimeline::Number(number.ok_or_else(|| TimelineError::Word(text.to_owned()))?))
+            }
+        }
+    }
+}
+
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum TimelineError {
+    #[error(
+        "\"{0}\" is no timeline\nHINT: write latest, current, a number from 1, or a branch such as 5-9f3c07a1b2d4e680."
+    )]
+    Word(String),
+    #[error(transparent)]
+    Branch(#[from] BranchNameError),
 }
 
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]

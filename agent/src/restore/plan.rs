@@ -2,7 +2,7 @@
 //!
 //! The decision itself is pure ([`choose_backup`]); here the repository is read for it, no more than it needs.
 
-use std::collections::BTreeSet;
+mod by_name;
 
 use jiff::Timestamp;
 use walfleet_repository::cluster::{ClusterError, OpenCluster};
@@ -10,9 +10,10 @@ use walfleet_repository::ids::BackupId;
 use walfleet_repository::open::CommittedBackup;
 use walfleet_repository::postgres::{Lsn, Timeline, WalBranch};
 use walfleet_repository::recovery_window::{
-    BackupFacts, Choice, NotRecoverable, Pick, StopAt, TargetPoint as Point, TimelineChoice, WalCatalog, choose_backup,
+    BackupFacts, Choice, NotRecoverable, Pick, RecoveryPoint, StopAt, TargetPoint as Point, TimelineChoice,
+    choose_backup,
 };
-use walfleet_repository::wal_archive::{ArchiveError, WalArchive};
+use walfleet_repository::wal_archive::ArchiveError;
 use walfleet_repository::wal_catalog;
 
 use crate::failure::{ExitCode, Remedy};
@@ -29,9 +30,15 @@ pub enum PlanError {
     #[error(transparent)]
     NotRecoverable(#[from] NotRecoverable),
     #[error(
-        "no restore point \"{name}\" lies in the WAL that the repository holds\nHINT: names are case-sensitive; pg_create_restore_point() made it, and its segment must have been archived."
+        "no restore point \"{name}\" lies in the WAL that leads from the backups to the chosen timeline\nHINT: names are case-sensitive; pg_create_restore_point() made it, and its segment must have been archived. Points on an abandoned timeline are found with --timeline."
     )]
     NoRestorePoint { name: String },
+    #[error("restore point \"{name}\" at {point}: {reason}")]
+    RestorePointOutOfReach { name: String, point: RecoveryPoint, reason: NotRecoverable },
+    #[error(
+        "the newest restore point \"{name}\" is at {newest}, and recovery by name would stop at an older one, at {first}: no backup lies between\nHINT: say which one by its position: --to-lsn {at} --exclusive for the newest; there are {all}.", at = newest.lsn
+    )]
+    RestorePointHidden { name: String, first: RecoveryPoint, newest: RecoveryPoint, all: String },
     #[error("the target says \"exclusive\", and {0} has no before and after\nHINT: leave --exclusive out.")]
     Exclusive(&'static str),
     #[error(transparent)]
@@ -48,7 +55,10 @@ impl PlanError {
             PlanError::NotRecoverable(NotRecoverable::NoSuchBackup { .. }) => {
                 ("restore.no_backup", ExitCode::NotFound, Remedy::Operator)
             }
-            PlanError::NotRecoverable(_) | PlanError::NoRestorePoint { .. } => {
+            PlanError::NotRecoverable(_)
+            | PlanError::NoRestorePoint { .. }
+            | PlanError::RestorePointOutOfReach { .. }
+            | PlanError::RestorePointHidden { .. } => {
                 ("restore.not_recoverable", ExitCode::NotRecoverable, Remedy::Operator)
             }
             PlanError::Exclusive(_) => ("restore.target", ExitCode::Usage, Remedy::Operator),
@@ -145,29 +155,51 @@ pub async fn plan(
     let sizes: Vec<_> = backups.iter().map(|backup| backup.reference.segment_size).collect();
     let archive = cluster.wal_archive(3);
     let mut catalog = wal_catalog::read(&archive, &wal_catalog::systems(&facts, &sizes)).await?;
-    let point = point(target, &archive, &catalog).await?;
+    let point = point(target);
     let pick = Pick { target: point, timeline: timeline(target.timeline), backup: backup.cloned() };
-    let mut choice = choose_backup(&pick, &facts, &catalog)?;
-    if let Point::Time { at_us, .. } = point {
-        // Now that the way is known, find where on it recovery ends.
-        for read in &choice.reads {
-            wal_catalog::read_around(&archive, &mut catalog, read.wal, read.from, at_us).await?;
+    let (choice, notes) = match &target.point {
+        TargetPoint::Name(name) => {
+            let held = by_name::Held { backups: &facts, archive: &archive, catalog: &catalog };
+            by_name::choose(name, &pick, &held).await?
         }
-        choice = choose_backup(&pick, &facts, &catalog)?;
-    }
+        TargetPoint::Xid(xid) => (choose_backup(&pick, &facts, &catalog)?, note_of_xid(*xid, backup.is_some())),
+        _ => (choose_backup(&pick, &facts, &catalog)?, Vec::new()),
+    };
+    let choice = match point {
+        Point::Time { at_us, .. } => {
+            // Now that the way is known, find where on it recovery ends.
+            for read in &choice.reads {
+                wal_catalog::read_around(&archive, &mut catalog, read.wal, read.from, at_us).await?;
+            }
+            choose_backup(&pick, &facts, &catalog)?
+        }
+        _ => choice,
+    };
     let chosen = backups.into_iter().find(|backup| backup.reference.backup == choice.backup);
     let chosen = chosen.ok_or_else(|| PlanError::Vanished(choice.backup.clone()))?;
-    Ok(finish(target, choice, chosen))
+    Ok(finish(target, choice, chosen, notes))
 }
 
-fn finish(target: &RecoveryTarget, choice: Choice, backup: CommittedBackup) -> RestorePlan {
+/// Transactions end in another order than that of their numbers, and the archive's index has no numbers.
+fn note_of_xid(xid: u64, backup_given: bool) -> Vec<String> {
+    if backup_given {
+        return vec![format!(
+            "where transaction {xid} ended is not known: if before this backup, recovery fails at the end"
+        )];
+    }
+    vec![format!(
+        "where transaction {xid} ended is not known beforehand, so the oldest backup of the newest unbroken stretch of WAL is \
+         taken and replay may be long; --backup ID takes a newer one from before it"
+    )]
+}
+
+fn finish(target: &RecoveryTarget, choice: Choice, backup: CommittedBackup, mut notes: Vec<String>) -> RestorePlan {
     let mut chain: Vec<Leg> =
         choice.reads.iter().map(|read| Leg { wal: read.wal, from: read.from, to: read.to }).collect();
     if chain.last().is_none_or(|leg| leg.wal != choice.wal) {
         chain.push(Leg { wal: choice.wal, from: Lsn::INVALID, to: Lsn::INVALID });
     }
     let mut ends = PlanEnd::Open;
-    let mut notes = Vec::new();
     let mut target = target.clone();
     if choice.stop == StopAt::EndOfWal {
         if target.point != TargetPoint::Latest {
@@ -200,22 +232,17 @@ fn timeline(timeline: TargetTimeline) -> TimelineChoice {
         TargetTimeline::Latest => TimelineChoice::Latest,
         TargetTimeline::Current => TimelineChoice::Current,
         TargetTimeline::Number(number) => TimelineChoice::Number(number),
+        TargetTimeline::Branch(name) => TimelineChoice::Named(name),
     }
 }
 
-/// The target as the planner takes it. A restore point is looked for, so that the backup before it is taken.
-async fn point(target: &RecoveryTarget, archive: &WalArchive, catalog: &WalCatalog) -> Result<Point, PlanError> {
-    Ok(match &target.point {
+/// The target as the planner takes it. Where a restore point lies is found [`by_name`].
+fn point(target: &RecoveryTarget) -> Point {
+    match &target.point {
         TargetPoint::Time(at) => Point::Time { at_us: Timestamp::as_microsecond(*at), inclusive: !target.exclusive },
         TargetPoint::Lsn(lsn) => Point::Lsn(*lsn),
-        TargetPoint::Xid(_) => Point::Somewhere,
-        TargetPoint::Name(name) => {
-            let branches: BTreeSet<WalBranch> = catalog.branches.keys().copied().collect();
-            let found = wal_catalog::find_restore_point(archive, catalog, &branches, name).await?;
-            let (_, found) = found.ok_or_else(|| PlanError::NoRestorePoint { name: name.clone() })?;
-            Point::Lsn(found.point.lsn)
-        }
+        TargetPoint::Xid(_) | TargetPoint::Name(_) => Point::Somewhere,
         TargetPoint::Immediate => Point::Immediate,
         TargetPoint::Latest => Point::Latest,
-    })
+    }
 }

@@ -6,7 +6,6 @@ use std::time::Duration;
 use jiff::Timestamp;
 use walfleet_proto::job::v1 as proto;
 use walfleet_proto::recovery::v1 as recovery;
-use walfleet_repository::postgres::Timeline;
 
 use super::{Reader, WireError};
 use crate::jobs::order::{
@@ -100,15 +99,8 @@ fn target(target: recovery::RecoveryTarget) -> Result<RecoveryTarget, WireError>
     if target.exclusive && !point.can_be_exclusive() {
         return Err(TARGET.value("exclusive", true, "only a time, an LSN or an xid can be excluded"));
     }
-    let timeline = match target.timeline.as_str() {
-        "" | "latest" => TargetTimeline::Latest,
-        "current" => TargetTimeline::Current,
-        number => {
-            let number: u32 = TARGET.parse("timeline", number)?;
-            let timeline = Timeline::new(number).map_err(|error| TARGET.value("timeline", number, error))?;
-            TargetTimeline::Number(timeline)
-        }
-    };
+    let timeline = target.timeline.parse::<TargetTimeline>();
+    let timeline = timeline.map_err(|error| TARGET.value("timeline", &target.timeline, error))?;
     let action = match target.action.as_str() {
         "" | "promote" => TargetAction::Promote,
         "pause" => TargetAction::Pause,
@@ -148,6 +140,9 @@ mod tests {
         let WorkOrder::Restore(restore) = restore(|_| {}).unwrap().work else { panic!("not a restore") };
         assert_eq!(restore.target.timeline, TargetTimeline::Latest);
         assert_eq!(restore.target.action, TargetAction::Promote);
+        let named = super::tests::restore(|restore| restore.target.as_mut().unwrap().timeline = "5-0f3c".into());
+        let WorkOrder::Restore(named) = named.unwrap().work else { panic!("not a restore") };
+        assert_eq!(named.target.timeline, TargetTimeline::Branch("5-0f3c".parse().unwrap()));
         assert_eq!((restore.port, restore.apply_delay, restore.backup), (None, None, None));
     }
 
@@ -164,6 +159,7 @@ mod tests {
             (restore(kind(Kind::Lsn("x".into()))), "lsn"),
             (restore(kind(Kind::TimeUs(i64::MAX))), "time_us"),
             (restore(|restore| restore.target.as_mut().unwrap().timeline = "0".into()), "timeline"),
+            (restore(|restore| restore.target.as_mut().unwrap().timeline = "5-xyz".into()), "timeline"),
             (restore(|restore| restore.target.as_mut().unwrap().action = "explode".into()), "action"),
             (
                 restore(|restore| {

@@ -3,6 +3,7 @@
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use walfleet_repository::postgres::{Lsn, Timeline};
+use walfleet_repository::recovery_window::BranchName;
 
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct RecoveryTarget {
@@ -48,6 +49,8 @@ pub enum TimelineChoice {
     Latest,
     Current,
     Number(Timeline),
+    /// One of several timelines with one number.
+    Branch(BranchName),
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]

@@ -149,12 +149,17 @@ pub fn target_in(target: Option<pb::RecoveryTarget>) -> Result<RecoveryTarget, W
     let timeline = match target.timeline.as_str() {
         "" | "latest" => TimelineChoice::Latest,
         "current" => TimelineChoice::Current,
+        branch if branch.contains('-') => {
+            TimelineChoice::Branch(branch.parse().map_err(|error| WireError::new("timeline", error))?)
+        }
         number => number
             .parse::<u32>()
             .ok()
             .and_then(|number| Timeline::new(number).ok())
             .map(TimelineChoice::Number)
-            .ok_or_else(|| WireError::new("timeline", format!("{number:?} is not latest, current or a number")))?,
+            .ok_or_else(|| {
+                WireError::new("timeline", format!("{number:?} is not latest, current, a number or a branch"))
+            })?,
     };
     let action = match target.action.as_str() {
         "" | "promote" => TargetAction::Promote,
@@ -182,6 +187,7 @@ pub fn target_out(target: &RecoveryTarget) -> pb::RecoveryTarget {
             TimelineChoice::Latest => "latest".to_owned(),
             TimelineChoice::Current => "current".to_owned(),
             TimelineChoice::Number(timeline) => timeline.0.to_string(),
+            TimelineChoice::Branch(name) => name.to_string(),
         },
         action: match target.action {
             TargetAction::Promote => "promote",
@@ -212,6 +218,7 @@ mod tests {
             target(Kind::Name("before_migration".to_owned()), false),
             target(Kind::Immediate(true), false),
             pb::RecoveryTarget { timeline: "7".to_owned(), ..target(Kind::Latest(true), false) },
+            pb::RecoveryTarget { timeline: "7-0f3c".to_owned(), ..target(Kind::Latest(true), false) },
         ] {
             assert_eq!(target_in(Some(good.clone())).map(|parsed| target_out(&parsed)), Ok(good));
         }
@@ -222,6 +229,7 @@ mod tests {
             target(Kind::Name(String::new()), false),
             target(Kind::Latest(true), true),
             pb::RecoveryTarget { timeline: "0".to_owned(), ..target(Kind::Latest(true), false) },
+            pb::RecoveryTarget { timeline: "7-xyz".to_owned(), ..target(Kind::Latest(true), false) },
             pb::RecoveryTarget { action: "explode".to_owned(), ..target(Kind::Latest(true), false) },
         ] {
             assert!(target_in(Some(bad.clone())).is_err(), "{bad:?}");

@@ -218,6 +218,7 @@ async fn restoring() {
         "--to-xid 742 --to-name x",
         "--exclusive",
         "--timeline 0",
+        "--timeline 5-9f3c-1",
         "--apply-delay 1h",
         "--timeout 5m",
         "--wait --timeout 300",

@@ -5,7 +5,8 @@
 
 use super::lineage::{Lineage, Run, needed};
 use super::{
-    BackupFacts, PrintedTime, RecoveryPoint, RecoveryRange, WalCatalog, WalGap, printed_ranges, recovery_windows,
+    BackupFacts, BranchName, PrintedTime, RecoveryPoint, RecoveryRange, WalCatalog, WalGap, printed_branches,
+    printed_ranges, recovery_windows,
 };
 use crate::ids::BackupId;
 use crate::postgres::{Lsn, Timeline, WalBranch};
@@ -19,7 +20,7 @@ pub enum TargetPoint {
         inclusive: bool,
     },
     Lsn(Lsn),
-    /// A transaction, or a restore point whose position was not found: somewhere in the WAL.
+    /// A transaction: nobody knows where in the WAL it ends.
     Somewhere,
     /// As soon as the backup is consistent.
     Immediate,
@@ -36,7 +37,9 @@ pub enum TimelineChoice {
     /// The backup's own.
     Current,
     Number(Timeline),
-    /// One of several with the same number.
+    /// One of several with the same number, as people name it.
+    Named(BranchName),
+    /// The same, once it is known which.
     Exactly(WalBranch),
 }
 
@@ -101,9 +104,11 @@ pub enum NotRecoverable {
     #[error("the repository knows no timeline {timeline} of this cluster\nHINT: recoverable is {recoverable}.")]
     NoTimeline { timeline: Timeline, recoverable: String },
     #[error(
-        "timeline {timeline} has {count} branches in the repository\nHINT: two promotions took the same number; say which one by its branch."
+        "\"{asked}\" may mean {count} branches of timeline {timeline}, as two promotions took the same number: {branches}\nHINT: say which one, for example --timeline {example}; the digits that tell it from the others are enough."
     )]
-    Ambiguous { timeline: Timeline, count: usize },
+    Ambiguous { asked: String, timeline: Timeline, count: usize, branches: String, example: BranchName },
+    #[error("the repository knows no branch {asked} of this cluster\nHINT: branches of timeline {timeline}: {branches}.", timeline = asked.timeline())]
+    NoBranch { asked: BranchName, branches: String },
     #[error("no backup lies on the way to timeline {timeline}\nHINT: recoverable is {recoverable}.")]
     NoBackupOnTimeline { timeline: Timeline, recoverable: String },
     #[error("backup {backup} is not one of this cluster that can be restored\nHINT: recoverable is {recoverable}.")]
@@ -129,7 +134,7 @@ pub fn choose_backup(pick: &Pick, backups: &[BackupFacts], wal: &WalCatalog) -> 
     if ranges.is_empty() {
         return Err(NotRecoverable::NoBackup);
     }
-    let lineages = lineages(pick, backups, wal, &ranges)?;
+    let lineages = ways(pick.timeline, backups, wal)?;
     let stretches: Vec<(&Lineage, Vec<Run>)> = lineages.iter().map(|lineage| (lineage, lineage.runs(wal))).collect();
     let mut starts: Vec<Start<'_>> = Vec::new();
     for (lineage, runs) in &stretches {
@@ -159,54 +164,24 @@ pub fn choose_backup(pick: &Pick, backups: &[BackupFacts], wal: &WalCatalog) -> 
     }
 }
 
-/// The ways that may be taken. Each system identifier has its own.
-fn lineages(
-    pick: &Pick,
+/// The ways that may be taken, one of which some backup serves. Each system identifier has its own.
+pub fn ways(
+    timeline: TimelineChoice,
     backups: &[BackupFacts],
     wal: &WalCatalog,
-    ranges: &[RecoveryRange],
 ) -> Result<Vec<Lineage>, NotRecoverable> {
-    let recoverable = || printed_ranges(ranges.iter());
-    let to = |tips: Vec<WalBranch>| tips.into_iter().filter_map(|tip| Lineage::to(tip, wal)).collect::<Vec<_>>();
-    let one_of = |timeline: Timeline| {
-        let of_timeline = wal.branches.keys().filter(|branch| branch.timeline == timeline);
-        let mut found = Vec::new();
-        for system_id in super::systems(backups) {
-            let tips: Vec<WalBranch> = of_timeline.clone().filter(|tip| tip.system_id == system_id).copied().collect();
-            if tips.len() > 1 {
-                return Err(NotRecoverable::Ambiguous { timeline, count: tips.len() });
-            }
-            found.extend(tips);
-        }
-        Ok(found)
+    let recoverable = || printed_ranges(recovery_windows(backups, wal).ranges.iter());
+    let tips = tips(timeline, backups, wal)?;
+    let found: Vec<Lineage> = tips.into_iter().filter_map(|tip| Lineage::to(tip, wal)).collect();
+    let asked = match timeline {
+        TimelineChoice::Number(timeline) => Some(timeline),
+        TimelineChoice::Exactly(tip) => Some(tip.timeline),
+        TimelineChoice::Named(name) => Some(name.timeline()),
+        TimelineChoice::Latest | TimelineChoice::Current => None,
     };
-    let found = match pick.timeline {
-        TimelineChoice::Current => to(wal.branches.keys().copied().collect()),
-        TimelineChoice::Exactly(tip) => {
-            let found = to(vec![tip]);
-            if found.is_empty() {
-                return Err(NotRecoverable::NoTimeline { timeline: tip.timeline, recoverable: recoverable() });
-            }
-            found
-        }
-        TimelineChoice::Number(timeline) => {
-            let found = to(one_of(timeline)?);
-            if found.is_empty() {
-                return Err(NotRecoverable::NoTimeline { timeline, recoverable: recoverable() });
-            }
-            found
-        }
-        TimelineChoice::Latest => {
-            let mut found = Vec::new();
-            for system_id in super::systems(backups) {
-                let of_system = wal.branches.keys().filter(|branch| branch.system_id == system_id);
-                if let Some(newest) = of_system.map(|branch| branch.timeline).max() {
-                    found.extend(one_of(newest)?.into_iter().filter(|tip| tip.system_id == system_id));
-                }
-            }
-            to(found)
-        }
-    };
+    if let Some(timeline) = asked.filter(|_| found.is_empty()) {
+        return Err(NotRecoverable::NoTimeline { timeline, recoverable: recoverable() });
+    }
     let served = |lineage: &Lineage| backups.iter().any(|backup| lineage.holds(backup));
     match found.iter().map(|lineage| lineage.tip().timeline).max() {
         Some(timeline) if !found.iter().any(served) => {
@@ -214,6 +189,53 @@ fn lineages(
         }
         _ => Ok(found),
     }
+}
+
+/// The branches that a choice means: one for each system identifier, or all for [`TimelineChoice::Current`].
+fn tips(choice: TimelineChoice, backups: &[BackupFacts], wal: &WalCatalog) -> Result<Vec<WalBranch>, NotRecoverable> {
+    let of_timeline = |timeline| wal.branches.keys().filter(move |branch| branch.timeline == timeline);
+    let one_of = |asked: &str, timeline: Timeline, found: Vec<&WalBranch>| match found[..] {
+        [] => Ok(None),
+        [one] => Ok(Some(*one)),
+        [first, ..] => Err(NotRecoverable::Ambiguous {
+            asked: asked.to_owned(),
+            timeline,
+            count: found.len(),
+            branches: printed_branches(wal, found.iter().copied()),
+            example: BranchName::from(first),
+        }),
+    };
+    let mut tips = Vec::new();
+    match choice {
+        TimelineChoice::Current => tips.extend(wal.branches.keys()),
+        TimelineChoice::Exactly(tip) => tips.push(tip),
+        TimelineChoice::Named(name) => {
+            for system_id in super::systems(backups) {
+                let of_system = of_timeline(name.timeline()).filter(|tip| tip.system_id == system_id);
+                let named = of_system.filter(|tip| name.names(tip)).collect();
+                tips.extend(one_of(&name.to_string(), name.timeline(), named)?);
+            }
+            if tips.is_empty() && of_timeline(name.timeline()).next().is_some() {
+                let branches = printed_branches(wal, of_timeline(name.timeline()));
+                return Err(NotRecoverable::NoBranch { asked: name, branches });
+            }
+        }
+        TimelineChoice::Number(timeline) => {
+            for system_id in super::systems(backups) {
+                let of_system = of_timeline(timeline).filter(|tip| tip.system_id == system_id).collect();
+                tips.extend(one_of(&timeline.to_string(), timeline, of_system)?);
+            }
+        }
+        TimelineChoice::Latest => {
+            for system_id in super::systems(backups) {
+                let of_system = || wal.branches.keys().filter(|branch| branch.system_id == system_id);
+                if let Some(newest) = of_system().map(|branch| branch.timeline).max() {
+                    tips.extend(one_of("latest", newest, of_system().filter(|tip| tip.timeline == newest).collect())?);
+                }
+            }
+        }
+    }
+    Ok(tips)
 }
 
 /// How far a backup's stretch goes: its last position and the newest commit at or after the stop.

@@ -87,6 +87,12 @@ impl Lineage {
         self.legs.iter().rev().find(begun).map_or_else(|| self.legs[0].wal, |leg| leg.wal)
     }
 
+    /// Its segments from one number on, ascending, each under the branch from which recovery reads it.
+    pub fn segments(&self, catalog: &WalCatalog, from: u64) -> Vec<(WalBranch, u64)> {
+        let numbers = self.runs(catalog).into_iter().flat_map(|run| run.first..run.next());
+        numbers.filter(|number| *number >= from).map(|number| (self.branch_of(number), number)).collect()
+    }
+
     /// The stretches without a gap, ascending.
     pub fn runs(&self, catalog: &WalCatalog) -> Vec<Run> {
         let mut runs: Vec<Run> = Vec::new();
@@ -183,7 +189,7 @@ fn ancestor(tip: WalBranch, timeline: Timeline, before: &[(Timeline, Lsn)], cata
 
 impl SegmentCommits {
     /// By time, whatever their order.
-    fn newest_us(self) -> Option<i64> {
+    pub(super) fn newest_us(self) -> Option<i64> {
         match self {
             SegmentCommits::Between { first_us, last_us } => Some(first_us.max(last_us)),
             SegmentCommits::Unknown | SegmentCommits::None => None,

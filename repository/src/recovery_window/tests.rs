@@ -139,9 +139,22 @@ fn two_promotions_to_one_number_are_not_mixed_up() {
     assert_eq!(choice.reads[1].wal, other, "timeline 3 branched off from the rival");
     let two = Pick { timeline: TimelineChoice::Number(Timeline(2)), ..pick(TargetPoint::Latest) };
     let refused = choose_backup(&two, &backups, &all).unwrap_err();
-    assert_eq!(refused, NotRecoverable::Ambiguous { timeline: Timeline(2), count: 2 });
-    let exact = Pick { timeline: TimelineChoice::Exactly(branch(2)), ..two };
-    assert_eq!(choose_backup(&exact, &backups, &all).unwrap().to, lsn(8, 0));
+    assert!(matches!(refused, NotRecoverable::Ambiguous { timeline: Timeline(2), count: 2, .. }));
+    let says = refused.to_string();
+    for part in [
+        "2-0202020202020202 left timeline 1 at 0/5002BC, newest commit 1970-01-01 00:00:07.5 UTC",
+        "2-0909090909090909 left timeline 1 at 0/600000, newest commit 1970-01-01 00:00:09.5 UTC",
+        "--timeline 2-0202020202020202",
+    ] {
+        assert!(says.contains(part), "{part}: {says}");
+    }
+    let to = |timeline| choose_backup(&Pick { timeline, ..two.clone() }, &backups, &all).map(|choice| choice.to);
+    let named = |name: &str| to(TimelineChoice::Named(name.parse().unwrap()));
+    assert_eq!(to(TimelineChoice::Exactly(branch(2))), Ok(lsn(8, 0)));
+    assert_eq!((named("2-02"), named("2-09")), (Ok(lsn(8, 0)), Ok(lsn(10, 0))));
+    assert!(matches!(named("2-0"), Err(NotRecoverable::Ambiguous { count: 2, .. })), "not enough of it");
+    assert!(named("2-1").unwrap_err().to_string().contains("2-0909090909090909 left"));
+    assert!(matches!(named("4-02"), Err(NotRecoverable::NoTimeline { timeline: Timeline(4), .. })));
 }
 
 #[test]
