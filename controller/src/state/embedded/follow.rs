@@ -1,6 +1,7 @@
 //! Watches: each reads the log of changes behind the writer, at its own pace.
 
 use std::sync::{Arc, Weak};
+use std::time::Duration;
 
 use redb::ReadableDatabase;
 use tokio::sync::{mpsc, watch};
@@ -12,6 +13,9 @@ use crate::state::{Event, StateError, Watch};
 const CHANNEL: usize = 256;
 /// Changes read from the log at a time.
 const PAGE: usize = 512;
+
+/// Between two looks at a file that is being opened anew.
+const REOPENING: Duration = Duration::from_millis(100);
 
 /// A page of the log, already filtered by prefix.
 struct Changes {
@@ -55,6 +59,15 @@ async fn follow(
                         }
                     }
                 }
+                // After a failed write, until the writer has opened the file anew: nothing is lost, so it is waited for.
+                Ok(Err(error)) if is_between_files(&error) => {
+                    check = true;
+                    tokio::select! {
+                        // Both are safe to drop: neither takes anything.
+                        () = tokio::time::sleep(REOPENING) => {}
+                        () = sender.closed() => return,
+                    }
+                }
                 Ok(Err(error)) => {
                     let _ = sender.send(Err(error)).await;
                     return;
@@ -68,6 +81,12 @@ async fn follow(
             () = sender.closed() => return,
         }
     }
+}
+
+/// Whether the file was read after a write to it had failed and before it was opened anew (`file`).
+fn is_between_files(error: &StateError) -> bool {
+    let StateError::Storage { source, .. } = error else { return false };
+    matches!(source.downcast_ref::<redb::Error>(), Some(redb::Error::DatabaseClosed | redb::Error::PreviousIo))
 }
 
 /// Changes of revisions `from..=newest`, a page at a time, never splitting a revision.
