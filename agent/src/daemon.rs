@@ -28,7 +28,7 @@ use crate::desired::DesiredStore;
 use crate::durable;
 use crate::facts::{Facts, collect};
 use crate::failure::{ExitCode, Failure, Remedy};
-use crate::identity::{Identity, IdentityFolder, renew};
+use crate::identity::{Identity, IdentityError, IdentityFolder, renew};
 use crate::jobs::Jobs;
 use crate::jobs::order::WorkKind;
 use crate::jobs::work::HostWork;
@@ -125,7 +125,7 @@ fn prepare(config: &Config) -> Result<(AccessSender, Option<Membership>), Failur
     let usage = |error| Failure::new("configuration", ExitCode::Usage, Remedy::Operator, error);
     if let Some(repository) = &config.repository {
         let key = HostKey::read(&repository.key_file)
-            .map_err(|error| Failure::new("key_file.unusable", ExitCode::Failed, Remedy::Operator, error))?;
+            .map_err(|error| Failure::new("key_file.unusable", ExitCode::Usage, Remedy::Operator, error))?;
         let member = config.agent_name().map_err(|error| usage(error.to_string()))?;
         let access = Access::standalone(config, member, repository, key);
         return Ok((watch::Sender::new(Some(Arc::new(access))), None));
@@ -136,8 +136,7 @@ fn prepare(config: &Config) -> Result<(AccessSender, Option<Membership>), Failur
         ));
     };
     let folder = IdentityFolder::new(&config.state_dir);
-    let identity =
-        folder.load().map_err(|error| Failure::new("identity", ExitCode::Failed, Remedy::Operator, error))?;
+    let identity = folder.load().map_err(not_a_member)?;
     tracing::info!(name = identity.name(), until = %identity.not_after(), "enrolled");
     let desired = Arc::new(DesiredStore::open(&config.state_dir).map_err(local)?);
     let membership = Membership {
@@ -149,6 +148,18 @@ fn prepare(config: &Config) -> Result<(AccessSender, Option<Membership>), Failur
     let access = watch::Sender::new(None);
     bound::bind_once(config, &membership, &access);
     Ok((access, Some(membership)))
+}
+
+/// A host that did not join, or whose keys do not read, will be no member in two seconds either: the unit does not
+/// restart after a usage error.
+fn not_a_member(error: IdentityError) -> Failure {
+    let exit = match &error {
+        IdentityError::NotEnrolled { .. } | IdentityError::KeyFile(_) | IdentityError::Certificate { .. } => {
+            ExitCode::Usage
+        }
+        IdentityError::Durable(_) | IdentityError::Connect(_) | IdentityError::Key { .. } => ExitCode::Failed,
+    };
+    Failure::new("identity", exit, Remedy::Operator, error)
 }
 
 /// As the configuration has it.

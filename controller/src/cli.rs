@@ -5,8 +5,17 @@ use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
 
+use walfleet_proto::telemetry::TelemetryError;
+
+use crate::config::ConfigError;
+use crate::serve::StartError;
+
 pub mod init;
 pub mod transfer;
+
+/// Wrong usage: what only a person can set right. The unit does not restart after it (RestartPreventExitStatus=).
+const USAGE: u8 = 2;
+const FAILED: u8 = 1;
 
 /// Decides for a fleet of PostgreSQL servers: what is backed up when, what is kept, who may join.
 #[derive(Debug, Parser)]
@@ -107,8 +116,8 @@ pub fn describe(error: &anyhow::Error) -> String {
     for cause in error.chain() {
         let text = cause.to_string();
         let (what, hint) = text.split_once("\nHINT: ").unwrap_or((&text, ""));
-        // A transparent wrapper says what its source says.
-        if texts.last().is_none_or(|last| last != what) {
+        // A transparent wrapper says what its source says, and some of the repository's errors end with it.
+        if texts.last().is_none_or(|last| !last.ends_with(what)) {
             texts.push(what.to_owned());
         }
         if !hint.is_empty() && !hints.iter().any(|known| known == hint) {
@@ -117,6 +126,27 @@ pub fn describe(error: &anyhow::Error) -> String {
     }
     let hints: String = hints.iter().map(|hint| format!("\nHINT: {hint}")).collect();
     format!("{}{hints}", texts.join(": "))
+}
+
+/// The documented exit code (docs/command-line.md): [`USAGE`] for a configuration, a folder or keys that will be no
+/// better in two seconds.
+pub fn exit_code(error: &anyhow::Error) -> u8 {
+    let is_usage = |cause: &(dyn std::error::Error + 'static)| {
+        let start = cause.downcast_ref::<StartError>().is_some_and(|error| match error {
+            StartError::NotInitialised { .. } | StartError::Authority(_) | StartError::KeeperKey(_) => true,
+            StartError::State(_)
+            | StartError::Transfer(_)
+            | StartError::Row(_)
+            | StartError::Tls(_)
+            | StartError::Listen { .. } => false,
+        });
+        let telemetry = matches!(
+            cause.downcast_ref::<TelemetryError>(),
+            Some(TelemetryError::Filter { .. } | TelemetryError::Exporter { .. })
+        );
+        start || telemetry || cause.is::<ConfigError>()
+    };
+    if error.chain().any(is_usage) { USAGE } else { FAILED }
 }
 
 #[cfg(test)]
@@ -129,9 +159,26 @@ mod tests {
         Cli::command().debug_assert();
     }
 
+    #[tokio::test]
+    async fn what_only_a_person_can_set_right_is_not_tried_again() {
+        use crate::config::Config;
+        let folder = tempfile::tempdir().unwrap();
+        let absent: anyhow::Error = Config::load(&folder.path().join("controller.yaml")).unwrap_err().into();
+        assert_eq!(exit_code(&absent), USAGE);
+        let config = Config { directory: folder.path().to_owned(), ..Config::default() };
+        let empty: anyhow::Error = crate::serve::start(config).await.map(drop).unwrap_err().into();
+        assert_eq!(exit_code(&empty), USAGE, "{empty}");
+        let source = std::io::Error::from(std::io::ErrorKind::AddrInUse);
+        let taken = StartError::Listen { address: "127.0.0.1:1".parse().unwrap(), option: "listen", source };
+        assert_eq!(exit_code(&taken.into()), FAILED, "another process may go");
+    }
+
     #[test]
     fn causes_come_before_hints() {
         let error = anyhow::anyhow!("no such file").context("read it\nHINT: make one.").context("start");
         assert_eq!(describe(&error), "start: read it: no such file\nHINT: make one.");
+        let key = walfleet_repository::key_file::KeyFile::read(std::path::Path::new("/nowhere/key")).unwrap_err();
+        let said = describe(&anyhow::Error::from(key).context("--recovery-key"));
+        assert_eq!(said, "--recovery-key: read key file /nowhere/key: No such file or directory (os error 2)");
     }
 }

@@ -6,7 +6,7 @@
 /// A file of an installation.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Shipped {
-    /// In this folder.
+    /// In this folder, or in docs/.
     pub name: &'static str,
     /// Where it belongs on a host (FHS 3.0; units as systemd.unit(5) has them).
     pub path: &'static str,
@@ -20,6 +20,17 @@ pub const FILES: &[Shipped] = &[
         name: "controller.yaml",
         path: "/etc/walfleet/controller.yaml",
         content: include_str!("../controller.yaml"),
+    },
+    // The units name these two; they lie in docs/.
+    Shipped {
+        name: "operation.md",
+        path: "/usr/share/doc/walfleet/operation.md",
+        content: include_str!("../../docs/operation.md"),
+    },
+    Shipped {
+        name: "command-line.md",
+        path: "/usr/share/doc/walfleet/command-line.md",
+        content: include_str!("../../docs/command-line.md"),
     },
     Shipped { name: "fleet.yaml", path: "/usr/share/doc/walfleet/fleet.yaml", content: include_str!("../fleet.yaml") },
     Shipped {
@@ -54,6 +65,13 @@ mod tests {
         {
             let of = |name: &str| *FILES.iter().find(|file| file.name == name).unwrap();
             assert!(of(unit).content.contains(of(sample).path), "{unit} does not name {}", of(sample).path);
+            let documentation = of(unit).content.lines().find_map(|line| line.strip_prefix("Documentation="));
+            for named in documentation.unwrap().split(' ') {
+                let path = named.strip_prefix("file:").unwrap();
+                assert!(FILES.iter().any(|file| file.path == path), "{unit} names {named}, which is not shipped");
+            }
+            // The documented exit code of wrong usage: otherwise a mistake in a file is tried again for ever.
+            assert!(of(unit).content.lines().any(|line| line == "RestartPreventExitStatus=2"), "{unit}");
         }
     }
 }
