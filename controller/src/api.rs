@@ -7,6 +7,7 @@
 
 mod agents;
 mod apply;
+mod audit;
 mod fleet;
 mod jobs;
 mod resources;
@@ -21,6 +22,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::Status;
 use tonic::service::Routes;
 use walfleet_proto::agent::v1::agent_link_server::AgentLinkServer;
+use walfleet_proto::operator::v1::audit_server::AuditServer;
 use walfleet_proto::operator::v1::fleet_server::FleetServer;
 use walfleet_proto::operator::v1::jobs_server::JobsServer;
 use walfleet_proto::operator::v1::resources_server::ResourcesServer;
@@ -55,7 +57,7 @@ pub struct Ground {
     pub tasks: Tasks,
 }
 
-/// All four services, and the loops behind them. Cheap to clone.
+/// All five services, and the loops behind them. Cheap to clone.
 #[derive(Clone)]
 pub struct Api {
     name: Arc<str>,
@@ -101,6 +103,7 @@ impl Api {
             .add_service(FleetServer::new(self.clone()))
             .add_service(JobsServer::new(self.clone()))
             .add_service(ResourcesServer::new(self.clone()))
+            .add_service(AuditServer::new(self.clone()))
     }
 
     async fn audited<T>(

@@ -22,6 +22,8 @@ const MAX_TEXT_BYTES: usize = 400;
 pub const KEPT_ENTRIES: u64 = 100_000;
 /// Dropped at a time; below the operations of one transaction.
 const DROP_BATCH: u64 = 100;
+/// Entries read at a time: bounds memory.
+const PAGE: usize = 500;
 /// Attempts when another controller appends at the same time.
 const ATTEMPTS: usize = 8;
 
@@ -103,6 +105,16 @@ pub struct VerifiedLog {
     pub last: u64,
     /// To be compared with a note kept elsewhere: a chain that was rewritten as a whole has another.
     pub head_hash: String,
+}
+
+/// The end of the log.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Newest {
+    /// Oldest first.
+    pub entries: Vec<Entry>,
+    /// The oldest entry kept and the newest there is; 0: the log is empty.
+    pub first: u64,
+    pub last: u64,
 }
 
 /// The log; cheap to clone.
@@ -192,6 +204,23 @@ impl Audit {
         Ok(page.items.iter().map(|item| rows::decode(item).map(|row| row.value)).collect::<Result<_, _>>()?)
     }
 
+    /// The newest entries that are not older than `since_us`, at most `limit`.
+    pub async fn newest(&self, limit: u64, since_us: i64) -> Result<Newest, AuditError> {
+        let last = self.state.row::<Link>(HEAD).await?.map_or(0, |row| row.value.sequence);
+        let dropped = self.state.row::<Link>(ANCHOR).await?.map_or(0, |row| row.value.sequence);
+        let mut after = last.saturating_sub(limit).max(dropped);
+        let mut entries = Vec::new();
+        while after < last {
+            let page = self.entries(after, PAGE).await?;
+            let Some(reached) = page.last().map(|entry| entry.sequence) else { break };
+            after = reached;
+            // Entries appended meanwhile lie beyond the head that was read.
+            entries.extend(page.into_iter().filter(|entry| entry.sequence <= last && entry.at_us >= since_us));
+        }
+        let first = if last == 0 { 0 } else { dropped + 1 };
+        Ok(Newest { entries, first, last })
+    }
+
     /// Walks the whole chain.
     pub async fn verify(&self) -> Result<VerifiedLog, AuditError> {
         // The head first: entries appended meanwhile lie beyond it.
@@ -199,7 +228,7 @@ impl Audit {
         let mut at = self.state.row::<Link>(ANCHOR).await?.map(|row| row.value).unwrap_or_default();
         let first = if head.sequence == 0 { 0 } else { at.sequence + 1 };
         while at.sequence < head.sequence {
-            let page = self.entries(at.sequence, 500).await?;
+            let page = self.entries(at.sequence, PAGE).await?;
             let broken = |sequence, problem| Err(AuditError::Broken { sequence, problem });
             if page.is_empty() {
                 return broken(at.sequence + 1, "it is missing");
@@ -283,7 +312,13 @@ mod tests {
         }
         let whole = log.verify().await.unwrap();
         assert_eq!((whole.first, whole.last), (251, 300));
-        let page = log.entries(298, 10).await.unwrap();
-        assert_eq!(page.iter().map(|entry| entry.sequence).collect::<Vec<_>>(), [299, 300]);
+        let numbers = |entries: &[Entry]| entries.iter().map(|entry| entry.sequence).collect::<Vec<_>>();
+        assert_eq!(numbers(&log.entries(298, 10).await.unwrap()), [299, 300]);
+        let newest = log.newest(2, 0).await.unwrap();
+        assert_eq!((newest.first, newest.last, numbers(&newest.entries)), (251, 300, vec![299, 300]));
+        assert_eq!(log.newest(10_000, 0).await.unwrap().entries.len(), 50, "what is left");
+        let since = newest.entries[1].at_us;
+        assert!(log.newest(10, since).await.unwrap().entries.iter().all(|entry| entry.at_us >= since));
+        assert!(log.newest(10, since + 1).await.unwrap().entries.is_empty());
     }
 }

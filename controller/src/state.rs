@@ -12,10 +12,12 @@
 //! |---|---|---|
 //! | `identity/` | `identity` | tokens, members, revocations |
 //! | `audit/` | `audit` | the hash chain of mutating calls |
-//! | `resource/` | `resources` | declared policies, repositories, clusters, holds |
-//! | `job/`, `schedule/` | `jobs`, `schedule` | jobs and their transitions, runs already made |
-//! | `agent/` | `fleet` | last-known facts |
-//! | `controller/` | `state`, `serve` | markers of the controller itself |
+//! | `resource/`, `resource_version` | `resources` | declared policies, repositories, clusters; rewritten with each change, so that applies compare |
+//! | `job/`, `schedule/` | `jobs`, `reconcile` | jobs and their transitions; runs that schedules have started |
+//! | `agent/`, `cluster/` | `fleet` | last-known facts; what a cluster's first declaration pinned |
+//! | `desired/` | `reconcile` | what each agent was last told, with its generation |
+//! | `repository/` | `keeper` | which repository was found or made where |
+//! | `controller/` | `reconcile`, `serve`, `state` | markers of the controller itself |
 
 use std::error::Error;
 use std::path::{Path, PathBuf};

@@ -11,9 +11,9 @@ const EXIT_CODES: &str = "Exit codes:
   0 done · 1 failed · 2 wrong usage · 3 not found · 4 refused · 5 controller unreachable
   6 timed out, the job goes on · 7 not recoverable as asked
 
-Start with:
-  walfleet login --controller https://HOST:PORT --token TOKEN
-  walfleet status";
+Start with one of these, then walfleet status:
+  walfleet context add NAME admin.context.yaml --use    # the file is made by walfleet-controller
+  walfleet login --controller https://HOST:PORT --token TOKEN";
 
 /// Protects fleets of PostgreSQL servers: see what can be recovered, back up, restore to any second.
 #[derive(Parser, Debug)]
@@ -84,6 +84,9 @@ pub enum Command {
     /// Join tokens: they admit agents and operators
     #[command(subcommand)]
     Token(command::token::TokenCommand),
+    /// Audit log: who changed what, and what was refused
+    #[command(subcommand)]
+    Audit(command::audit::AuditCommand),
     /// Contexts: the controllers this user talks to
     #[command(subcommand)]
     Context(command::context::ContextCommand),
@@ -108,6 +111,7 @@ impl Command {
             Command::Wal(command) => command.run(session).await,
             Command::Job(command) => command.run(session).await,
             Command::Token(command) => command.run(session).await,
+            Command::Audit(command) => command.run(session).await,
             Command::Context(command) => command.run(session),
             Command::Login(args) => args.run(session).await,
             Command::Completions(args) => args.run(session),

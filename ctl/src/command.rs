@@ -2,6 +2,7 @@
 
 pub mod agent;
 pub mod apply;
+pub mod audit;
 pub mod backup;
 pub mod cluster;
 pub mod completions;

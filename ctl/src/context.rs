@@ -44,8 +44,9 @@ impl fmt::Debug for Context {
 #[derive(Debug, thiserror::Error)]
 pub enum ContextError {
     #[error(
-        "no context is chosen\nHINT: walfleet login --controller https://HOST:PORT --token TOKEN, or name a context \
-         with --context NAME|FILE or WALFLEET_CONTEXT (known here: {known})."
+        "no context is chosen\nHINT: take the file that walfleet-controller init wrote: walfleet context add NAME \
+         admin.context.yaml --use; or come with a token: walfleet login --controller https://HOST:PORT --token TOKEN; \
+         or name a context with --context NAME|FILE or WALFLEET_CONTEXT (known here: {known})."
     )]
     NoneChosen { known: String },
     #[error("there is no context \"{name}\"\nHINT: known here: {known}. A file is named with a slash, as in ./{name}.")]

@@ -5,6 +5,7 @@
 //! what this version does not know. What cannot be understood becomes "unknown" or null, never a guess.
 
 mod access;
+mod audit;
 mod enrolment;
 mod fleet;
 mod jobs;

@@ -58,10 +58,13 @@ const RESOURCES: &[(&str, Needs)] = &[
     ("ListResources", Needs::Role(Role::Viewer)),
     ("DeleteResource", Needs::Role(Role::Admin)),
 ];
+/// It names people and what they tried.
+const AUDIT: &[(&str, Needs)] = &[("ListEntries", Needs::Role(Role::Admin)), ("VerifyLog", Needs::Role(Role::Admin))];
 const SERVICES: &[(&str, &[(&str, Needs)])] = &[
     ("walfleet.agent.v1.Enrolment", ENROLMENT),
     ("walfleet.agent.v1.AgentLink", AGENT_LINK),
     ("walfleet.operator.v1.Access", ACCESS),
+    ("walfleet.operator.v1.Audit", AUDIT),
     ("walfleet.operator.v1.Fleet", FLEET),
     ("walfleet.operator.v1.Jobs", JOBS),
     ("walfleet.operator.v1.Resources", RESOURCES),
@@ -224,6 +227,7 @@ mod tests {
             "agent/v1/enrolment",
             "agent/v1/link",
             "operator/v1/access",
+            "operator/v1/audit",
             "operator/v1/fleet",
             "operator/v1/jobs",
             "operator/v1/resources",

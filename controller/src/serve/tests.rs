@@ -9,8 +9,10 @@ use tonic::{Code, Status};
 use walfleet_proto::agent::v1::enrolment_client::EnrolmentClient;
 use walfleet_proto::agent::v1::{JoinReply, JoinRequest, RenewRequest};
 use walfleet_proto::operator::v1::access_client::AccessClient;
+use walfleet_proto::operator::v1::audit_client::AuditClient;
 use walfleet_proto::operator::v1::{
-    CreateTokenRequest, ListTokensRequest, RevokeAgentRequest, RevokeTokenRequest, WhoAmIReply, WhoAmIRequest,
+    CreateTokenRequest, ListEntriesRequest, ListTokensRequest, RevokeAgentRequest, RevokeTokenRequest,
+    VerifyLogRequest, WhoAmIReply, WhoAmIRequest,
 };
 
 use super::*;
@@ -188,6 +190,34 @@ async fn a_member_joins_acts_within_its_role_and_is_revoked() {
     let entries = fleet.running.foundation.audit.entries(0, 100).await.unwrap();
     assert!(entries.iter().any(|entry| entry.call == "Access.RevokeAgent" && entry.object == "db1"));
     assert!(entries.iter().all(|entry| !serde_json::to_string(entry).unwrap().contains(&token)));
+    fleet.running.stop().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn admins_read_the_audit_log_and_learn_when_it_was_tampered_with() {
+    let fleet = new_fleet(|_| {}).await;
+    let (viewer, _) = fleet.join(&fleet.token("viewer").await, "eve").await.unwrap();
+    let mut audit = AuditClient::new(fleet.connect(Some(&fleet.admin)).await.unwrap());
+    let list = |limit| ListEntriesRequest { since_us: 0, limit };
+    let reply = audit.list_entries(list(2)).await.unwrap().into_inner();
+    let calls: Vec<_> = reply.entries.iter().map(|entry| entry.call.as_str()).collect();
+    assert_eq!((calls, reply.first, reply.last), (vec!["Access.CreateToken", "Enrolment.Join"], 1, 3));
+    assert_eq!(audit.list_entries(list(0)).await.unwrap().into_inner().entries.len(), 3);
+    let whole = audit.verify_log(VerifyLogRequest {}).await.unwrap().into_inner();
+    assert_eq!((whole.last, &whole.head_hash), (3, &reply.entries[1].hash));
+    assert_eq!(audit.list_entries(list(u32::MAX)).await.unwrap_err().code(), Code::InvalidArgument);
+
+    let mut as_viewer = AuditClient::new(fleet.connect(Some(&viewer)).await.unwrap());
+    assert_eq!(as_viewer.list_entries(list(1)).await.unwrap_err().code(), Code::PermissionDenied);
+    assert_eq!(as_viewer.verify_log(VerifyLogRequest {}).await.unwrap_err().code(), Code::PermissionDenied);
+
+    let state = &fleet.running.foundation.state;
+    let (entries, _) = state.list("audit/entry/").await.unwrap();
+    let changed = String::from_utf8(entries[1].value.to_vec()).unwrap().replace("viewer", "admin");
+    state.put(entries[1].key.clone(), changed).await.unwrap();
+    let broken = audit.verify_log(VerifyLogRequest {}).await.unwrap_err();
+    assert_eq!(broken.code(), Code::DataLoss);
+    assert!(broken.message().contains("entry 2"), "{broken}");
     fleet.running.stop().await.unwrap();
 }
 

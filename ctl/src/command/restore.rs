@@ -67,13 +67,14 @@ pub struct StartArgs {
     #[arg(long)]
     keep_archiving: bool,
     /// Keep what already matches in a directory that is not empty, and fetch the rest
-    #[arg(long)]
+    // Hidden, as the two below, while no agent can do it: they are understood, and refused with a reason.
+    #[arg(long, hide = true)]
     delta: bool,
     /// Restore as a standby, which goes on following the stored WAL
-    #[arg(long)]
+    #[arg(long, hide = true)]
     standby: bool,
     /// The standby stays this far behind
-    #[arg(long, value_name = "DURATION", value_parser = parse_duration, requires = "standby")]
+    #[arg(long, hide = true, value_name = "DURATION", value_parser = parse_duration, requires = "standby")]
     apply_delay: Option<Duration>,
     #[command(flatten)]
     wait: WaitArgs,

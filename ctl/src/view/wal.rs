@@ -80,7 +80,7 @@ impl View for WalStatus {
             page.line("No repository is known to hold WAL of this cluster.");
         } else {
             let mut table =
-                Table::new(&["REPOSITORY", "STORED UP TO", ">TIMELINE", "NEWEST COMMIT", ">LAG", ">GAPS", "+AS OF"]);
+                Table::new(&["REPOSITORY", "STORED UP TO", ">TIMELINE", "NEWEST COMMIT", ">LAG", ">GAPS", "AS OF"]);
             for stored in &self.repositories {
                 table.row([
                     stored.repository.clone(),
@@ -89,7 +89,7 @@ impl View for WalStatus {
                     page.when(stored.newest_commit_at),
                     stored.lag_seconds.map(seconds).unwrap_or_default(),
                     stored.open_gaps.to_string(),
-                    page.when(stored.as_of),
+                    page.short_when(stored.as_of),
                 ]);
             }
             page.table(table);
@@ -114,6 +114,7 @@ fn draw_shippers(members: &[Shipper], page: &mut Page) {
         ">FAILED",
         ">PG_WAL",
         "+>PG_WAL FREE",
+        "AS OF",
         "+LAST SEGMENT",
     ]);
     for member in members {
@@ -129,6 +130,7 @@ fn draw_shippers(members: &[Shipper], page: &mut Page) {
             of(|archive| archive.failed_count.to_string()),
             of(|archive| size(archive.pg_wal_bytes)),
             of(|archive| size(archive.pg_wal_free_bytes)),
+            page.short_when(member.facts_at),
             of(|archive| archive.last_segment.clone().unwrap_or_default()),
         ]);
     }

@@ -336,6 +336,34 @@ fn changes() -> Vec<Change> {
     ]
 }
 
+fn audit() -> Vec<AuditEntry> {
+    let entry = |sequence: u64, at_us, actor: &str, role: &str, call: &str, object: &str, outcome: &str| AuditEntry {
+        sequence,
+        at_us,
+        actor: actor.to_owned(),
+        role: role.to_owned(),
+        call: call.to_owned(),
+        object: object.to_owned(),
+        outcome: outcome.to_owned(),
+        previous: format!("{:064x}", sequence - 1),
+        hash: format!("{sequence:064x}"),
+    };
+    let refused = "PermissionDenied: bob has role operator, and this needs admin";
+    vec![
+        entry(
+            1,
+            at("2026-05-01T08:00:00Z"),
+            "the host's administrator",
+            "controller",
+            "walfleet-controller",
+            "admin ann",
+            "done",
+        ),
+        entry(2, at("2026-06-04T14:40:00Z"), "bob", "operator", "Jobs.StartBackup", "cluster orders", "done"),
+        entry(3, at("2026-06-04T14:41:00Z"), "bob", "operator", "Resources.Apply", "Policy standard", refused),
+    ]
+}
+
 fn tokens() -> Vec<TokenView> {
     let open = TokenView {
         id: "7x2k".to_owned(),
@@ -385,6 +413,7 @@ pub fn fleet() -> Script {
             resource("Repository", "main", repository, &[]),
         ],
         tokens: tokens(),
+        audit: audit(),
         jobs: vec![running("copy", 3 * GIB, 12 * GIB), waiting],
         changes: changes(),
         ..Script::default()

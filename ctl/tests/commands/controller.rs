@@ -10,6 +10,7 @@ use tonic::{Request, Response, Status};
 use walfleet_proto::agent::v1 as agent;
 use walfleet_proto::agent::v1::enrolment_server::{Enrolment, EnrolmentServer};
 use walfleet_proto::operator::v1::access_server::{Access, AccessServer};
+use walfleet_proto::operator::v1::audit_server::{Audit, AuditServer};
 use walfleet_proto::operator::v1::fleet_server::{Fleet, FleetServer};
 use walfleet_proto::operator::v1::jobs_server::{Jobs, JobsServer};
 use walfleet_proto::operator::v1::resources_server::{Resources, ResourcesServer};
@@ -34,6 +35,7 @@ pub struct Script {
     pub backups: Vec<BackupSummary>,
     pub resources: Vec<Resource>,
     pub tokens: Vec<TokenView>,
+    pub audit: Vec<AuditEntry>,
     pub jobs: Vec<JobView>,
     pub changes: Vec<Change>,
     pub watch: VecDeque<Step>,
@@ -56,6 +58,7 @@ pub enum Asked {
     Token(CreateTokenRequest),
     RevokeAgent(String),
     Watch(String),
+    Audit(ListEntriesRequest),
 }
 
 #[derive(Clone)]
@@ -100,6 +103,7 @@ impl Controller {
             .add_service(JobsServer::new(desk.clone()))
             .add_service(ResourcesServer::new(desk.clone()))
             .add_service(AccessServer::new(desk.clone()))
+            .add_service(AuditServer::new(desk.clone()))
             .add_service(EnrolmentServer::new(desk.clone()));
         let server = tokio::spawn(async move {
             router.serve_with_incoming(TcpListenerStream::new(listener)).await.unwrap();
@@ -282,6 +286,28 @@ impl Access for Desk {
         let shown = request.peer_certs().is_some_and(|certificates| !certificates.is_empty());
         let name = if shown { "ann" } else { "nobody" }.to_owned();
         Ok(Response::new(WhoAmIReply { name, role: "operator".to_owned(), certificate_not_after_us: 0 }))
+    }
+}
+
+#[tonic::async_trait]
+impl Audit for Desk {
+    async fn list_entries(&self, request: Request<ListEntriesRequest>) -> Result<Response<ListEntriesReply>, Status> {
+        let wanted = request.into_inner();
+        let mut script = self.script();
+        script.asked.push(Asked::Audit(wanted));
+        let entries: Vec<_> = script.audit.iter().filter(|entry| entry.at_us >= wanted.since_us).cloned().collect();
+        let skipped = entries.len().saturating_sub(wanted.limit as usize);
+        let last = script.audit.len() as u64;
+        Ok(Response::new(ListEntriesReply { entries: entries[skipped..].to_vec(), first: u64::from(last > 0), last }))
+    }
+
+    async fn verify_log(&self, _: Request<VerifyLogRequest>) -> Result<Response<VerifyLogReply>, Status> {
+        let mut script = self.script();
+        if let Some(refusal) = script.refusals.pop_front() {
+            return Err(refusal);
+        }
+        let head_hash = script.audit.last().map(|entry| entry.hash.clone()).unwrap_or_default();
+        Ok(Response::new(VerifyLogReply { first: 1, last: script.audit.len() as u64, head_hash }))
     }
 }
 

@@ -39,6 +39,8 @@ async fn help_texts() {
         "walfleet job watch --help",
         "walfleet token --help",
         "walfleet token create --help",
+        "walfleet audit --help",
+        "walfleet audit list --help",
         "walfleet context --help",
         "walfleet context add --help",
         "walfleet login --help",
@@ -118,9 +120,23 @@ async fn the_rest_of_the_fleet() {
         "walfleet token create --role agent --label env=prod",
         "walfleet token create --role viewer -o json",
         "walfleet token list",
+        "walfleet audit list",
+        "walfleet audit list --since 1h --limit 2 -o json",
+        "walfleet audit list --since '2026-06-04 14:00'",
+        "walfleet audit verify",
     ] {
         transcript.types(&terminal, line).await;
     }
+    let asked = controller.script().asked.iter().rev().find_map(|asked| match asked {
+        Asked::Audit(request) => Some(*request),
+        _ => None,
+    });
+    assert_eq!(asked.map(|asked| (asked.since_us, asked.limit)), Some((canned::at("2026-06-04T13:41:59Z"), 2)));
+    transcript.remark("somebody edited the state");
+    let broken =
+        "audit log is broken at entry 3: its content is not what was recorded\nHINT: somebody changed the state.";
+    controller.script().refusals.push_back(tonic::Status::data_loss(broken));
+    transcript.types(&terminal, "walfleet audit verify").await;
     transcript.check();
 }
 
