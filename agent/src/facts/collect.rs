@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 use walfleet_repository::ids::ClusterName;
 
 use super::repository::{ClusterWatch, RepositoryView, nothing};
-use super::server::{Seen, assemble, look, strangers};
+use super::server::{Seen, Versions, assemble, look, strangers};
 use super::{Facts, InstanceFacts};
 use crate::access::{Access, AccessError, ClusterAccess, InstanceAccess};
 use crate::archiving::Archiving;
@@ -56,10 +56,11 @@ impl Collector {
 
     async fn look_at_servers(&self, views: &Views) {
         let mut access = self.access.clone();
+        let mut versions = Versions::new();
         loop {
             let present = access.borrow_and_update().clone();
             let members = members(&self.config, present.as_deref());
-            let instances = self.instances(members, views).await;
+            let instances = self.instances(members, views, &mut versions).await;
             self.facts.send_replace(Arc::new(Facts { at: Timestamp::now(), instances }));
             tokio::select! {
                 () = tokio::time::sleep(SERVERS) => {}
@@ -91,17 +92,18 @@ impl Collector {
         }
     }
 
-    async fn instances(&self, members: Members, views: &Views) -> Vec<InstanceFacts> {
+    async fn instances(&self, members: Members, views: &Views, versions: &mut Versions) -> Vec<InstanceFacts> {
         let shipping: BTreeMap<_, _> = self.archiving.statuses().into_iter().collect();
         let looks: Vec<_> = members.values().cloned().map(look).collect();
         let mut instances = Vec::new();
         for ((cluster, instance), look) in members.iter().zip(join_all(looks).await) {
             let view = views.lock().unwrap_or_else(PoisonError::into_inner).get(cluster).cloned();
-            let seen = Seen { server: look.server, files: look.files, shipping: shipping.get(cluster), view };
+            let (server, files, major) = (look.server, look.files, look.major);
+            let seen = Seen { server, files, major, shipping: shipping.get(cluster), view };
             instances.push(assemble(cluster, instance, seen));
         }
         let owned = members.into_values().map(|instance| instance.data_dir).collect();
-        instances.extend(strangers(owned).await);
+        instances.extend(strangers(owned, versions).await);
         instances
     }
 }

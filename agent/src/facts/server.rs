@@ -1,5 +1,6 @@
 //! One instance, looked at: the server by SQL, its WAL folder, and put together with what else is known of it.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -9,6 +10,7 @@ use super::repository::RepositoryView;
 use super::{ArchiveFacts, InstanceFacts, InstanceRole, TablespaceFacts};
 use crate::access::InstanceAccess;
 use crate::identity::connect::chain;
+use crate::postgres::control::{ClusterState, ControlFile};
 use crate::postgres::instance::{self, Instance, InstanceError, InstanceState};
 use crate::postgres::server::{Server, ServerFacts, ServerRole};
 use crate::wal::ship::ShipStatus;
@@ -20,13 +22,18 @@ const SERVER_DEADLINE: Duration = Duration::from_secs(15);
 pub(super) struct Look {
     pub server: Result<ServerFacts, String>,
     pub files: PgWal,
+    /// From PG_VERSION.
+    pub major: Option<u32>,
 }
 
 pub(super) async fn look(instance: InstanceAccess) -> Look {
     let files = pg_wal(&instance.data_dir).await;
+    let data_dir = instance.data_dir.clone();
+    let major = tokio::task::spawn_blocking(move || instance::inspect(&data_dir).ok().map(|found| found.major));
+    let major = major.await.ok().flatten();
     let late = |_| Err(format!("the server did not answer within {} s", SERVER_DEADLINE.as_secs()));
     let server = tokio::time::timeout(SERVER_DEADLINE, ask(instance)).await.unwrap_or_else(late);
-    Look { server, files }
+    Look { server, files, major }
 }
 
 /// Over a connection of its own: one that stayed open would keep a smart shutdown waiting for ever.
@@ -37,32 +44,77 @@ async fn ask(instance: InstanceAccess) -> Result<ServerFacts, String> {
     server.facts().await.map_err(|error| chain(&error))
 }
 
-/// Running servers of this host that no cluster is bound to.
-pub(super) async fn strangers(owned: Vec<PathBuf>) -> Vec<InstanceFacts> {
+/// server_version_num of servers that were asked, by process id and start: asking one means starting its program.
+pub(super) type Versions = BTreeMap<(u32, i64), Option<u32>>;
+
+/// Running servers of this host that no cluster is bound to. Nobody entrusted them to us, so nothing connects to them:
+/// what their files and their program say must do.
+pub(super) async fn strangers(owned: Vec<PathBuf>, versions: &mut Versions) -> Vec<InstanceFacts> {
+    let known = std::mem::take(versions);
     let found = tokio::task::spawn_blocking(move || {
         let owned: Vec<PathBuf> = owned.into_iter().map(|path| std::fs::canonicalize(&path).unwrap_or(path)).collect();
         let mut found = instance::discover(&[]);
         found.retain(|(path, _)| !owned.contains(path));
-        found
+        let mut asked = Versions::new();
+        let facts = found.into_iter().map(|(path, found)| stranger(path, found, &known, &mut asked)).collect();
+        (facts, asked)
     });
-    let found = found.await.unwrap_or_default();
-    found.into_iter().map(|(path, found)| stranger(path, found)).collect()
+    let (facts, asked) = found.await.unwrap_or_default();
+    *versions = asked;
+    facts
 }
 
-fn stranger(data_dir: PathBuf, found: Result<Instance, InstanceError>) -> InstanceFacts {
+fn stranger(
+    data_dir: PathBuf,
+    found: Result<Instance, InstanceError>,
+    known: &Versions,
+    asked: &mut Versions,
+) -> InstanceFacts {
     let mut facts = blank(data_dir);
     match found {
-        Ok(Instance { major, state, .. }) => {
-            // server_version_num without its minor part, which PG_VERSION does not say.
-            facts.server_version_num = major.saturating_mul(10_000);
+        Ok(Instance { data_dir, major, state, .. }) => {
+            facts.server_version_num = without_minor(major);
             if let InstanceState::Running(postmaster) = state {
                 facts.port = postmaster.port;
+                let key = (postmaster.pid, postmaster.started_at);
+                let version = known.get(&key).copied().unwrap_or_else(|| instance::running_version(postmaster.pid));
+                asked.insert(key, version);
+                // Another release's program would be another server's.
+                let version = version.filter(|version| version / 10_000 == major);
+                facts.server_version_num = version.unwrap_or(facts.server_version_num);
+                fill_from_control(&mut facts, &data_dir);
             }
             facts.problems.push("no cluster of the fleet is bound to this instance".into());
         }
         Err(error) => facts.problems.push(chain(&error)),
     }
     facts
+}
+
+/// server_version_num as far as PG_VERSION says it.
+fn without_minor(major: u32) -> u32 {
+    major.saturating_mul(10_000)
+}
+
+/// Of a server that runs: who it is, and what it is doing.
+fn fill_from_control(facts: &mut InstanceFacts, data_dir: &Path) {
+    let control = match ControlFile::read(data_dir) {
+        Ok(control) => control,
+        Err(error) => return facts.problems.push(chain(&error)),
+    };
+    facts.system_identifier = control.system_id.0;
+    facts.timeline = control.timeline.0;
+    facts.data_checksums = control.data_checksums;
+    facts.role = match control.state {
+        ClusterState::InProduction => InstanceRole::Primary,
+        ClusterState::InArchiveRecovery => InstanceRole::Standby,
+        // It starts, or ends.
+        ClusterState::StartingUp
+        | ClusterState::InCrashRecovery
+        | ClusterState::ShuttingDown
+        | ClusterState::ShutDown
+        | ClusterState::ShutDownInRecovery => InstanceRole::Down,
+    };
 }
 
 fn blank(data_dir: PathBuf) -> InstanceFacts {
@@ -89,12 +141,13 @@ fn blank(data_dir: PathBuf) -> InstanceFacts {
 pub(super) struct Seen<'a> {
     pub server: Result<ServerFacts, String>,
     pub files: PgWal,
+    pub major: Option<u32>,
     pub shipping: Option<&'a ShipStatus>,
     pub view: Option<RepositoryView>,
 }
 
 pub(super) fn assemble(cluster: &ClusterName, instance: &InstanceAccess, seen: Seen<'_>) -> InstanceFacts {
-    let Seen { server, files, shipping, view } = seen;
+    let Seen { server, files, major, shipping, view } = seen;
     let view = view.unwrap_or_default();
     let mut facts =
         InstanceFacts { cluster: Some(cluster.clone()), port: instance.port(), ..blank(instance.data_dir.clone()) };
@@ -110,7 +163,10 @@ pub(super) fn assemble(cluster: &ClusterName, instance: &InstanceAccess, seen: S
     facts.problems.extend(files.problem);
     match server {
         Ok(server) => fill(&mut facts, server, shipping),
-        Err(problem) => facts.problems.insert(0, problem),
+        Err(problem) => {
+            facts.server_version_num = major.map_or(0, without_minor);
+            facts.problems.insert(0, problem);
+        }
     }
     facts.problems.extend(view.problem);
     facts.cluster_bytes = view.backups.last().map_or(0, |backup| backup.cluster_bytes);
@@ -185,4 +241,43 @@ fn count(folder: &Path) -> Result<PgWal, String> {
     let space = rustix::fs::statvfs(folder).map_err(|error| fail(folder, error.into()))?;
     files.free_bytes = space.f_bavail.saturating_mul(space.f_frsize);
     Ok(files)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::postgres::test_server::{TestServer, oldest_and_newest};
+
+    #[tokio::test]
+    async fn a_running_server_of_no_cluster_shows_what_it_is_though_nothing_connects_to_it() {
+        for installation in oldest_and_newest() {
+            let server = TestServer::start(&installation, &[], "");
+            let mut versions = Versions::new();
+            let found = strangers(Vec::new(), &mut versions).await;
+            let facts = found.iter().find(|facts| facts.data_dir == server.data_dir).expect("it runs");
+            assert_eq!((facts.role, facts.port, facts.timeline), (InstanceRole::Primary, server.port, 1), "{facts:?}");
+            assert_eq!(facts.system_identifier, ControlFile::read(&server.data_dir).unwrap().system_id.0);
+            let version = facts.server_version_num;
+            assert_eq!(version / 10_000, installation.major);
+            assert!(version % 10_000 > 0 || installation.major > 18, "{version} has no minor number");
+            assert!(versions.values().any(|asked| *asked == Some(version)), "it is not asked again");
+            let owned = strangers(vec![server.data_dir.clone()], &mut versions).await;
+            assert!(owned.iter().all(|facts| facts.data_dir != server.data_dir));
+        }
+    }
+
+    #[test]
+    fn a_member_that_does_not_answer_has_the_version_of_its_files() {
+        let instance = InstanceAccess { data_dir: "/data".into(), connection: None };
+        let seen = |major| Seen {
+            server: Err("it does not answer".into()),
+            files: PgWal::default(),
+            major,
+            shipping: None,
+            view: None,
+        };
+        let cluster = "orders".parse().unwrap();
+        assert_eq!(assemble(&cluster, &instance, seen(Some(15))).server_version_num, 150_000);
+        assert_eq!(assemble(&cluster, &instance, seen(None)).server_version_num, 0);
+    }
 }

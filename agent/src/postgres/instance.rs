@@ -11,7 +11,7 @@ use std::net::IpAddr;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-pub use binaries::{BinariesError, find_bin_dir};
+pub use binaries::{BinariesError, find_bin_dir, running_version};
 pub use postmaster::{PidFileError, Postmaster, PostmasterStatus};
 
 use super::server::local_connection_string;

@@ -41,14 +41,50 @@ pub fn find_bin_dir(major: u32, extra_dirs: &[PathBuf]) -> Result<PathBuf, Binar
     Err(BinariesError::NotFound { major, tried })
 }
 
-/// "postgres (PostgreSQL) 18.6 (Debian …)"; a development version is "19devel".
+/// server_version_num of a running server, by the word of its program, which an upgrade of the package may have
+/// replaced on disk. Blocking.
+pub fn running_version(pid: u32) -> Option<u32> {
+    let (major, minor) = version_of(&process::executable(pid))?;
+    major.checked_mul(10_000)?.checked_add(minor)
+}
+
 fn release_in(bin_dir: &Path) -> Option<u32> {
     let program = bin_dir.join("postgres");
     if !bin_dir.is_absolute() || !program.is_file() {
         return None;
     }
+    version_of(&program).map(|(major, _)| major)
+}
+
+fn version_of(program: &Path) -> Option<(u32, u32)> {
     let output = Command::new(program).arg("--version").current_dir("/").output().ok()?;
-    let text = String::from_utf8(output.stdout).ok()?;
+    parse_version(&String::from_utf8(output.stdout).ok()?)
+}
+
+/// "postgres (PostgreSQL) 18.6 (Debian …)"; a development version is "19devel", and its minor number 0.
+fn parse_version(text: &str) -> Option<(u32, u32)> {
     let version = text.split_once("(PostgreSQL) ")?.1;
-    version.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()
+    let version = version.split_whitespace().next()?;
+    let (major, minor) = version.split_once('.').unwrap_or((version, ""));
+    let number = |text: &str| text.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok();
+    Some((number(major)?, number(minor).unwrap_or(0)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn programs_say_their_version() {
+        for (text, version) in [
+            ("postgres (PostgreSQL) 18.6 (Debian 18.6-1.pgdg12+1)\n", Some((18, 6))),
+            ("postgres (PostgreSQL) 15.14\n", Some((15, 14))),
+            ("postgres (PostgreSQL) 19devel\n", Some((19, 0))),
+            ("postgres (PostgreSQL) 19rc1 (Debian 19~rc1-1.2)\n", Some((19, 0))),
+            ("postgres (EnterpriseDB) 15.1", None),
+            ("", None),
+        ] {
+            assert_eq!(parse_version(text), version, "{text}");
+        }
+    }
 }

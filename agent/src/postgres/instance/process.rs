@@ -44,6 +44,11 @@ pub(super) fn is_server_of(pid: u32, data_dir: &Path) -> bool {
     }
 }
 
+/// The program that a process runs, also when its file was replaced since.
+pub(super) fn executable(pid: u32) -> PathBuf {
+    proc(pid, "exe")
+}
+
 /// Directory of the executables that the servers of a data directory were started from.
 pub(super) fn executable_dir(pid: u32) -> Option<PathBuf> {
     fs::read_link(proc(pid, "exe")).ok()?.parent().map(Path::to_owned)
