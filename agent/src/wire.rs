@@ -8,7 +8,7 @@ mod job;
 mod link;
 mod outcome;
 
-pub use enrolment::{Enrolled, Enrolment, JoinAsk};
+pub use enrolment::{Enrolled, Enrolment, JoinAsk, Met, who_am_i};
 pub use link::{Attached, attach};
 
 /// A message of the controller that does not read as one.

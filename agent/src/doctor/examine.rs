@@ -18,6 +18,7 @@ use crate::postgres::instance;
 use crate::postgres::server::{Server, ServerFacts};
 use crate::wal::client;
 use crate::wal::socket::{Reply, Request};
+use crate::wire;
 
 const AGENT: &str = "agent";
 
@@ -37,10 +38,11 @@ pub enum Probe {
 
 /// Examines this host. `program` is what archive_command should name.
 pub async fn examine(config: &Config, program: &Path, probe: Probe) -> Diagnosis {
-    let mut findings = vec![socket(config).await];
+    let socket = socket(config).await;
+    let mut findings = Vec::new();
     let access = match &config.repository {
-        Some(_) => standalone(config, &mut findings),
-        None => member(config, &mut findings).await,
+        Some(_) => standalone(config, socket, &mut findings),
+        None => member(config, socket, &mut findings).await,
     };
     let Some(access) = access else {
         return Diagnosis::new(findings);
@@ -83,7 +85,14 @@ async fn socket(config: &Config) -> Finding {
     }
 }
 
-fn standalone(config: &Config, findings: &mut Vec<Finding>) -> Option<Access> {
+/// What an agent needs before it can run comes before `socket`, whose advice is to start it.
+fn standalone(config: &Config, socket: Finding, findings: &mut Vec<Finding>) -> Option<Access> {
+    let access = key_file(config, findings);
+    findings.push(socket);
+    access
+}
+
+fn key_file(config: &Config, findings: &mut Vec<Finding>) -> Option<Access> {
     let repository = config.repository.as_ref()?;
     let name = match config.agent_name() {
         Ok(name) => name,
@@ -104,21 +113,22 @@ fn standalone(config: &Config, findings: &mut Vec<Finding>) -> Option<Access> {
     }
 }
 
-async fn member(config: &Config, findings: &mut Vec<Finding>) -> Option<Access> {
+/// As with [`standalone`]: joining comes before starting.
+async fn member(config: &Config, socket: Finding, findings: &mut Vec<Finding>) -> Option<Access> {
     let Some(controller) = &config.controller else {
         let (message, fix) = ("neither a controller nor a repository is configured", "deploy/agent.yaml shows both");
-        findings.push(Finding::fix("configuration", AGENT, message, fix));
+        findings.extend([Finding::fix("configuration", AGENT, message, fix), socket]);
         return None;
     };
     let folder = IdentityFolder::new(&config.state_dir);
     let identity = match folder.load() {
         Ok(identity) => identity,
         Err(error) => {
-            findings.push(Finding::from_error("identity", AGENT, &error));
+            findings.extend([Finding::from_error("identity", AGENT, &error), socket]);
             return None;
         }
     };
-    findings.push(certificate(&identity, Timestamp::now()));
+    findings.extend([certificate(&identity, Timestamp::now()), socket]);
     findings.extend(look_at_controller(&controller.url, &identity).await);
     let bound = match DesiredStore::open(&config.state_dir) {
         Ok(store) => {
@@ -168,14 +178,21 @@ async fn look_at_controller(url: &str, identity: &Identity) -> Vec<Finding> {
         Ok(trust) => trust,
         Err(error) => return vec![Finding::from_error(CHECK, url, &error)],
     };
-    let mut channel = match connect::connect(url, &trust).await {
+    let channel = match connect::connect(url, &trust).await {
         Ok(channel) => channel,
         Err(error) => return vec![Finding::from_error(CHECK, url, &error)],
     };
-    let reached = Finding::ok(CHECK, url, "reachable");
-    let clock = connect::clock(&mut channel).await;
+    let met = wire::who_am_i(channel).await;
+    let reached = match met.known_as {
+        Ok((name, role)) => Finding::ok(CHECK, url, format!("it answers, and knows this host as {role} {name}")),
+        Err(refused) => {
+            let (message, hint) =
+                refused.split_once("\nHINT: ").unwrap_or((&refused, "look into the controller's log"));
+            Finding::fix(CHECK, url, format!("it does not take this host for a member: {message}"), hint)
+        }
+    };
     let compared =
-        clock.map(|theirs| clocks("clock", url, "the controller's", Timestamp::now().duration_since(theirs)));
+        met.clock.map(|theirs| clocks("clock", url, "the controller's", Timestamp::now().duration_since(theirs)));
     std::iter::once(reached).chain(compared).collect()
 }
 
@@ -336,6 +353,7 @@ fn server_is_the_one(subject: &str, instance: &InstanceAccess, facts: &ServerFac
 mod tests {
     use super::super::Verdict;
     use super::*;
+    use crate::config::ControllerConfig;
 
     #[test]
     fn clocks_that_differ_are_told_apart_by_how_much() {
@@ -350,6 +368,11 @@ mod tests {
         let diagnosis = examine(&config, Path::new("walfleet-agent"), Probe::No).await;
         assert!(!diagnosis.healthy);
         let checks: Vec<_> = diagnosis.findings.iter().map(|finding| finding.check).collect();
-        assert_eq!(checks, ["socket", "configuration"]);
+        assert_eq!(checks, ["configuration", "socket"], "to be started once it is configured");
+        let controller = ControllerConfig { url: "https://127.0.0.1:1".into() };
+        let config = Config { controller: Some(controller), ..config };
+        let diagnosis = examine(&config, Path::new("walfleet-agent"), Probe::No).await;
+        let fixes: Vec<_> = diagnosis.findings.iter().filter_map(|finding| finding.fix.as_deref()).collect();
+        assert!(fixes[0].contains("join") && fixes[1].contains("systemctl"), "{fixes:?}");
     }
 }

@@ -238,13 +238,3 @@ impl ServerCertVerifier for PinnedAuthority {
         self.provider.signature_verification_algorithms.supported_schemes()
     }
 }
-
-/// What the controller's clock says, to the second: the `date` of any answer (RFC 9110, 6.6.1). `None` if it says none.
-pub async fn clock(channel: &mut Channel) -> Option<Timestamp> {
-    use tower::{Service, ServiceExt};
-    let request = tonic::codegen::http::Request::get("/").body(tonic::body::Body::empty()).ok()?;
-    let ready = channel.ready().await.ok()?;
-    let answer = tokio::time::timeout(DIAL_TIMEOUT, ready.call(request)).await.ok()?.ok()?;
-    let date = answer.headers().get("date")?.to_str().ok()?;
-    jiff::fmt::rfc2822::parse(date).ok().map(|date| date.timestamp())
-}
