@@ -5,6 +5,8 @@
 //! pack, [`manifest_json`] writes PostgreSQL's own backup_manifest on restore.
 
 pub mod copy;
+#[cfg(test)]
+mod many_files_tests;
 pub mod manifest_json;
 pub mod scan;
 pub mod stretch;

@@ -11,7 +11,7 @@
 //! - `backup` and `restore`: the long operations, a file for each step.
 //! - `jobs`: what is asked of this host, run once and journalled, whoever asks: a controller, or a person at the command line.
 //! - `facts`, `doctor`, `metrics`: what is told. `link`: the stream to the controller. `daemon`: which tasks there are and
-//!   in which order they end. `cli`: arguments in, exit codes out.
+//!   in which order they end. `cli`: arguments in, exit codes out. `memory`: how the allocator treats large buffers.
 //!
 //! `wire` alone names generated protobuf types. The host's two contracts with PostgreSQL are the exit codes of `wal push`
 //! and `wal fetch` ([`wal::client`]).
@@ -31,6 +31,7 @@ pub mod identity;
 pub mod jobs;
 pub mod journal;
 pub mod link;
+pub mod memory;
 pub mod metrics;
 pub mod postgres;
 pub mod progress;

@@ -2,7 +2,7 @@
 
 use std::process::exit;
 
-use walfleet_agent::cli;
+use walfleet_agent::{cli, memory};
 
 fn main() {
     let arguments: Vec<_> = std::env::args_os().collect();
@@ -10,5 +10,6 @@ fn main() {
     if let Some(code) = cli::wal::dispatch(&arguments) {
         exit(code);
     }
+    memory::give_back_large_buffers();
     exit(cli::run(arguments));
 }

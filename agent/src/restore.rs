@@ -10,6 +10,7 @@ pub mod start;
 pub mod write;
 
 use std::collections::BTreeMap;
+use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
@@ -20,6 +21,7 @@ use walfleet_repository::backup::read::{BackupReader, ReadError};
 use walfleet_repository::cluster::{ClusterError, OpenCluster};
 use walfleet_repository::format::manifest::{Content, EntryKind};
 use walfleet_repository::ids::BackupId;
+use walfleet_repository::postgres::SystemId;
 
 use crate::backup::manifest_json::{self, ManifestWriter};
 use crate::failure::{ExitCode, Failure, Remedy};
@@ -30,7 +32,7 @@ use crate::progress::Progress;
 use crate::restore::plan::{PlanEnd, PlanError, RestorePlan};
 use crate::restore::recovery::RecoverySettings;
 use crate::restore::start::{StartError, StartSpec};
-use crate::restore::write::{Destination, DirectoryMode, FileSink, WriteError, write_plain};
+use crate::restore::write::{Destination, DirectoryMode, FileSink, WriteError, create_plain, write_plain};
 use crate::wal::fetch::{RestoreSource, SOURCE_FILE, SourceTimeline};
 
 /// Segments that one `wal fetch` brings along: four times 16 MiB hides a store's latency behind replay.
@@ -173,7 +175,9 @@ pub async fn run(
     progress.enter("finish", 0);
     let (control_mode, control) = control_file(&reader).await?;
     let tablespace_map = tablespace_map(&reader, &destination);
-    write_backup_manifest(&request, &plan, &reader, tablespace_map.as_deref(), mode).await?;
+    let path = request.data_dir.join("backup_manifest");
+    let system_id = plan.backup.reference.wal.system_id;
+    write_backup_manifest(&reader, system_id, tablespace_map.as_deref(), &path, mode.file()).await?;
     let notes = write_recovery(&request, &plan, &reader, tablespace_map.as_deref(), mode, bin_dir.as_deref())?;
     report.notes.extend(notes);
     sink.settle()?;
@@ -264,19 +268,20 @@ fn tablespace_map(reader: &BackupReader, destination: &Destination) -> Option<St
     (!map.is_empty()).then(|| recovery::tablespace_map(&String::from_utf8_lossy(map), &destination.tablespaces))
 }
 
-/// PostgreSQL's own manifest of the backup, so that pg_verifybackup can judge what was restored.
-async fn write_backup_manifest(
-    request: &RestoreRequest,
-    plan: &RestorePlan,
+/// PostgreSQL's own manifest of the backup, so that pg_verifybackup can judge what was restored. Goes to disk as it grows:
+/// with half a million relations it has a hundred megabytes.
+pub(crate) async fn write_backup_manifest(
     reader: &BackupReader,
+    system_id: SystemId,
     tablespace_map: Option<&str>,
-    mode: DirectoryMode,
+    path: &Path,
+    mode: u32,
 ) -> Result<(), RestoreError> {
     let manifest = &reader.manifest;
     let range =
         manifest_json::WalRange { timeline: manifest.wal.timeline, start: manifest.start_lsn, end: manifest.stop_lsn };
     let mut text =
-        ManifestWriter::new(Vec::new(), manifest.server_version_num / 10_000, plan.backup.reference.wal.system_id)
+        ManifestWriter::new(BufWriter::new(create_plain(path, mode)?), manifest.server_version_num / 10_000, system_id)
             .map_err(RestoreError::Manifest)?;
     for part in &manifest.file_list {
         for entry in reader.file_list_part(part).await? {
@@ -295,9 +300,7 @@ async fn write_backup_manifest(
     if let EntryKind::File { size, crc32c, .. } = control.kind {
         text.file(&control.path, size, control.mtime_us, crc32c).map_err(RestoreError::Manifest)?;
     }
-    let bytes = text.finish(&[range]).map_err(RestoreError::Manifest)?;
-    write_plain(&request.data_dir.join("backup_manifest"), &bytes, mode.file())?;
-    Ok(())
+    text.finish(&[range]).and_then(|mut out| out.flush()).map_err(RestoreError::Manifest)
 }
 
 /// Label, tablespace map, settings, signal file, and where `wal fetch` finds the archive; returns what to tell.

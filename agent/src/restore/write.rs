@@ -10,9 +10,9 @@ use std::io::Write;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError};
 
-use walfleet_repository::backup::fetch::{FileNumber, PieceSink};
+use walfleet_repository::backup::fetch::{FileNumber, PieceFile, PieceSink};
 use walfleet_repository::format::manifest::{EntryKind, FileEntry, Tablespace};
 
 use crate::progress::Progress;
@@ -206,12 +206,14 @@ fn make_directory(path: &Path, mode: DirectoryMode) -> Result<(), WriteError> {
 
 /// Writes a small file that the sync of everything makes durable.
 pub fn write_plain(path: &Path, content: &[u8], mode: u32) -> Result<(), WriteError> {
+    create_plain(path, mode)?.write_all(content).map_err(io("write", path))
+}
+
+/// A file to be written, that the sync of everything makes durable.
+pub fn create_plain(path: &Path, mode: u32) -> Result<File, WriteError> {
     let opened = OpenOptions::new().write(true).create(true).truncate(true).mode(mode).open(path);
-    let written = opened.and_then(|mut file| {
-        set_mode(&file, mode)?;
-        file.write_all(content)
-    });
-    written.map_err(io("write", path))
+    let made = opened.and_then(|file| set_mode(&file, mode).map(|()| file));
+    made.map_err(io("create", path))
 }
 
 /// Writes a small file whole: temporary name, sync, rename, sync of the folder.
@@ -244,12 +246,10 @@ fn sync_folder(path: &Path) -> Result<(), WriteError> {
     File::open(path).and_then(|folder| folder.sync_all()).map_err(io("sync", path))
 }
 
-/// Takes what the repository brings and writes it below the data directory.
+/// Takes what the repository brings and writes it below the data directory. Remembers nothing of a file but that it is open.
 pub struct FileSink {
     data_dir: PathBuf,
     progress: Progress,
-    /// By number: 60 bytes a file, 30 MB for 500,000 relations.
-    paths: RwLock<Vec<Box<[u8]>>>,
     open: Mutex<Vec<(FileNumber, Arc<File>)>>,
     /// Files that their owner may not write (a server's private key, 0400), until their content is there.
     read_only: Mutex<Vec<(PathBuf, u32)>>,
@@ -260,13 +260,7 @@ const OWNER_WRITES: u32 = 0o200;
 
 impl FileSink {
     pub fn new(data_dir: &Path, progress: Progress) -> FileSink {
-        FileSink {
-            data_dir: data_dir.to_owned(),
-            progress,
-            paths: RwLock::default(),
-            open: Mutex::default(),
-            read_only: Mutex::default(),
-        }
+        FileSink { data_dir: data_dir.to_owned(), progress, open: Mutex::default(), read_only: Mutex::default() }
     }
 
     /// Once everything is written: takes away what only the writing needed.
@@ -281,21 +275,18 @@ impl FileSink {
         self.data_dir.join(std::ffi::OsStr::from_bytes(relative))
     }
 
-    fn file(&self, number: FileNumber) -> std::io::Result<Arc<File>> {
+    fn file(&self, piece: &PieceFile) -> std::io::Result<Arc<File>> {
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((_, file)) = open.iter().find(|(known, _)| *known == number) {
+        if let Some((_, file)) = open.iter().find(|(known, _)| *known == piece.number) {
             return Ok(file.clone());
         }
-        let paths = self.paths.read().unwrap_or_else(PoisonError::into_inner);
-        let relative = usize::try_from(number).ok().and_then(|index| paths.get(index));
-        let relative = relative.ok_or_else(|| std::io::Error::other("content for a file that was never announced"))?;
-        let path = self.path(relative);
+        let path = self.path(&piece.path);
         let file = OpenOptions::new().write(true).open(&path).map_err(|e| named("open", &path, e))?;
         let file = Arc::new(file);
         if open.len() >= OPEN_FILES {
             open.remove(0);
         }
-        open.push((number, file.clone()));
+        open.push((piece.number, file.clone()));
         Ok(file)
     }
 }
@@ -331,12 +322,11 @@ impl PieceSink for FileSink {
                 file.set_len(*size).map_err(|e| named("extend", &path, e))?;
             }
         }
-        self.paths.write().unwrap_or_else(PoisonError::into_inner).push(entry.path.to_vec().into_boxed_slice());
         Ok(())
     }
 
-    fn write(&self, number: FileNumber, offset: u64, content: &[u8]) -> std::io::Result<()> {
-        self.file(number)?.write_all_at(content, offset)?;
+    fn write(&self, file: &PieceFile, offset: u64, content: &[u8]) -> std::io::Result<()> {
+        self.file(file)?.write_all_at(content, offset)?;
         self.progress.add(content.len() as u64);
         Ok(())
     }

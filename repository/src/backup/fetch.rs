@@ -41,12 +41,20 @@ const WINDOW_PIECES: usize = 64 << 10;
 /// Which file of the walk; counts up from 0 in the order that [`PieceSink::entry`] saw them.
 pub type FileNumber = u64;
 
+/// A file that content is for.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct PieceFile {
+    pub number: FileNumber,
+    /// As in its entry, so that a sink need not remember the paths of all files.
+    pub path: Bytes,
+}
+
 /// Takes files and their content. Called from many threads; content of one file may come in any order.
 pub trait PieceSink: Send + Sync + 'static {
     /// Before any content of the entry: a directory or file comes into being, of its full size and all zero.
     fn entry(&self, number: FileNumber, entry: &FileEntry) -> std::io::Result<()>;
     /// Plain content at an offset of the file.
-    fn write(&self, number: FileNumber, offset: u64, content: &[u8]) -> std::io::Result<()>;
+    fn write(&self, file: &PieceFile, offset: u64, content: &[u8]) -> std::io::Result<()>;
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -70,9 +78,8 @@ pub struct FetchOptions {
     pub threads: usize,
 }
 
-#[derive(Clone, Copy)]
 struct Piece {
-    file: FileNumber,
+    file: PieceFile,
     offset: u64,
     place: ChunkPlace,
 }
@@ -195,10 +202,11 @@ async fn plan_ranges(
         for entry in reader.file_list_part(part).await? {
             sink.entry(number, &entry).map_err(FetchError::Sink)?;
             if let EntryKind::File { content, .. } = &entry.kind {
+                let file = PieceFile { number, path: entry.path.clone() };
                 match content {
                     Content::Empty | Content::Zero => {}
                     Content::Chunk(place) => {
-                        window.push(Piece { file: number, offset: 0, place: *place });
+                        window.push(Piece { file, offset: 0, place: *place });
                         window_bytes += u64::from(place.frame.raw_len);
                     }
                     Content::Map(place) => {
@@ -206,7 +214,7 @@ async fn plan_ranges(
                         for (index, slot) in map.slots.iter().enumerate() {
                             if let Slot::Chunk(place) = slot {
                                 let offset = index as u64 * u64::from(map.slot_bytes);
-                                window.push(Piece { file: number, offset, place: *place });
+                                window.push(Piece { file: file.clone(), offset, place: *place });
                                 window_bytes += u64::from(place.frame.raw_len);
                             }
                         }
@@ -298,14 +306,14 @@ fn open_ranges(
             open_piece(first, &range, &bytes, &opener, &mut stored, &mut plain, &mut zstd, domain)?;
             // Frames that follow each other in pack and file go down in one write.
             while let Some(next) = pieces.peek() {
-                let follows = next.file == first.file && next.offset == first.offset + plain.len() as u64;
+                let follows = next.file.number == first.file.number && next.offset == first.offset + plain.len() as u64;
                 if !follows || plain.len() >= 1 << 20 {
                     break;
                 }
                 open_piece(next, &range, &bytes, &opener, &mut stored, &mut plain, &mut zstd, domain)?;
                 pieces.next();
             }
-            sink.write(first.file, first.offset, &plain).map_err(FetchError::Sink)?;
+            sink.write(&first.file, first.offset, &plain).map_err(FetchError::Sink)?;
         }
     }
 }
@@ -387,6 +395,7 @@ mod tests {
 
     fn piece(file: u64, pack: u8, offset: u32, len: u32) -> Piece {
         let frame = FramePlace { offset, stored_len: len, raw_len: len };
+        let file = PieceFile { number: file, path: Bytes::new() };
         Piece { file, offset: 0, place: ChunkPlace { pack: PackId([pack; 32]), frame, id: ShortId::default() } }
     }
 

@@ -16,6 +16,10 @@ use crate::format::manifest::{Content, EntryKind, FILES_PER_PART, FileEntry, enc
 /// Entries that may wait for the open pack of maps before it is finished early: bounds memory with 500,000 relations.
 const MAX_WAITING: usize = 32_768;
 
+/// What may wait for packs of content, which stay open for as long as little changes: the slots of some 40 GB, or the
+/// entries of 80,000 small files. Beyond it the writers are asked to finish their packs early.
+const MAX_WAITING_BYTES: usize = 16 << 20;
+
 /// A file or directory whose content has been placed.
 pub struct PlacedFile {
     pub path: Bytes,
@@ -41,6 +45,17 @@ pub enum PlacedContent {
     },
 }
 
+impl PlacedFile {
+    /// Memory that it takes while it waits, about.
+    fn held_bytes(&self) -> usize {
+        let slots = match &self.kind {
+            PlacedKind::File { content: PlacedContent::Slots { slots, .. }, .. } => slots.len(),
+            _ => 0,
+        };
+        size_of::<Waiting>() + self.path.len() + slots * size_of::<PlacedSlot>()
+    }
+}
+
 enum Waiting {
     /// Its chunks' packs are not all finished.
     Content(PlacedFile),
@@ -61,6 +76,10 @@ pub struct FileListWriter {
     waiting: VecDeque<Waiting>,
     /// How many at the front are past `Content`.
     mapped: usize,
+    /// What the others hold in memory, about.
+    waiting_bytes: usize,
+    /// What came since packs were last asked for.
+    unasked_bytes: usize,
     /// How many packs were finished when an entry last had to wait for one: trying again before is in vain.
     blocked_at: Option<u64>,
     part: Vec<FileEntry>,
@@ -73,11 +92,13 @@ impl FileListWriter {
     /// `parent_parts`: the parts of the parent's list, reused where they are the same.
     pub fn new(session: Arc<PackSession>, parent_parts: &[ChunkPlace]) -> FileListWriter {
         FileListWriter {
-            maps: session.writer(),
-            lists: session.writer(),
+            maps: session.metadata_writer(),
+            lists: session.metadata_writer(),
             session,
             waiting: VecDeque::new(),
             mapped: 0,
+            waiting_bytes: 0,
+            unasked_bytes: 0,
             blocked_at: None,
             part: Vec::new(),
             parts: Vec::new(),
@@ -89,8 +110,16 @@ impl FileListWriter {
     /// Takes the next entry, in list order.
     pub fn push(&mut self, file: PlacedFile) -> Result<(), WriteError> {
         self.file_count += 1;
+        let bytes = file.held_bytes();
+        self.waiting_bytes += bytes;
+        self.unasked_bytes += bytes;
         self.waiting.push_back(Waiting::Content(file));
         self.advance()?;
+        // Half the limit apart: an answer takes as long as a thread's next chunk.
+        if self.waiting_bytes > MAX_WAITING_BYTES && self.unasked_bytes > MAX_WAITING_BYTES / 2 {
+            self.unasked_bytes = 0;
+            self.session.ask_for_names();
+        }
         if self.mapped > MAX_WAITING {
             self.maps.flush()?;
             self.advance()?;
@@ -123,6 +152,7 @@ impl FileListWriter {
                 self.blocked_at = Some(finished);
                 break;
             };
+            self.waiting_bytes = self.waiting_bytes.saturating_sub(file.held_bytes());
             let next = self.place_map(resolved)?;
             if let Some(slot) = self.waiting.get_mut(self.mapped) {
                 *slot = next;
@@ -222,5 +252,47 @@ fn resolve(session: &PackSession, file: &PlacedFile) -> Option<Resolved> {
             }));
             Some(Resolved { entry: whole(Content::Zero), map: Some((map, *parent)) })
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::crypto::DomainKey;
+    use crate::ids::BackupId;
+    use crate::store::Store;
+
+    fn gigabyte(number: usize, content: PlacedContent) -> PlacedFile {
+        let path = Bytes::from(format!("base/1/{number:04}"));
+        PlacedFile { path, mode: 0o600, mtime_us: 0, kind: PlacedKind::File { size: 1 << 30, crc32c: 0, content } }
+    }
+
+    /// A terabyte of which little changed early on would otherwise wait, slot by slot, for the one pack that is open.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn files_behind_an_open_pack_do_not_wait_for_the_end_of_the_backup() {
+        let key = Arc::new(DomainKey::generate().unwrap());
+        let cluster = "orders".parse().unwrap();
+        let session = PackSession::begin(Store::in_memory(), cluster, BackupId::generate(), key, 3, []);
+        let packs = session.clone();
+        let (most, count) = tokio::task::spawn_blocking(move || {
+            let mut writer = session.writer();
+            let mut list = FileListWriter::new(session.clone(), &[]);
+            let changed = writer.store(b"changed", None).unwrap();
+            list.push(gigabyte(0, PlacedContent::Chunk(changed))).unwrap();
+            let mut most = 0;
+            for number in 1..=500 {
+                writer.store_slot(&[0; 8192], None).unwrap();
+                let slots = vec![PlacedSlot::Zero; 8192];
+                list.push(gigabyte(number, PlacedContent::Slots { slot_bytes: 128 << 10, slots, parent: None }))
+                    .unwrap();
+                most = most.max(list.waiting_bytes);
+            }
+            writer.flush().unwrap();
+            (most, list.finish().unwrap().1)
+        })
+        .await
+        .unwrap();
+        assert_eq!((count, packs.finish().await.unwrap().len()), (501, 3), "packs of content, maps and lists");
+        assert!(most > MAX_WAITING_BYTES && most < MAX_WAITING_BYTES * 3 / 2, "{most}");
     }
 }

@@ -10,7 +10,7 @@ use object_store::memory::InMemory;
 use tokio_util::sync::CancellationToken;
 
 use super::commit::{BackupSession, SessionError, SessionSpec};
-use super::fetch::{FetchError, FetchOptions, FileNumber, PieceSink, fetch_all};
+use super::fetch::{FetchError, FetchOptions, FileNumber, PieceFile, PieceSink, fetch_all};
 use super::file_list::{FileListWriter, PlacedContent, PlacedFile, PlacedKind};
 use super::write::{PackSession, PlacedSlot};
 use crate::cluster::OpenCluster;
@@ -179,9 +179,10 @@ impl PieceSink for MemorySink {
         Ok(())
     }
 
-    fn write(&self, number: FileNumber, offset: u64, content: &[u8]) -> std::io::Result<()> {
+    fn write(&self, file: &PieceFile, offset: u64, content: &[u8]) -> std::io::Result<()> {
         let mut files = self.files.lock().unwrap();
-        files.get_mut(&number).unwrap().1[offset as usize..][..content.len()].copy_from_slice(content);
+        assert_eq!(files[&file.number].0.as_bytes(), file.path);
+        files.get_mut(&file.number).unwrap().1[offset as usize..][..content.len()].copy_from_slice(content);
         Ok(())
     }
 }

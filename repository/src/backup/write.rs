@@ -14,7 +14,7 @@ use tracing::Instrument;
 
 use crate::crypto::DomainKey;
 use crate::format::file_map::{ChunkPlace, ShortId};
-use crate::format::pack::{FinishedPack, PackWriter};
+use crate::format::pack::{FinishedPack, METADATA_PACK_TARGET_BYTES, PACK_TARGET_BYTES, PackWriter};
 use crate::format::sealed::{Compressor, FramePlace, SealedError};
 use crate::ids::{BackupId, ClusterName, PackId};
 use crate::layout;
@@ -101,6 +101,8 @@ pub struct PackSession {
     new_bytes: AtomicU64,
     stored_bytes: AtomicU64,
     new_packs: AtomicU64,
+    /// How often open packs were asked to be finished early.
+    asked: AtomicU64,
 }
 
 impl PackSession {
@@ -130,12 +132,28 @@ impl PackSession {
             new_bytes: AtomicU64::new(0),
             stored_bytes: AtomicU64::new(0),
             new_packs: AtomicU64::new(0),
+            asked: AtomicU64::new(0),
         })
     }
 
     /// A writer for one thread.
     pub fn writer(self: &Arc<Self>) -> ChunkWriter {
-        ChunkWriter { session: self.clone(), zstd: Compressor::new(self.level), pack: None }
+        let asked = Some(self.asked.load(Ordering::Relaxed));
+        self.writer_of(PACK_TARGET_BYTES, asked)
+    }
+
+    /// A writer for maps or lists, into packs of their own.
+    pub(crate) fn metadata_writer(self: &Arc<Self>) -> ChunkWriter {
+        self.writer_of(METADATA_PACK_TARGET_BYTES, None)
+    }
+
+    fn writer_of(self: &Arc<Self>, target: usize, asked: Option<u64>) -> ChunkWriter {
+        ChunkWriter { session: self.clone(), zstd: Compressor::new(self.level), pack: None, target, asked }
+    }
+
+    /// Lets every writer of content finish its open pack before its next chunk, because too much waits for its name.
+    pub(crate) fn ask_for_names(&self) {
+        self.asked.fetch_add(1, Ordering::Relaxed);
     }
 
     pub fn domain(&self) -> &DomainKey {
@@ -274,6 +292,10 @@ pub struct ChunkWriter {
     session: Arc<PackSession>,
     zstd: Compressor,
     pack: Option<(PackNumber, PackWriter)>,
+    /// Stored bytes at which a pack is full.
+    target: usize,
+    /// The last [`PackSession::ask_for_names`] that was answered; `None`: they are not for this writer.
+    asked: Option<u64>,
 }
 
 impl ChunkWriter {
@@ -281,13 +303,24 @@ impl ChunkWriter {
     /// behind.
     pub fn store_slot(&mut self, plain: &[u8], parent: Option<&ChunkPlace>) -> Result<PlacedSlot, WriteError> {
         if is_zero(plain) {
+            self.answer()?;
             return Ok(PlacedSlot::Zero);
         }
         self.store(plain, parent).map(PlacedSlot::Chunk)
     }
 
+    fn answer(&mut self) -> Result<(), WriteError> {
+        let asked = self.session.asked.load(Ordering::Relaxed);
+        match &mut self.asked {
+            Some(answered) if *answered != asked => *answered = asked,
+            _ => return Ok(()),
+        }
+        self.flush()
+    }
+
     /// Places content that is kept even if it is all zero.
     pub fn store(&mut self, plain: &[u8], parent: Option<&ChunkPlace>) -> Result<Placed, WriteError> {
+        self.answer()?;
         let chunk = self.session.domain.chunk_id(plain);
         let id = ShortId::from(&chunk);
         let same = parent.filter(|place| place.id == id && place.frame.raw_len as usize == plain.len());
@@ -303,7 +336,7 @@ impl ChunkWriter {
         };
         let placed = Placed { pack: *number, frame: writer.add(&chunk, plain, &mut self.zstd)?, id };
         self.session.new_bytes.fetch_add(plain.len() as u64, Ordering::Relaxed);
-        if writer.is_full() {
+        if writer.stored_bytes() >= self.target {
             self.flush()?;
         }
         Ok(placed)

@@ -15,6 +15,9 @@ use crate::ids::{ChunkId, PackId};
 /// small enough that a few in flight fit an agent's memory.
 pub const PACK_TARGET_BYTES: usize = 32 << 20;
 
+/// Packs of maps and file lists are smaller: whoever walks a list keeps a few of them whole, and a browser reads little.
+pub const METADATA_PACK_TARGET_BYTES: usize = 8 << 20;
+
 /// One chunk of a pack.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct PackEntry {
@@ -53,7 +56,11 @@ impl PackWriter {
     }
 
     pub fn is_full(&self) -> bool {
-        self.sealed.len() >= PACK_TARGET_BYTES
+        self.stored_bytes() >= PACK_TARGET_BYTES
+    }
+
+    pub fn stored_bytes(&self) -> usize {
+        self.sealed.len()
     }
 
     pub fn is_empty(&self) -> bool {

@@ -1,0 +1,230 @@
+//! A made-up data directory, without a server: backed up whole, backed up again with little changed, and restored.
+//!
+//! Small, it shows that what goes in comes out. With half a million relation files it shows what that takes:
+//! `TMPDIR=/dev/shm cargo test -p walfleet-agent --lib -- --ignored --nocapture half_a_million`
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use bytes::Bytes;
+use tokio::runtime::Handle;
+use tokio_util::sync::CancellationToken;
+use walfleet_repository::backup::commit::{BackupSession, SessionSpec};
+use walfleet_repository::backup::fetch::{FetchOptions, fetch_all};
+use walfleet_repository::backup::write::PackSession;
+use walfleet_repository::cluster::OpenCluster;
+use walfleet_repository::cluster_log::Author;
+use walfleet_repository::crypto::RecipientSecret;
+use walfleet_repository::format::manifest::{Content, Counters, EntryKind, FileEntry, Manifest};
+use walfleet_repository::open::{CommittedBackup, Repository, RepositorySpec};
+use walfleet_repository::postgres::{Branch, Lsn, SegmentSize, SystemId, Timeline, WalBranch};
+use walfleet_repository::signature::Signer;
+use walfleet_repository::store::{Store, StoreOptions};
+
+use super::copy::{self, CopyReport, CopySpec};
+use super::scan::{Scan, ScanSpec};
+use super::stretch::PageCheck;
+use crate::postgres::page::PageRules;
+use crate::progress::Progress;
+use crate::restore::write::FileSink;
+
+struct Ground {
+    folder: tempfile::TempDir,
+    cluster: OpenCluster,
+    signer: Arc<Signer>,
+}
+
+async fn ground() -> Ground {
+    let folder = tempfile::tempdir().unwrap();
+    let url = format!("file://{}", folder.path().join("repository").display());
+    fs::create_dir(folder.path().join("repository")).unwrap();
+    let (signer, _) = Signer::generate();
+    let secret = RecipientSecret::generate().unwrap();
+    let spec = RepositorySpec { root_public_key: signer.public_key(), recovery_recipient: secret.id() };
+    let store = Store::open(&url, &StoreOptions::default()).unwrap();
+    let (repository, _) = Repository::init(store, spec).await.unwrap();
+    let name = "orders".parse().unwrap();
+    let cluster = OpenCluster::open_or_begin(repository, name, &secret, Author::host(&signer), "x").await.unwrap();
+    Ground { folder, cluster, signer: Arc::new(signer) }
+}
+
+/// Bytes that do not compress, different for every seed.
+fn noise(seed: u64, len: usize) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state
+    };
+    (0..len.div_ceil(8)).flat_map(|_| next().to_le_bytes()).take(len).collect()
+}
+
+/// A data directory of `files` relation files of a kilobyte, in a few databases.
+fn make_cluster(data_dir: &Path, files: usize) {
+    for folder in ["global", "pg_tblspc", "pg_wal"] {
+        fs::create_dir_all(data_dir.join(folder)).unwrap();
+    }
+    fs::write(data_dir.join("PG_VERSION"), "18\n").unwrap();
+    for database in 1..=4 {
+        fs::create_dir_all(data_dir.join(format!("base/{database}"))).unwrap();
+    }
+    for number in 0..files {
+        let path = data_dir.join(format!("base/{}/{}", number % 4 + 1, 16_384 + number));
+        fs::write(path, noise(number as u64 + 1, 1024)).unwrap();
+    }
+}
+
+fn wal() -> WalBranch {
+    WalBranch { system_id: SystemId(1), timeline: Timeline(1), branch: Branch::ROOT }
+}
+
+async fn back_up(ground: &Ground, data_dir: &Path) -> (CommittedBackup, CopyReport) {
+    let spec = SessionSpec { run: None, wal: wal(), wal_floor: Lsn(0x100) };
+    let opened = BackupSession::open(ground.cluster.clone(), ground.signer.clone(), "pg1", spec).await.unwrap();
+    let (mut session, parent) = opened;
+    let packs = PackSession::begin(
+        ground.cluster.repository().store().clone(),
+        ground.cluster.name().clone(),
+        session.id().clone(),
+        ground.cluster.keys().newest().clone(),
+        3,
+        parent.iter().flat_map(|parent| parent.packs.clone()),
+    );
+    let scan = ScanSpec { data_dir: data_dir.to_owned(), major: 18, catalog_version: 1, without_content: Vec::new() };
+    let rules = PageRules { block_bytes: 8192, checksums: true, start_lsn: Lsn(1 << 40), end_lsn: Lsn(1 << 41) };
+    let spec = CopySpec {
+        threads: 2,
+        pages: PageCheck { rules, blocks_per_segment: 131_072 },
+        parent: parent.map(|parent| parent.reader),
+    };
+    let (work, runtime) = (packs.clone(), Handle::current());
+    let (report, control) = tokio::task::spawn_blocking(move || {
+        let (progress, cancel) = (Progress::new(), CancellationToken::new());
+        let report = copy::copy(Scan::new(scan).unwrap(), &work, &spec, &runtime, &progress, &cancel).unwrap();
+        let content = Content::Empty;
+        let control = FileEntry {
+            path: Bytes::from_static(b"global/pg_control"),
+            kind: EntryKind::File { size: 0, crc32c: 0, content },
+            mode: 0o600,
+            mtime_us: 0,
+        };
+        (report, control)
+    })
+    .await
+    .unwrap();
+    let used = packs.finish().await.unwrap();
+    let manifest = Manifest {
+        backup: session.id().clone(),
+        cluster: ground.cluster.name().clone(),
+        server_version_num: 180_000,
+        wal: wal(),
+        start_lsn: Lsn(0x100),
+        stop_lsn: Lsn(0x200),
+        started_at_us: 1,
+        stopped_at_us: 2,
+        segment_size: SegmentSize::DEFAULT,
+        block_bytes: 8192,
+        catalog_version: 1,
+        control_version: 1800,
+        data_checksums: true,
+        group_access: false,
+        member: "pg1".into(),
+        member_role: "primary".into(),
+        tool_version: "0".into(),
+        backup_label: Bytes::new(),
+        tablespace_map: Bytes::new(),
+        tablespaces: Vec::new(),
+        recovery_settings: Vec::new(),
+        file_list: report.file_list.clone(),
+        file_count: report.file_count,
+        control_file: control,
+        damaged_pages: Vec::new(),
+        counters: Counters { new_bytes: packs.written().0, ..Counters::default() },
+    };
+    (session.commit(&manifest, used, 0).await.unwrap(), report)
+}
+
+async fn restore(ground: &Ground, backup: &CommittedBackup, to: &Path) {
+    let log = ground.cluster.log().await.unwrap();
+    let reader = Arc::new(ground.cluster.open_backup(backup, log.state()).await.unwrap());
+    fs::create_dir(to).unwrap();
+    let sink = Arc::new(FileSink::new(to, Progress::new()));
+    let options = FetchOptions { requests: 4, threads: 2 };
+    fetch_all(reader.clone(), sink, options, &CancellationToken::new()).await.unwrap();
+    crate::restore::write_backup_manifest(&reader, SystemId(1), None, &to.join("backup_manifest"), 0o600)
+        .await
+        .unwrap();
+}
+
+fn files(folder: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+    let mut found = BTreeMap::new();
+    let mut folders = vec![folder.to_owned()];
+    while let Some(next) = folders.pop() {
+        for entry in fs::read_dir(next).unwrap() {
+            let path = entry.unwrap().path();
+            match path.is_dir() {
+                true => folders.push(path),
+                false => drop(found.insert(path.strip_prefix(folder).unwrap().to_owned(), fs::read(&path).unwrap())),
+            }
+        }
+    }
+    found
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_changed_file_among_many_costs_itself_and_all_come_back() {
+    let ground = ground().await;
+    let data_dir = ground.folder.path().join("data");
+    make_cluster(&data_dir, 3000);
+    // Of several slots, a hole in the middle, and a last one that is not whole.
+    let large = [noise(1, 300 << 10), vec![0; 512 << 10], noise(2, 70_000)].concat();
+    fs::write(data_dir.join("base/1/large"), &large).unwrap();
+    back_up(&ground, &data_dir).await;
+    fs::write(data_dir.join("base/1/16384"), noise(7, 2000)).unwrap();
+    fs::write(data_dir.join("base/4/99999"), noise(8, 1000)).unwrap();
+    fs::remove_file(data_dir.join("base/2/16385")).unwrap();
+    let (second, _) = back_up(&ground, &data_dir).await;
+    let new_bytes = second.reference.counters.new_bytes;
+    assert!((3000..500_000).contains(&new_bytes), "the two files and what lists them, of 4 MB: {new_bytes}");
+    let to = ground.folder.path().join("restored");
+    restore(&ground, &second, &to).await;
+    let (mut restored, source) = (files(&to), files(&data_dir));
+    let manifest = restored.remove(Path::new("backup_manifest")).unwrap();
+    let manifest: serde_json::Value = serde_json::from_slice(&manifest).unwrap();
+    assert_eq!(manifest["Files"].as_array().unwrap().len(), source.len() + 2, "and backup_label and pg_control");
+    assert!(restored == source, "the restored files are not the source's");
+}
+
+/// Of this process: its highest memory since the last call, in MiB.
+fn peak_mib() -> u64 {
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmHWM:")).unwrap();
+    let kib: u64 = line.split_whitespace().nth(1).unwrap().parse().unwrap();
+    fs::write("/proc/self/clear_refs", "5").unwrap();
+    kib >> 10
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "makes half a million files and takes minutes"]
+async fn half_a_million_relations_fit_into_256_mib() {
+    crate::memory::give_back_large_buffers();
+    let ground = ground().await;
+    let data_dir = ground.folder.path().join("data");
+    let count = std::env::var("WALFLEET_FILES").ok().and_then(|count| count.parse().ok()).unwrap_or(500_000);
+    make_cluster(&data_dir, count);
+    let mut peaks = vec![("before", peak_mib())];
+    let (_, first) = back_up(&ground, &data_dir).await;
+    assert!(first.file_count > count as u64);
+    peaks.push(("first backup", peak_mib()));
+    // Early in the list, and nothing after it: the pack it lies in stays open for long.
+    fs::write(data_dir.join("base/1/16384"), noise(7, 1000)).unwrap();
+    let (second, _) = back_up(&ground, &data_dir).await;
+    peaks.push(("second backup", peak_mib()));
+    restore(&ground, &second, &ground.folder.path().join("restored")).await;
+    peaks.push(("restore", peak_mib()));
+    println!("peak resident memory in MiB: {peaks:?}");
+    assert!(peaks.iter().all(|(_, mib)| *mib < 256), "{peaks:?}");
+}
