@@ -37,6 +37,8 @@ enum Command {
     Run(RunArgs),
     /// Enrol this host in a fleet.
     Join(JoinArgs),
+    /// Let this host's key open what the fleet has stored, with the recovery key: when no host is left that could grant it.
+    Grant(GrantArgs),
     /// Make a repository, and a recovery key if the key file does not exist: for hosts without a controller.
     Init(InitArgs),
     /// Take a backup now.
@@ -77,6 +79,19 @@ pub struct JoinArgs {
     /// Where the identity is kept; the configuration's, or /var/lib/walfleet-agent, if not given.
     #[arg(long, value_name = "FOLDER")]
     pub state_dir: Option<PathBuf>,
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+}
+
+#[derive(Args, Debug)]
+pub struct GrantArgs {
+    /// A key that opens it: the recovery key, or a lost host's own.
+    #[arg(long, value_name = "FILE")]
+    pub key_file: PathBuf,
+    /// Only this cluster; all that the controller has named to this host if not given.
+    #[arg(long, value_name = "NAME")]
+    pub cluster: Option<ClusterName>,
+    /// The agent's configuration; /etc/walfleet/agent.yaml if not given.
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
 }
@@ -231,6 +246,7 @@ pub fn run(arguments: Vec<OsString>) -> i32 {
     let result = match cli.command {
         Command::Run(args) => command::run::run(&args),
         Command::Join(args) => command::join::join(args),
+        Command::Grant(args) => command::grant::grant(args),
         Command::Init(args) => command::init::init(&args),
         Command::Backup(args) => command::backup::backup(args),
         Command::List(args) => command::list::list(&args),

@@ -41,7 +41,7 @@ const DEADLINE: Duration = Duration::from_secs(60);
 pub enum KeeperError {
     #[error(transparent)]
     Repository(#[from] RepositoryError),
-    #[error("open {url}: {source}")]
+    #[error("open {url}")]
     Store { url: String, source: StoreError },
     #[error(
         "{url} holds no repository any more, {id} was there\nHINT: mount it or bring it back; to begin anew on purpose, declare it under another name."

@@ -271,12 +271,16 @@ impl Reconciler {
     }
 }
 
-/// The epoch of this start: one more than any before, durably.
+/// The epoch of this start: more than any before, durably.
+///
+/// Not below the seconds since 1970, so that it is also more than that of a controller whose state is lost or newer than
+/// this one: its epochs are in the repositories' logs and with the agents, which obey and believe no older one.
 pub async fn next_epoch(state: &State) -> Result<u64, RowError> {
     const KEY: &str = "controller/epoch";
     loop {
         let row = state.row::<u64>(KEY).await?;
-        let epoch = row.as_ref().map_or(0, |row| row.value) + 1;
+        let now = u64::try_from(jiff::Timestamp::now().as_second()).unwrap_or(0);
+        let epoch = row.as_ref().map_or(0, |row| row.value).saturating_add(1).max(now);
         match state.update_row(KEY, row.map_or(0, |row| row.mod_revision), &epoch).await {
             Ok(_) => return Ok(epoch),
             Err(RowError::Conflict { .. }) => continue,
@@ -290,8 +294,12 @@ pub fn in_full(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(cause) = source {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
+        let said = cause.to_string();
+        // A transparent wrapper says what its source says, and some of the repository's errors end with it.
+        if !text.ends_with(&said) {
+            text.push_str(": ");
+            text.push_str(&said);
+        }
         source = cause.source();
     }
     text

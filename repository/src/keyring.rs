@@ -18,7 +18,7 @@ pub enum KeyringError {
     #[error("read domain key: {0}")]
     Store(#[from] StoreError),
     #[error(
-        "the domain key of this cluster (version {version}) was never granted to recipient {recipient}\nHINT: a host that has it grants it (add the host to the policy's restore.hosts), or use the recovery key file."
+        "the domain key of this cluster (version {version}) was never granted to recipient {recipient}\nHINT: a host that has it grants it (add the host to the policy's restore.hosts), or the recovery key does: walfleet-agent grant --key-file recovery.key."
     )]
     NotGranted { version: u32, recipient: RecipientId },
     #[error(transparent)]

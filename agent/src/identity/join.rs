@@ -22,7 +22,7 @@ pub enum JoinError {
     #[error(transparent)]
     Connect(#[from] connect::ConnectError),
     #[error(
-        "this host is enrolled already, as {name} of {controller}\nHINT: to enrol it anew, move {folder} away first, but keep host.key: old backups are wrapped for it."
+        "this host is enrolled already, as {name} of {controller}\nHINT: to enrol it anew, move {folder}/certificate.json away first, and leave host.key: what is stored can be read with it."
     )]
     AlreadyEnrolled { name: String, controller: String, folder: String },
     #[error(

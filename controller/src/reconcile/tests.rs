@@ -141,6 +141,22 @@ async fn passes_at_the_same_time_make_a_run_once() {
 }
 
 #[tokio::test]
+async fn a_controller_with_a_new_or_an_old_state_is_newer_than_the_one_before() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let state = |name: &str| State::open(&folder.path().join(name), Options::default()).expect("a fresh state");
+    let lost = state("lost");
+    let mut epoch = 0;
+    for start in 1..=20 {
+        let next = next_epoch(&lost).await.expect("a state");
+        assert!(next > epoch, "start {start}: {next} after {epoch}");
+        epoch = next;
+    }
+    // A controller does not start twenty times in a second.
+    let made_anew = next_epoch(&state("new")).await.expect("a state");
+    assert!(made_anew + 20 >= epoch && made_anew > 1_700_000_000, "{made_anew} after {epoch}");
+}
+
+#[tokio::test]
 async fn history_is_bounded_by_number_and_by_age() {
     let room = room().await;
     room.apply("0 2 * * *").await;

@@ -26,6 +26,7 @@ pub struct Controller {
     scratch: Scratch,
     program: PathBuf,
     dir: PathBuf,
+    port: u16,
     url: String,
     process: Option<Process>,
 }
@@ -33,15 +34,29 @@ pub struct Controller {
 impl Controller {
     /// Makes its folder, its authority and the first admin. Nothing runs yet.
     pub fn init(scratch: &Scratch) -> anyhow::Result<Controller> {
+        Controller::init_with(scratch, free_port(), None)
+    }
+
+    /// Its host burns down, and a new one at the same address takes over the repositories of the recovery key.
+    pub fn lost_and_replaced(mut self, recovery_key: &Path) -> anyhow::Result<Controller> {
+        self.kill_nine()?;
+        std::fs::remove_dir_all(&self.dir).context("remove the controller's folder")?;
+        Controller::init_with(&self.scratch, self.port, Some(recovery_key))
+    }
+
+    fn init_with(scratch: &Scratch, port: u16, recovery_key: Option<&Path>) -> anyhow::Result<Controller> {
         let program = binaries::program(binaries::CONTROLLER)?;
-        let (dir, port) = (scratch.join("controller"), free_port());
+        let dir = scratch.join("controller");
         let url = format!("https://127.0.0.1:{port}");
         let mut command = os_user().command(&program);
         command.arg("init").arg("--dir").arg(&dir).args(["--name", "controller", "--url", &url]);
         command.args(["--listen", &format!("127.0.0.1:{port}")]);
+        if let Some(key) = recovery_key {
+            command.arg("--recovery-key").arg(key);
+        }
         Output::of(command, START_LIMIT)?.ok()?;
         scratch.watch_log(&scratch.join("controller.log"));
-        let controller = Controller { scratch: scratch.clone(), program, dir, url, process: None };
+        let controller = Controller { scratch: scratch.clone(), program, dir, port, url, process: None };
         controller.configure(TUNING)?;
         Ok(controller)
     }

@@ -40,7 +40,11 @@ pub struct Fleet {
 impl Fleet {
     /// A controller of its own, running.
     pub fn start(scratch: &Scratch) -> anyhow::Result<Fleet> {
-        let mut controller = Controller::init(scratch)?;
+        Fleet::with(scratch, Controller::init(scratch)?)
+    }
+
+    /// With an initialised controller, which is started.
+    pub fn with(scratch: &Scratch, mut controller: Controller) -> anyhow::Result<Fleet> {
         controller.start()?;
         let admin = controller.admin()?;
         Ok(Fleet { scratch: scratch.clone(), controller, admin })

@@ -12,4 +12,5 @@ mod matrix;
 mod repository_on_s3;
 mod servers;
 mod store;
+mod takeover;
 mod trace;
