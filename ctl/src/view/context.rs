@@ -27,7 +27,7 @@ pub struct ContextList {
 impl View for ContextList {
     fn draw(&self, page: &mut Page) {
         if self.contexts.is_empty() {
-            page.line("No contexts. Make one: walfleet login --controller URL --token TOKEN");
+            page.line("No contexts. Make one: walfleet context add NAME admin.context.yaml, or walfleet login");
             return;
         }
         let mut table =
