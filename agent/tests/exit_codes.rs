@@ -60,7 +60,7 @@ fn commands_end_with_the_documented_codes() {
         (&["run", "--config", &path("none.yaml")], 2, "none.yaml"),
         (&["run", "--config", &path("bad.yaml")], 2, "backup.processes"),
         (&["run", "--config", &path("bare.yaml")], 2, "neither a controller nor a repository"),
-        (&["run", "--config", &path("fleet.yaml")], 1, "not enrolled"),
+        (&["run", "--config", &path("fleet.yaml")], 2, "not enrolled"),
         (&["doctor", "--config", &path("bare.yaml")], 1, "checks need attention"),
         (&["join", "--controller", "https://localhost:1", "--token", "nonsense"], 2, "not a join token"),
         (&["join", "--controller", "https://localhost:1", "--token", token, "--state-dir", &path("s")], 5, "firewall"),

@@ -11,6 +11,7 @@ mod full_disks;
 mod matrix;
 mod repository_on_s3;
 mod servers;
+mod setting_up;
 mod store;
 mod takeover;
 mod trace;
