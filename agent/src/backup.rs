@@ -5,6 +5,7 @@
 //! pack, [`manifest_json`] writes PostgreSQL's own backup_manifest on restore.
 
 pub mod copy;
+pub mod damage;
 #[cfg(test)]
 mod many_files_tests;
 pub mod manifest_json;
@@ -24,12 +25,12 @@ use walfleet_repository::backup::commit::{BackupSession, Parent, SessionError, S
 use walfleet_repository::backup::file_list::{PlacedFile, resolve_entry};
 use walfleet_repository::backup::write::{PackSession, WriteError};
 use walfleet_repository::cluster::{ClusterError, OpenCluster};
-use walfleet_repository::format::manifest::{Counters, DamagedPages, FileEntry, Manifest, Tablespace};
+use walfleet_repository::format::manifest::{Counters, FileEntry, Manifest, Tablespace};
 use walfleet_repository::ids::BackupId;
 use walfleet_repository::postgres::{Lsn, SystemId, WalBranch};
 use walfleet_repository::signature::Signer;
 
-use crate::backup::copy::{BadFile, CopyError, CopyReport, CopySpec};
+use crate::backup::copy::{CopyError, CopyReport, CopySpec};
 use crate::backup::scan::{Scan, ScanError, ScanSpec, ScannedFile};
 use crate::backup::stretch::{PageCheck, StretchError};
 use crate::backup::wal_wait::WalWaitError;
@@ -256,7 +257,7 @@ async fn take(
             return Err(lost.into());
         }
     };
-    let (copied, control, control_entry) = copied;
+    let (mut copied, control, control_entry) = copied;
     progress.enter("stop", 0);
     let stop = starting.stop().await?;
     if stop.timeline != facts.timeline {
@@ -284,12 +285,12 @@ async fn take(
         new_packs,
         store_requests: 0,
     };
-    let damaged_pages = damaged_pages(&copied.bad_pages, stop.stop_lsn);
-    let damaged = damaged_pages.iter().map(|file| file.blocks.len() as u64).sum();
+    let damage = std::mem::take(&mut copied.damage).judge(stop.stop_lsn);
+    damage.tell();
     let times = (started_at_us, start_lsn);
     let mut manifest = manifest(request, session, facts, wal, times, stop, copied, &control, control_entry, counters);
-    manifest.damaged_pages = damaged_pages;
-    Ok((manifest, used, damaged))
+    manifest.damaged_pages = damage.for_manifest();
+    Ok((manifest, used, damage.count))
 }
 
 /// Copies all files, pg_control last, on a thread of its own.
@@ -360,24 +361,6 @@ fn copy_control(
     };
     let entry = resolve_entry(packs, &placed).ok_or(WriteError::UnfinishedPack)?;
     Ok((control, entry))
-}
-
-/// What is really damaged, told: a page from the future counts only if it is newer than the end of the backup.
-fn damaged_pages(files: &[BadFile], stop_lsn: Lsn) -> Vec<DamagedPages> {
-    let mut damaged = Vec::new();
-    for file in files {
-        let real = file.pages.iter().filter(|page| page.future.is_none_or(|lsn| lsn > stop_lsn));
-        let blocks: Vec<u32> = real.map(|page| page.block).collect();
-        if !blocks.is_empty() {
-            tracing::warn!(
-                path = file.path,
-                ?blocks,
-                "damaged pages, read several times; they are backed up as they are"
-            );
-            damaged.push(DamagedPages { path: file.path.clone(), blocks });
-        }
-    }
-    damaged
 }
 
 /// The data directory that the server names must be the one that is copied.

@@ -12,7 +12,7 @@
 
 use std::collections::VecDeque;
 use std::fs::File;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::mpsc::{self, Receiver, SyncSender};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -25,8 +25,9 @@ use walfleet_repository::backup::write::{PackSession, PlacedSlot, WriteError};
 use walfleet_repository::format::file_map::{ChunkPlace, FileMap, SLOT_BYTES, Slot};
 use walfleet_repository::format::manifest::{Content, EntryKind, FileEntry};
 
-use crate::backup::scan::{Omitted, Scan, ScanError, Scanned, ScannedFile, ScannedKind};
-use crate::backup::stretch::{self, BadPage, PageCheck, StretchError, StretchJob, StretchResult};
+use crate::backup::damage::DamageLog;
+use crate::backup::scan::{Omitted, OmittedReason, Scan, ScanError, Scanned, ScannedFile, ScannedKind};
+use crate::backup::stretch::{self, PageCheck, ReadCounters, StretchError, StretchJob, StretchResult};
 use crate::progress::Progress;
 
 /// Slots of one stretch: 32 MiB, the unit that threads share. Small enough that the last one does not leave a thread
@@ -39,6 +40,9 @@ const FILES_UNDER_WAY: usize = 16_384;
 /// Small files are handed out together, up to this many bytes or files.
 const BATCH_BYTES: u64 = 4 << 20;
 const BATCH_FILES: usize = 256;
+
+/// Entries left out that the log names.
+const OMITTED_TOLD: u64 = 20;
 
 #[derive(Debug, thiserror::Error)]
 pub enum CopyError {
@@ -61,13 +65,6 @@ pub struct CopySpec {
     pub parent: Option<Arc<BackupReader>>,
 }
 
-/// Bad pages of one file.
-#[derive(Debug)]
-pub struct BadFile {
-    pub path: String,
-    pub pages: Vec<BadPage>,
-}
-
 /// What was copied.
 #[derive(Debug, Default)]
 pub struct CopyReport {
@@ -75,8 +72,9 @@ pub struct CopyReport {
     pub file_count: u64,
     pub cluster_bytes: u64,
     pub read_bytes: u64,
-    pub bad_pages: Vec<BadFile>,
-    pub omitted: Vec<Omitted>,
+    pub damage: DamageLog,
+    /// Entries that no rule of PostgreSQL leaves out, and that were.
+    pub omitted: u64,
 }
 
 /// Copies everything that the scan yields. Blocks; call it off the runtime's own threads, with `runtime` at hand for
@@ -93,13 +91,13 @@ pub fn copy(
     let (work_sender, work) = mpsc::sync_channel::<Work>(2 * spec.threads.max(1));
     let (done_sender, done) = mpsc::channel::<Done>();
     let work = Arc::new(Mutex::new(work));
-    let read_bytes = AtomicU64::new(0);
+    let counters = ReadCounters::default();
     std::thread::scope(|scope| {
         for number in 0..spec.threads.max(1) {
             let (work, done, session) = (work.clone(), done_sender.clone(), session.clone());
-            let (pages, read_bytes) = (&spec.pages, &read_bytes);
+            let (pages, counters) = (&spec.pages, &counters);
             let name = format!("backup-read-{number}");
-            let thread = move || read_all(&work, &done, &session, pages, read_bytes, progress, cancel);
+            let thread = move || read_all(&work, &done, &session, pages, counters, progress, cancel);
             std::thread::Builder::new().name(name).spawn_scoped(scope, thread).map_err(|_| CopyError::ThreadLost)?;
         }
         drop((done_sender, work));
@@ -110,7 +108,7 @@ pub fn copy(
             (Some(failure), _) => Err(failure),
             (None, walked) => walked,
         };
-        result.and_then(|()| walk.finish(read_bytes.load(Ordering::Relaxed)))
+        result.and_then(|()| walk.finish(counters.read_bytes.load(Ordering::Relaxed)))
     })
 }
 
@@ -150,11 +148,11 @@ fn read_all(
     done: &mpsc::Sender<Done>,
     session: &Arc<PackSession>,
     pages: &PageCheck,
-    read_bytes: &AtomicU64,
+    counters: &ReadCounters,
     progress: &Progress,
     cancel: &CancellationToken,
 ) {
-    let mut reader = stretch::Reader::new(session.writer(), pages, progress, read_bytes, cancel);
+    let mut reader = stretch::Reader::new(session.writer(), pages, progress, counters, cancel);
     let mut run = || -> Result<(), CopyError> {
         loop {
             let next = work.lock().unwrap_or_else(PoisonError::into_inner).recv();
@@ -247,7 +245,7 @@ impl<'a> Walk<'a> {
             }
             match scanned? {
                 Scanned::File(file) => self.hand_out(file, &work)?,
-                Scanned::Omitted(omitted) => self.report.omitted.push(omitted),
+                Scanned::Omitted(omitted) => self.note_omitted(&omitted),
             }
             self.collect(Wait::No)?;
             while self.under_way.len() >= FILES_UNDER_WAY {
@@ -443,18 +441,18 @@ impl<'a> Walk<'a> {
             FileState::Directory => PlacedKind::Directory,
             FileState::Small(result) => {
                 let result = result.ok_or(CopyError::ThreadLost)?;
-                self.note_damage(&file, &result);
+                self.report.damage.add(&file.path, &result.bad_pages);
                 small_content(&file, &result)
             }
             FileState::Stretches { parts, parent, .. } => {
                 let (mut slots, mut crc32c) = (Vec::new(), 0);
                 for result in parts {
                     let result = result.ok_or(CopyError::ThreadLost)?;
-                    self.note_damage(&file, &result);
+                    self.report.damage.add(&file.path, &result.bad_pages);
                     crc32c = crc32c::crc32c_combine(crc32c, result.crc32c, result.bytes as usize);
                     slots.extend(result.slots);
                 }
-                let content = PlacedContent::Slots { slot_bytes: SLOT_BYTES, slots, parent };
+                let content = PlacedContent::Slots { slot_bytes: SLOT_BYTES, slots, overlays: Vec::new(), parent };
                 PlacedKind::File { size: file.size, crc32c, content }
             }
         };
@@ -465,14 +463,20 @@ impl<'a> Walk<'a> {
         Ok(self.list.push(placed)?)
     }
 
-    fn note_damage(&mut self, file: &ScannedFile, result: &StretchResult) {
-        if result.bad_pages.is_empty() {
+    /// Tells the first few; a folder full of links is one mistake.
+    fn note_omitted(&mut self, omitted: &Omitted) {
+        self.report.omitted += 1;
+        if self.report.omitted > OMITTED_TOLD {
             return;
         }
-        let path = String::from_utf8_lossy(&file.path).into_owned();
-        match self.report.bad_pages.last_mut().filter(|last| last.path == path) {
-            Some(last) => last.pages.extend(&result.bad_pages),
-            None => self.report.bad_pages.push(BadFile { path, pages: result.bad_pages.clone() }),
+        let path = String::from_utf8_lossy(&omitted.path);
+        match &omitted.reason {
+            OmittedReason::Link { target } => {
+                tracing::warn!(%path, target = %target.display(), "a symbolic link is not in the backup, nor what it leads to");
+            }
+            OmittedReason::NotATablespace => tracing::warn!(%path, "not a tablespace, and not in the backup"),
+            OmittedReason::SpecialFile => tracing::info!(%path, "a socket, pipe or device is not in the backup"),
+            OmittedReason::LostAndFound => {}
         }
     }
 }

@@ -24,6 +24,7 @@ use walfleet_repository::signature::Signer;
 use walfleet_repository::store::{Store, StoreOptions};
 
 use super::copy::{self, CopyReport, CopySpec};
+use super::damage::NAMED;
 use super::scan::{Scan, ScanSpec};
 use super::stretch::PageCheck;
 use crate::postgres::page::PageRules;
@@ -196,6 +197,28 @@ async fn a_changed_file_among_many_costs_itself_and_all_come_back() {
     let manifest: serde_json::Value = serde_json::from_slice(&manifest).unwrap();
     assert_eq!(manifest["Files"].as_array().unwrap().len(), source.len() + 2, "and backup_label and pg_control");
     assert!(restored == source, "the restored files are not the source's");
+}
+
+/// One wrong byte, a whole bad disk, and a page from a future that is none.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn pages_of_a_file_that_is_damaged_throughout_are_counted_and_the_backup_goes_on() {
+    let ground = ground().await;
+    let data_dir = ground.folder.path().join("data");
+    make_cluster(&data_dir, 10);
+    let mut pages = noise(1, 4000 * 8192);
+    for (block, page) in pages.chunks_exact_mut(8192).enumerate() {
+        // Changed before the backup; the last one at a moment that is still to come.
+        page[..8].fill(0);
+        page[3] = if block == 3999 { 1 } else { 0 };
+    }
+    fs::write(data_dir.join("base/1/20000.1"), &pages).unwrap();
+    let (backup, report) = back_up(&ground, &data_dir).await;
+    let damage = report.damage.judge(Lsn(0x200));
+    assert_eq!((damage.count, damage.named.len(), damage.is_exact), (4000, NAMED, true));
+    assert_eq!(damage.named[0].page.block, 131_072, "of the second segment");
+    let to = ground.folder.path().join("restored");
+    restore(&ground, &backup, &to).await;
+    assert!(fs::read(to.join("base/1/20000.1")).unwrap() == pages, "as it was");
 }
 
 /// Of this process: its highest memory since the last call, in MiB.

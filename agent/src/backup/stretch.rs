@@ -4,14 +4,14 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 use walfleet_repository::backup::write::{ChunkWriter, PlacedSlot, WriteError};
 use walfleet_repository::format::file_map::{ChunkPlace, SLOT_BYTES, Slot};
-use walfleet_repository::postgres::Lsn;
 
+use crate::backup::damage::BadPages;
 use crate::backup::scan::{ScannedFile, ScannedKind};
 use crate::postgres::page::{Damage, PageRules, SuspiciousPage, first_block_of_segment};
 use crate::progress::Progress;
@@ -23,6 +23,10 @@ const READ_BYTES: usize = 8 * SLOT_BYTES as usize;
 /// that lets the server's write end.
 const REREADS: u32 = 3;
 const REREAD_PAUSE: Duration = Duration::from_millis(10);
+
+/// Reads that may end with damage after all that patience, in one backup: three seconds of pauses. Where so much is
+/// damaged, the rest is read once more and at once, as PostgreSQL does (sendFile, src/backend/backup/basebackup.c).
+pub const PATIENT_READS: u32 = 100;
 
 #[derive(Debug, thiserror::Error)]
 pub enum StretchError {
@@ -42,15 +46,6 @@ pub struct PageCheck {
     pub rules: PageRules,
     /// Blocks of a full relation segment (RELSEG_SIZE, from pg_control).
     pub blocks_per_segment: u32,
-}
-
-/// A page that is not as it should be.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct BadPage {
-    /// Within the whole relation fork.
-    pub block: u32,
-    /// Set if all that is wrong is a change from a future: it counts only if that is behind the end of the backup.
-    pub future: Option<Lsn>,
 }
 
 /// Part of a file of several slots.
@@ -75,7 +70,7 @@ pub struct StretchResult {
     pub bytes: u64,
     /// Of the stretch alone.
     pub crc32c: u32,
-    pub bad_pages: Vec<BadPage>,
+    pub bad_pages: BadPages,
 }
 
 /// One thread's reader.
@@ -83,9 +78,22 @@ pub struct Reader<'a> {
     writer: ChunkWriter,
     pages: &'a PageCheck,
     progress: &'a Progress,
-    read_bytes: &'a AtomicU64,
+    counters: &'a ReadCounters,
     cancel: &'a CancellationToken,
     buffer: Vec<u8>,
+}
+
+/// What all readers of a backup share.
+pub struct ReadCounters {
+    pub read_bytes: AtomicU64,
+    /// Of [`PATIENT_READS`], those that are left.
+    patience: AtomicU32,
+}
+
+impl Default for ReadCounters {
+    fn default() -> ReadCounters {
+        ReadCounters { read_bytes: AtomicU64::new(0), patience: AtomicU32::new(PATIENT_READS) }
+    }
 }
 
 impl<'a> Reader<'a> {
@@ -93,10 +101,10 @@ impl<'a> Reader<'a> {
         writer: ChunkWriter,
         pages: &'a PageCheck,
         progress: &'a Progress,
-        read_bytes: &'a AtomicU64,
+        counters: &'a ReadCounters,
         cancel: &'a CancellationToken,
     ) -> Reader<'a> {
-        Reader { writer, pages, progress, read_bytes, cancel, buffer: vec![0; READ_BYTES] }
+        Reader { writer, pages, progress, counters, cancel, buffer: vec![0; READ_BYTES] }
     }
 
     pub fn stretch(&mut self, job: &StretchJob) -> Result<StretchResult, StretchError> {
@@ -105,7 +113,7 @@ impl<'a> Reader<'a> {
             slots: Vec::with_capacity(job.slots),
             bytes: 0,
             crc32c: 0,
-            bad_pages: Vec::new(),
+            bad_pages: BadPages::default(),
         };
         let start = job.first_slot as u64 * u64::from(SLOT_BYTES);
         let end = (start + job.slots as u64 * u64::from(SLOT_BYTES)).min(job.size);
@@ -143,7 +151,7 @@ impl<'a> Reader<'a> {
             return Err(StretchError::Cancelled);
         }
         let mut result =
-            StretchResult { part: 0, slots: Vec::new(), bytes: file.size, crc32c: 0, bad_pages: Vec::new() };
+            StretchResult { part: 0, slots: Vec::new(), bytes: file.size, crc32c: 0, bad_pages: BadPages::default() };
         let open = match File::open(&file.absolute) {
             Ok(open) => open,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
@@ -174,7 +182,7 @@ impl<'a> Reader<'a> {
         kind: ScannedKind,
         offset: u64,
         content: &mut [u8],
-        bad: &mut Vec<BadPage>,
+        bad: &mut BadPages,
     ) -> Result<(), StretchError> {
         let failed = |offset| move |source| StretchError::Read { path: path.to_owned(), offset, source };
         read_padded(file, offset, content).map_err(failed(offset))?;
@@ -185,11 +193,13 @@ impl<'a> Reader<'a> {
         let first = first_block_of_segment(relation.file.segment, self.pages.blocks_per_segment)
             + (offset / page_bytes as u64) as u32;
         let mut suspects = rules.suspicious(content, first);
-        for _ in 0..REREADS {
-            if suspects.iter().all(|page| future(page).is_some()) {
+        let is_patient = self.counters.patience.load(Ordering::Relaxed) > 0;
+        let (rereads, pause) = if is_patient { (REREADS, REREAD_PAUSE) } else { (1, Duration::ZERO) };
+        for _ in 0..rereads {
+            if suspects.iter().all(is_future) {
                 break;
             }
-            std::thread::sleep(REREAD_PAUSE);
+            std::thread::sleep(pause);
             let mut still = Vec::new();
             for suspect in suspects {
                 let at = suspect.index * page_bytes;
@@ -201,21 +211,23 @@ impl<'a> Reader<'a> {
             }
             suspects = still;
         }
-        bad.extend(suspects.iter().map(|page| BadPage { block: page.block, future: future(page) }));
+        if is_patient && !suspects.iter().all(is_future) {
+            let lose = |left: u32| left.checked_sub(1);
+            let _ = self.counters.patience.fetch_update(Ordering::Relaxed, Ordering::Relaxed, lose);
+        }
+        suspects.iter().for_each(|page| bad.push(page));
         Ok(())
     }
 
     fn count(&self, bytes: usize) {
-        self.read_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+        self.counters.read_bytes.fetch_add(bytes as u64, Ordering::Relaxed);
         self.progress.add(bytes as u64);
     }
 }
 
-fn future(page: &SuspiciousPage) -> Option<Lsn> {
-    match page.damage {
-        Damage::Future { lsn } => Some(lsn),
-        Damage::Checksum { .. } | Damage::Header => None,
-    }
+/// Reading it again changes nothing: the end of the backup decides.
+fn is_future(page: &SuspiciousPage) -> bool {
+    matches!(page.damage, Damage::Future { .. })
 }
 
 /// Reads exactly the buffer; behind the end of the file there are zeros, as PostgreSQL's own base backup has it

@@ -50,6 +50,7 @@ pub struct Manifest {
     pub file_count: u64,
     /// global/pg_control: read last, written last.
     pub control_file: FileEntry,
+    /// The first hundred; the reference part has their number.
     pub damaged_pages: Vec<DamagedPages>,
     pub counters: Counters,
 }
@@ -61,7 +62,7 @@ pub struct Tablespace {
     pub location: String,
 }
 
-/// Pages whose checksum was wrong at two readings.
+/// Pages that were wrong at every reading.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct DamagedPages {
     pub path: String,
