@@ -9,6 +9,7 @@ pub mod damage;
 #[cfg(test)]
 mod many_files_tests;
 pub mod manifest_json;
+mod own_dead;
 pub mod scan;
 pub mod stretch;
 mod wal_wait;
@@ -156,6 +157,11 @@ pub async fn run(
     let server = Server::connect(&request.connection).await?;
     let facts = server.facts().await?;
     check_data_directory(&request, &facts)?;
+    let mut run = request.run.clone();
+    if let Some((own, named)) = run.as_ref().and_then(|run| own_dead::name_run(&request.cluster, &request.signer, run)) {
+        own_dead::tidy(&request.cluster, &request.signer, &own).await;
+        run = Some(named);
+    }
     let cluster_bytes = server.cluster_bytes().await.ok().flatten().unwrap_or(0);
     let label = format!("walfleet {}", request.cluster.name());
     let starting = tokio::select! {
@@ -164,7 +170,7 @@ pub async fn run(
         started = server.start_backup(&label, request.pace) => started?,
     };
     let wal = branch(&request, &facts).await?;
-    let spec = SessionSpec { run: request.run.clone(), wal, wal_floor: starting.start_lsn };
+    let spec = SessionSpec { run, wal, wal_floor: starting.start_lsn };
     let opened = BackupSession::open(request.cluster.clone(), request.signer.clone(), &request.member, spec).await;
     let (mut session, parent) = match opened {
         Ok(opened) => opened,

@@ -3,6 +3,7 @@
 //! The server itself is asked over SQL where that is allowed; where its pg_hba.conf lets nobody in, pg_control and the
 //! log tell as much as they can.
 
+use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
@@ -23,6 +24,12 @@ const POLL: Duration = Duration::from_millis(200);
 
 /// Without SQL, how long a consistent server is watched before it is taken to stand still at its target.
 const STILL: Duration = Duration::from_secs(5);
+
+/// Before a server that let nobody in is asked again: each attempt is a line in its log.
+const REFUSED_PAUSE: Duration = Duration::from_secs(5);
+
+/// Enough of the log to hold what was said since the last look, whatever else is logged meanwhile.
+const LOG_BYTES: usize = 256 << 10;
 
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
@@ -86,7 +93,7 @@ pub async fn start(spec: &StartSpec, progress: &Progress, cancel: &CancellationT
     progress.enter("start", 0);
     launch(spec).await?;
     progress.enter("replay", 0);
-    let watch = Watch { spec, socket: None, still_since: None, last: (Lsn::INVALID, None) };
+    let watch = Watch { spec, socket: None, refused: None, still_since: None, last: (Lsn::INVALID, None) };
     tokio::select! {
         standing = watch.until_standing() => standing,
         () = cancel.cancelled() => {
@@ -105,8 +112,8 @@ async fn launch(spec: &StartSpec) -> Result<(), StartError> {
         .arg("-l")
         .arg(spec.data_dir.join(LOG_FILE))
         // What PostgreSQL says until it stands must come here, in words that are known, whatever the source's logging
-        // was; a restart brings that back.
-        .args(["-o", "-c logging_collector=off -c log_destination=stderr -c lc_messages=C"])
+        // was; stopping and starting brings that back (pg_ctl restart repeats these options).
+        .args(["-o", "-c logging_collector=off -c log_destination=stderr -c lc_messages=C -c log_min_messages=warning"])
         .args(["-W", "-s", "start"])
         .current_dir("/")
         .stdin(Stdio::null())
@@ -141,6 +148,8 @@ struct PidFile {
     pid: i32,
     port: u16,
     socket_dir: PathBuf,
+    /// Connections are accepted.
+    is_ready: bool,
 }
 
 fn pid_file(data_dir: &Path) -> Option<PidFile> {
@@ -149,13 +158,15 @@ fn pid_file(data_dir: &Path) -> Option<PidFile> {
     let pid = lines.next()?.trim().parse().ok()?;
     let port = lines.nth(2)?.trim().parse().ok()?;
     let socket_dir = PathBuf::from(lines.next()?.trim());
-    Some(PidFile { pid, port, socket_dir })
+    let is_ready = lines.nth(2).is_some_and(|status| status.trim() == "ready");
+    Some(PidFile { pid, port, socket_dir, is_ready })
 }
 
 fn is_running(data_dir: &Path) -> bool {
     let text = std::fs::read_to_string(data_dir.join("postmaster.pid")).unwrap_or_default();
     let pid = text.lines().next().and_then(|line| line.trim().parse::<i32>().ok());
-    let pid = pid.and_then(rustix::process::Pid::from_raw);
+    // A single-user server writes its number negative.
+    let pid = pid.filter(|pid| *pid > 0).and_then(rustix::process::Pid::from_raw);
     pid.is_some_and(|pid| rustix::process::test_kill_process(pid).is_ok())
 }
 
@@ -163,6 +174,8 @@ struct Watch<'a> {
     spec: &'a StartSpec,
     /// What worked last: where to connect, and as whom.
     socket: Option<String>,
+    /// When nobody was let in.
+    refused: Option<Instant>,
     /// Without SQL: since when nothing has moved.
     still_since: Option<Instant>,
     last: (Lsn, Option<Timestamp>),
@@ -202,7 +215,10 @@ impl Watch<'_> {
 
     /// Over SQL; `None` if nobody lets us in (yet).
     async fn ask(&mut self) -> Option<Seen> {
-        let pid = pid_file(&self.spec.data_dir).filter(|pid| pid.pid > 0)?;
+        if self.refused.is_some_and(|at| at.elapsed() < REFUSED_PAUSE) {
+            return None;
+        }
+        let pid = pid_file(&self.spec.data_dir).filter(|pid| pid.pid > 0 && pid.is_ready)?;
         let tried: Vec<String> = match &self.socket {
             Some(known) => vec![known.clone()],
             None => {
@@ -215,6 +231,7 @@ impl Watch<'_> {
             self.socket = Some(connection);
             return self.standing(&server).await.ok();
         }
+        self.refused = Some(Instant::now());
         None
     }
 
@@ -245,7 +262,7 @@ impl Watch<'_> {
             self.still_since = None;
         }
         let paused = self.spec.action == TargetAction::Pause && self.spec.point != TargetPoint::Latest;
-        let says_so = log_tail(&self.spec.data_dir).contains("pausing at the end of recovery");
+        let says_so = log_end(&self.spec.data_dir, LOG_BYTES).contains("pausing at the end of recovery");
         if paused && says_so && !moved && since.elapsed() >= STILL {
             return Ok(Seen::Standing(ServerState::Paused));
         }
@@ -285,9 +302,18 @@ fn replayed(control: &ControlFile) -> Lsn {
 /// The last lines of what PostgreSQL said at its start.
 fn log_tail(data_dir: &Path) -> String {
     const LINES: usize = 12;
-    let text = std::fs::read(data_dir.join(LOG_FILE)).unwrap_or_default();
-    let tail = text.get(text.len().saturating_sub(16 << 10)..).unwrap_or_default();
-    let text = String::from_utf8_lossy(tail);
+    let text = log_end(data_dir, 16 << 10);
     let lines: Vec<&str> = text.lines().collect();
     lines.get(lines.len().saturating_sub(LINES)..).unwrap_or_default().join("\n")
+}
+
+fn log_end(data_dir: &Path, bytes: usize) -> String {
+    let mut end = Vec::new();
+    // What cannot be read says nothing.
+    let _ = std::fs::File::open(data_dir.join(LOG_FILE)).and_then(|mut log| {
+        let length = log.metadata()?.len();
+        log.seek(SeekFrom::Start(length.saturating_sub(bytes as u64)))?;
+        log.take(bytes as u64).read_to_end(&mut end)
+    });
+    String::from_utf8_lossy(&end).into_owned()
 }

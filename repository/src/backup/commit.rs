@@ -300,6 +300,24 @@ async fn clear_run(log: &mut ClusterLog, signer: &Signer, run: &str, member: &st
     }
 }
 
+/// Aborts the open sessions whose run's process is known to be gone; returns them.
+///
+/// Only the run's writer can know. If it is wrong, that session's commit is refused: it costs a retry, nothing else.
+pub async fn abort_dead(
+    cluster: &OpenCluster,
+    signer: &Signer,
+    is_gone: impl Fn(&str) -> bool,
+    reason: &str,
+) -> Result<Vec<BackupId>, SessionError> {
+    let mut log = cluster.log().await?;
+    let gone = |session: &&crate::cluster_log::Session| session.open.run.as_deref().is_some_and(&is_gone);
+    let dead: Vec<BackupId> = log.state().open_sessions().filter(gone).map(|session| session.id().clone()).collect();
+    for session in &dead {
+        abort_session(&mut log, signer, session, reason).await?;
+    }
+    Ok(dead)
+}
+
 async fn abort_session(
     log: &mut ClusterLog,
     signer: &Signer,
