@@ -3,6 +3,7 @@
 mod admission;
 mod bad_input;
 mod barrier;
+mod branches;
 mod crashes;
 mod damage;
 mod failover;
