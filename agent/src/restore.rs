@@ -205,7 +205,10 @@ pub async fn run(
         report.reached_lsn = standing.reached_lsn;
         report.reached_commit = standing.reached_commit;
         report.connection = standing.connection;
-        report.notes.push(format!("the server logs to {} until its next restart", start::LOG_FILE));
+        report.notes.push(format!(
+            "the server logs to {} until it is stopped and started (pg_ctl restart keeps to it)",
+            start::LOG_FILE
+        ));
     }
     report.store_requests = request.cluster.repository().store().counters().requests().saturating_sub(requests_before);
     tracing::info!(data_dir = %request.data_dir.display(), state = report.server_state, "restore finished");
@@ -325,16 +328,26 @@ fn write_recovery(
     let mut settings = RecoverySettings {
         target: &plan.target,
         timeline: plan.timeline(),
+        major: manifest.server_version_num / 10_000,
         program: &request.program,
         keep_archiving: request.keep_archiving,
         port: request.port,
         minimums: &manifest.recovery_settings,
         socket_dir: None,
     };
-    if !data_dir.join("postgresql.conf").exists() {
-        put("postgresql.conf", settings.minimal_conf().as_bytes())?;
-        notes
-            .push("the source's postgresql.conf lies outside its data directory: a minimal one was written".to_owned());
+    match read_if_there(&data_dir.join("postgresql.conf"))? {
+        Some(conf) => {
+            if let Some(own) = recovery::without_data_directory(&conf) {
+                put("postgresql.conf", &own)?;
+                notes.push("data_directory in postgresql.conf names the source's: it was commented out".to_owned());
+            }
+        }
+        None => {
+            put("postgresql.conf", settings.minimal_conf().as_bytes())?;
+            notes.push(
+                "the source's postgresql.conf lies outside its data directory: a minimal one was written".to_owned(),
+            );
+        }
     }
     if !data_dir.join("pg_hba.conf").exists() {
         put("pg_hba.conf", recovery::MINIMAL_HBA.as_bytes())?;
@@ -343,12 +356,7 @@ fn write_recovery(
             "the source's pg_hba.conf lies outside its data directory: one for local users was written".to_owned(),
         );
     }
-    let auto = data_dir.join("postgresql.auto.conf");
-    let before = match std::fs::read(&auto) {
-        Ok(before) => before,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Vec::new(),
-        Err(source) => return Err(WriteError::Io { operation: "read", path: auto, source }.into()),
-    };
+    let before = read_if_there(&data_dir.join("postgresql.auto.conf"))?.unwrap_or_default();
     put("postgresql.auto.conf", &settings.auto_conf(&before))?;
     put("recovery.signal", b"")?;
     // A standby's own backup brings it along, and it would keep the copy a standby for ever.
@@ -368,6 +376,14 @@ fn write_recovery(
         notes.push("archive_mode is off: the copy does not write into the original's archive".to_owned());
     }
     Ok(notes)
+}
+
+fn read_if_there(path: &Path) -> Result<Option<Vec<u8>>, WriteError> {
+    match std::fs::read(path) {
+        Ok(content) => Ok(Some(content)),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(source) => Err(WriteError::Io { operation: "read", path: path.to_owned(), source }),
+    }
 }
 
 /// The configured socket directory, if no socket can be made there.

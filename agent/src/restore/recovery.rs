@@ -31,6 +31,7 @@ const REPLACED: &[&str] = &[
     "primary_conninfo",
     "primary_slot_name",
     "promote_trigger_file",
+    "data_directory",
 ];
 
 /// What recovery of one restore needs to be told.
@@ -39,6 +40,8 @@ pub struct RecoverySettings<'a> {
     pub target: &'a RecoveryTarget,
     /// The timeline to follow, always by number: "latest" would be asked of the archive again at every start.
     pub timeline: Timeline,
+    /// PostgreSQL's major version.
+    pub major: u32,
     /// Full path of walfleet-agent.
     pub program: &'a Path,
     pub keep_archiving: bool,
@@ -87,6 +90,10 @@ impl RecoverySettings<'_> {
             ("primary_conninfo", String::new()),
             ("primary_slot_name", String::new()),
         ];
+        if self.major < 16 {
+            // Gone with 16, which refuses unknown names. A file that lies there would end a pause at once.
+            settings.push(("promote_trigger_file", String::new()));
+        }
         // Targets exclude each other, and an empty one is none (check_recovery_target_…, xlogrecovery.c).
         let target = self.point();
         const TARGETS: [&str; 5] = [
@@ -136,6 +143,22 @@ impl RecoverySettings<'_> {
         text.push_str("listen_addresses = ''\n");
         text
     }
+}
+
+/// A postgresql.conf whose `data_directory` is commented out, if it had one: it names the source's, and whoever started the
+/// copy would start the original, or nothing (SelectConfigFiles, src/backend/utils/misc/guc.c).
+pub fn without_data_directory(conf: &[u8]) -> Option<Vec<u8>> {
+    const NAME: &[u8] = b"data_directory";
+    let names_it = |line: &[u8]| {
+        let line = line.trim_ascii_start();
+        let (name, rest) = line.split_at_checked(NAME.len()).unwrap_or((line, b""));
+        name.eq_ignore_ascii_case(NAME) && rest.first().is_some_and(|byte| b"= \t".contains(byte))
+    };
+    let lines: Vec<&[u8]> = conf.split(|byte| *byte == b'\n').collect();
+    lines.iter().any(|line| names_it(line)).then(|| {
+        let kept = lines.iter().map(|line| if names_it(line) { [b"#", *line].concat() } else { line.to_vec() });
+        kept.collect::<Vec<_>>().join(&b'\n')
+    })
 }
 
 /// For a source whose pg_hba.conf lies outside: the operating system's users may connect as themselves.
@@ -226,6 +249,7 @@ mod tests {
         RecoverySettings {
             target,
             timeline: Timeline(3),
+            major: 18,
             program: Path::new("/opt/wal fleet/walfleet-agent"),
             keep_archiving: false,
             port: Some(5433),
@@ -270,6 +294,25 @@ mod tests {
         assert!(text.rfind("archive_mode = 'off'") > text.rfind("archive_mode = 'on'"), "the last one wins");
         let twice = written(&target, &text);
         assert_eq!(twice.matches("restore_command").count(), 1);
+    }
+
+    #[test]
+    fn a_trigger_file_is_named_only_to_versions_that_know_it() {
+        let target = target(TargetPoint::Immediate, false);
+        let named = |major| {
+            let settings = RecoverySettings { major, ..settings(&target) };
+            settings.settings().iter().any(|(name, _)| *name == "promote_trigger_file")
+        };
+        assert!(named(15) && !named(16));
+    }
+
+    #[test]
+    fn the_sources_data_directory_is_commented_out_and_nothing_else_changes() {
+        let conf = b"port = 1\n Data_Directory='/source' # x\ndata_directory_mode = 1\n#data_directory = 'y'\n";
+        let text = without_data_directory(conf).unwrap();
+        let expected = b"port = 1\n# Data_Directory='/source' # x\ndata_directory_mode = 1\n#data_directory = 'y'\n";
+        assert_eq!(text, expected);
+        assert_eq!(without_data_directory(&text), None);
     }
 
     #[test]

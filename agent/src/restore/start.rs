@@ -262,8 +262,8 @@ impl Watch<'_> {
             self.still_since = None;
         }
         let paused = self.spec.action == TargetAction::Pause && self.spec.point != TargetPoint::Latest;
-        let says_so = log_end(&self.spec.data_dir, LOG_BYTES).contains("pausing at the end of recovery");
-        if paused && says_so && !moved && since.elapsed() >= STILL {
+        let says_so = || log_end(&self.spec.data_dir, LOG_BYTES).contains("pausing at the end of recovery");
+        if paused && !moved && since.elapsed() >= STILL && says_so() {
             return Ok(Seen::Standing(ServerState::Paused));
         }
         Ok(Seen::Recovering)
