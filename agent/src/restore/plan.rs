@@ -34,7 +34,7 @@ pub enum PlanError {
     )]
     NoRestorePoint { name: String },
     #[error("restore point \"{name}\" at {point}: {reason}")]
-    RestorePointOutOfReach { name: String, point: RecoveryPoint, reason: NotRecoverable },
+    RestorePointOutOfReach { name: String, point: RecoveryPoint, reason: Box<NotRecoverable> },
     #[error(
         "the newest restore point \"{name}\" is at {newest}, and recovery by name would stop at an older one, at {first}: no backup lies between\nHINT: say which one by its position: --to-lsn {at} --exclusive for the newest; there are {all}.", at = newest.lsn
     )]

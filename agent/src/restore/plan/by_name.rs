@@ -69,8 +69,9 @@ async fn reach(
         timeline: TimelineChoice::Exactly(search.way.tip()),
         backup: pick.backup.clone(),
     };
-    let choice = choose_backup(&exact, backups, search.catalog)
-        .map_err(|reason| PlanError::RestorePointOutOfReach { name: name.to_owned(), point, reason })?;
+    let choice = choose_backup(&exact, backups, search.catalog).map_err(|reason| {
+        PlanError::RestorePointOutOfReach { name: name.to_owned(), point, reason: Box::new(reason) }
+    })?;
     let mut notes = vec![format!("restore point \"{name}\" is at {point}")];
     if pick.backup.is_some() {
         if let Some(newest) = search.newest(point.lsn).await? {
