@@ -21,6 +21,7 @@ pub mod postgres;
 pub mod process;
 pub mod s3;
 pub mod scratch;
+pub mod tree;
 
 use std::future::Future;
 use std::sync::OnceLock;

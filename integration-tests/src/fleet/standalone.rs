@@ -1,6 +1,7 @@
 //! One protected server without a controller, and restores from nothing but the repository and its key.
 
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::Context;
@@ -102,15 +103,40 @@ impl Standalone {
         words
     }
 
-    /// Runs one of the agent's commands as on a host that has only the program.
-    pub fn run(&self, words: &[String]) -> anyhow::Result<Output> {
+    /// One of the agent's commands as on a host that has only the program.
+    pub fn command(&self, words: &[String]) -> anyhow::Result<Command> {
         let mut command = os_user().command(binaries::program(binaries::AGENT)?);
         command.args(words).envs(self.place.credentials.iter().map(|(name, value)| (name, value)));
-        Output::of(command, RESTORE_LIMIT)
+        Ok(command)
+    }
+
+    /// Runs it to its end.
+    pub fn run(&self, words: &[String]) -> anyhow::Result<Output> {
+        Output::of(self.command(words)?, RESTORE_LIMIT)
     }
 
     /// Restores into a new folder; `--start` among the words starts it on a port of its own.
     pub fn restore(&self, name: &str, target: &[&str]) -> anyhow::Result<Restored> {
+        self.restore_with(name, target, |words| self.command(words))
+    }
+
+    /// The same with another umask than ours.
+    pub fn restore_under(&self, umask: &str, name: &str, target: &[&str]) -> anyhow::Result<Restored> {
+        self.restore_with(name, target, |words| {
+            let mut command = os_user().command("sh");
+            command.args(["-c", &format!("umask {umask} && exec \"$@\""), "sh"]);
+            command.arg(binaries::program(binaries::AGENT)?).args(words);
+            command.envs(self.place.credentials.iter().map(|(name, value)| (name, value)));
+            Ok(command)
+        })
+    }
+
+    fn restore_with(
+        &self,
+        name: &str,
+        target: &[&str],
+        command: impl FnOnce(&[String]) -> anyhow::Result<Command>,
+    ) -> anyhow::Result<Restored> {
         let (data_dir, port) = (self.scratch.join(name), free_port());
         let mut words = self.restore_words(&data_dir, target);
         words.extend(["-o", "json"].map(str::to_owned));
@@ -119,7 +145,7 @@ impl Standalone {
             // Which PostgreSQL is installed on the host is the one thing that the repository cannot know.
             words.extend(["--config".to_owned(), self.agent.config().display().to_string()]);
         }
-        let report = self.run(&words)?.ok()?.json()?;
+        let report = Output::of(command(&words)?, RESTORE_LIMIT)?.ok()?.json()?;
         Ok(Restored { name: name.to_owned(), data_dir, port, report })
     }
 

@@ -1,11 +1,12 @@
 //! A repository that was tampered with, or a disk that is full: found, named, and never restored as if it were whole.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use walfleet_integration_tests::fleet::standalone::CLUSTER;
 use walfleet_integration_tests::fleet::{Place, Standalone};
 use walfleet_integration_tests::postgres::{PgVersion, Shutdown};
 use walfleet_integration_tests::scratch::in_scratch;
+use walfleet_integration_tests::tree::largest_file;
 
 #[derive(Clone, Copy, Debug)]
 enum Damage {
@@ -42,9 +43,10 @@ fn damaged_objects_are_found_by_verify_and_never_restored() {
         let start = backup["start_lsn"].as_str().unwrap_or_default();
         let segment = host.server.session()?.value(&format!("SELECT pg_walfile_name('{start}')"))?;
         let victims = [
-            largest_file(&cluster.join("packs"), ""),
-            largest_file(&cluster.join("backups"), ""),
-            largest_file(&cluster.join("wal"), &segment),
+            largest_file(&cluster.join("packs"), "")?,
+            // A manifest's reference part is smaller than the manifest.
+            largest_file(&cluster.join("backups"), "")?,
+            largest_file(&cluster.join("wal"), &segment)?,
         ];
         let verify = |deep: bool| {
             let mut words = vec!["verify".to_owned()];
@@ -93,25 +95,6 @@ fn damaged_objects_are_found_by_verify_and_never_restored() {
         verify(true)?.ok()?;
         Ok(())
     });
-}
-
-/// A manifest's reference part is smaller than the manifest.
-fn largest_file(folder: &Path, name_begins: &str) -> PathBuf {
-    let mut files = Vec::new();
-    let mut open = vec![folder.to_owned()];
-    while let Some(folder) = open.pop() {
-        for entry in std::fs::read_dir(&folder).into_iter().flatten().flatten() {
-            match entry.metadata() {
-                Ok(meta) if meta.is_dir() => open.push(entry.path()),
-                Ok(meta) if entry.file_name().to_string_lossy().starts_with(name_begins) => {
-                    files.push((meta.len(), entry.path()));
-                }
-                Ok(_) => {}
-                Err(_) => {}
-            }
-        }
-    }
-    files.into_iter().max().map(|(_, path)| path).unwrap_or_else(|| panic!("nothing in {}", folder.display()))
 }
 
 #[test]

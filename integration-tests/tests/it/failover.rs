@@ -1,5 +1,9 @@
-//! More than one server of a cluster: a standby that is backed up and promoted, a twin that diverges.
+//! More than one server of a cluster: a standby that is backed up and promoted, a twin that diverges, copies that are
+//! promoted apart.
 
+use std::collections::BTreeMap;
+use std::hash::{Hash, Hasher};
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use walfleet_integration_tests::fleet::standalone::{CLUSTER, archive_all};
@@ -11,6 +15,7 @@ use walfleet_integration_tests::postgres::load::{Load, must_balance};
 use walfleet_integration_tests::postgres::{PgServer, PgVersion, Shutdown, judge};
 use walfleet_integration_tests::process::run;
 use walfleet_integration_tests::scratch::{Scratch, in_scratch};
+use walfleet_integration_tests::tree;
 
 /// The agent of a second member, writing with the same key.
 fn second_agent(scratch: &Scratch, host: &Standalone, server: &PgServer) -> anyhow::Result<Agent> {
@@ -122,4 +127,119 @@ fn a_twin_that_diverges_cannot_replace_what_was_archived() {
         server.wait_until_writable()?;
         Fingerprint::take(&server.session()?)?.must_equal(&expected)
     });
+}
+
+/// Two copies of one backup that were promoted apart take the same number, and here the same host and place as well.
+#[test]
+fn two_promotions_to_one_number_are_both_kept_and_a_restore_is_told_to_choose() {
+    in_scratch(|scratch| {
+        let mut host = Standalone::start(scratch, &PgVersion::newest()?, Place::folder(scratch)?)?;
+        let first = host.backup()?;
+        let session = host.server.session()?;
+        session.execute("SELECT pg_create_restore_point('fork')")?;
+        session.execute("CREATE TABLE after_the_fork AS SELECT 0 AS n")?;
+        drop(session);
+        let before = Fingerprint::take(&host.server.session()?)?;
+        host.archive_all()?;
+        host.server.stop(Shutdown::Immediate)?;
+
+        // Both are promoted before either's history is in the archive, where the second would find it.
+        let place = scratch.join("place");
+        let mut server: Option<PgServer> = None;
+        let mut ends = Vec::new();
+        for (name, target) in [("red", &["--latest"][..]), ("blue", &["--to-name", "fork"])] {
+            let copy = host.restore(name, &[target, &["--keep-archiving"]].concat())?;
+            std::fs::rename(&copy.data_dir, &place)?;
+            let server = match &mut server {
+                Some(server) => server,
+                none => none.insert(PgServer::builder(scratch, "place-server", host.server.version()).open(&place)?),
+            };
+            server.set_override("archive_command", "false");
+            server.start()?;
+            server.wait_until_writable()?;
+            let session = server.session()?;
+            session.execute(&format!(
+                "CREATE TABLE only_{name} AS SELECT n FROM generate_series(1, 1000) n; CHECKPOINT"
+            ))?;
+            let timeline = session.value("SELECT left(pg_walfile_name(pg_current_wal_lsn()), 8)")?;
+            assert_eq!(timeline, "00000002", "{name} has a number of its own already");
+            ends.push((name, Fingerprint::take(&session)?));
+            drop(session);
+            server.stop(Shutdown::Immediate)?;
+            std::fs::rename(&place, &copy.data_dir)?;
+        }
+        let mut server = server.expect("opened for the first");
+
+        // One agent, one instance: under its feet one copy goes and the other comes.
+        let builder = Agent::builder(scratch, "host2").instance(CLUSTER, &server);
+        let mut agent = builder.repository(&host.place, &host.key_file).postgres(host.server.version()).build()?;
+        agent.start()?;
+        server.set_override("archive_command", &agent.archive_command());
+        let repository = scratch.join("repository");
+        let mut kept = contents(&repository)?;
+        let mut branches: Vec<String> = Vec::new();
+        for (name, _) in &ends {
+            std::fs::rename(scratch.join(name), &place)?;
+            server.start()?;
+            archive_all(&server)?;
+            agent.json(&["backup", "--cluster", CLUSTER, "--fast"])?;
+            archive_all(&server)?;
+            server.stop(Shutdown::Immediate)?;
+            std::fs::rename(&place, scratch.join(name))?;
+            let now = contents(&repository)?;
+            for (path, content) in &kept {
+                assert_eq!(now.get(path), Some(content), "{name} changed {}", path.display());
+            }
+            kept = now;
+            let listed = host.agent.json(&["list", "--cluster", CLUSTER])?;
+            let ranges = listed["recovery"][0]["ranges"].as_array().cloned().unwrap_or_default();
+            let second =
+                ranges.iter().filter(|range| range["timeline"] == 2).filter_map(|range| range["branch"].as_str());
+            let new: Vec<&str> = second.filter(|branch| !branches.iter().any(|known| known == branch)).collect();
+            anyhow::ensure!(new.len() == 1, "{name} is not listed as one branch more: {listed}");
+            branches.extend(new.into_iter().map(str::to_owned));
+            let all = ranges.iter().filter(|range| range["timeline"] == 2).count();
+            anyhow::ensure!(all == branches.len(), "{all} ranges of {branches:?}: {listed}");
+        }
+        agent.stop()?;
+
+        let never = scratch.join("never");
+        for words in [&["--latest"][..], &["--timeline", "2"]] {
+            let refused = host.run(&host.restore_words(&never, words))?.exit(7)?.says("HINT: ")?;
+            for branch in &branches {
+                assert!(
+                    refused.stderr.contains(branch),
+                    "{branch} is not among what may be chosen:\n{}",
+                    refused.stderr
+                );
+            }
+            assert!(!never.exists(), "something was restored");
+        }
+        // What was there before, and each of the two from the backup that both came of.
+        let common = first["id"].as_str().unwrap_or_default();
+        let named: Vec<String> = branches.iter().map(|branch| format!("2-{branch}")).collect();
+        let mut expected = vec![("before", vec!["--timeline", "1"], &before)];
+        for ((name, end), timeline) in ends.iter().zip(&named) {
+            expected.push((name, vec!["--timeline", timeline, "--backup", common], end));
+        }
+        for (name, words, fingerprint) in expected {
+            let restored = host.restore(&format!("{name}-restored"), &words)?;
+            let mut server = host.server_of(&restored, false)?;
+            server.start()?;
+            server.wait_until_writable()?;
+            Fingerprint::take(&server.session()?)?.must_equal(fingerprint)?;
+        }
+        Ok(())
+    });
+}
+
+/// Each object of a repository that is a folder, by a hash of its content.
+fn contents(folder: &Path) -> anyhow::Result<BTreeMap<PathBuf, u64>> {
+    let files = tree::all(folder)?.into_iter().filter(|(_, meta)| meta.is_file());
+    let hashed = files.map(|(path, _)| {
+        let mut hasher = std::hash::DefaultHasher::new();
+        std::fs::read(&path)?.hash(&mut hasher);
+        Ok((path, hasher.finish()))
+    });
+    hashed.collect()
 }
