@@ -6,9 +6,9 @@
 
 pub mod copy;
 pub mod damage;
+pub mod manifest_json;
 #[cfg(test)]
 mod many_files_tests;
-pub mod manifest_json;
 mod own_dead;
 pub mod scan;
 pub mod stretch;
@@ -158,7 +158,8 @@ pub async fn run(
     let facts = server.facts().await?;
     check_data_directory(&request, &facts)?;
     let mut run = request.run.clone();
-    if let Some((own, named)) = run.as_ref().and_then(|run| own_dead::name_run(&request.cluster, &request.signer, run)) {
+    if let Some((own, named)) = run.as_ref().and_then(|run| own_dead::name_run(&request.cluster, &request.signer, run))
+    {
         own_dead::tidy(&request.cluster, &request.signer, &own).await;
         run = Some(named);
     }

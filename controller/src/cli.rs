@@ -128,7 +128,7 @@ pub fn describe(error: &anyhow::Error) -> String {
     format!("{}{hints}", texts.join(": "))
 }
 
-/// The documented exit code (docs/command-line.md): [`USAGE`] for a configuration, a folder or keys that will be no
+/// The documented exit code (docs/command-line.md): `USAGE` for a configuration, a folder or keys that will be no
 /// better in two seconds.
 pub fn exit_code(error: &anyhow::Error) -> u8 {
     let is_usage = |cause: &(dyn std::error::Error + 'static)| {

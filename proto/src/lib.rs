@@ -4,6 +4,7 @@
 //! `format/`), which converts them, fallibly inward and totally outward.
 
 /// Messages of stored objects (`../../docs/format.md`).
+#[allow(rustdoc::invalid_html_tags, reason = "comments of .proto files are plain text")]
 pub mod repository {
     pub mod v1 {
         tonic::include_proto!("walfleet.repository.v1");
@@ -32,6 +33,7 @@ pub mod agent {
 }
 
 /// What operators call.
+#[allow(rustdoc::invalid_html_tags, reason = "comments of .proto files are plain text")]
 pub mod operator {
     pub mod v1 {
         tonic::include_proto!("walfleet.operator.v1");

@@ -59,7 +59,7 @@ pub enum TelemetryError {
     Install { source: tracing_subscriber::util::TryInitError },
 }
 
-/// Keeps the exporter alive. Dropping it flushes spans, for [`FLUSH_DEADLINE`] at most: drop it before
+/// Keeps the exporter alive. Dropping it flushes spans, for `FLUSH_DEADLINE` at most: drop it before
 /// `std::process::exit`, which runs no destructors.
 #[must_use = "spans are flushed when the guard is dropped"]
 pub struct Guard {
