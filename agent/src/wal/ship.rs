@@ -93,6 +93,8 @@ struct State {
     stored_histories: BTreeSet<Branch>,
     /// Confirmed segments ahead of the contiguous end, by number.
     confirmed: BTreeSet<Segment>,
+    /// Whether the last segment was new to the archive: nobody else is ahead with this timeline.
+    leads: bool,
     /// The first segment whose durability is promised, and from which the contiguous end grows.
     next: Option<Segment>,
     first: Option<Segment>,
@@ -180,9 +182,12 @@ impl Shipper {
     }
 
     /// Begins the segments behind the one asked for that Postgres has marked ready.
+    ///
+    /// Where another server has stored the same timeline already, segments go one by one instead: if this one's records
+    /// differ from some segment on, that segment is refused, and none behind it may get into the archive before.
     async fn read_ahead(self: &Arc<Self>, asked: WalFile) {
         let WalFile::Segment(asked) = asked else { return };
-        if self.options.read_ahead == 0 {
+        if self.options.read_ahead == 0 || !self.state().leads {
             return;
         }
         let (data_dir, size) = (self.source.data_dir.clone(), self.source.segment_size);
@@ -306,6 +311,9 @@ impl Shipper {
 
     fn note(&self, file: WalFile, result: &Result<Archived, Arc<ShipError>>) {
         let size = self.source.segment_size;
+        if let WalFile::Segment(_) = file {
+            self.state().leads = matches!(result, Ok(Archived::Stored { .. }));
+        }
         let reached = match (file, result) {
             (WalFile::Segment(segment), Ok(_)) => self.confirm(segment),
             _ => None,
@@ -414,3 +422,6 @@ fn predecessor_carry(source: &ShipSource, segment: Segment) -> Option<Carry> {
     let path = source.data_dir.join("pg_wal").join(previous.file_name(source.segment_size));
     read_segment(&path, previous, source.segment_size, source.system_id, None).ok()?.carry
 }
+
+#[cfg(test)]
+mod tests;
