@@ -101,25 +101,36 @@ fn a_twin_that_diverges_cannot_replace_what_was_archived() {
         run(copy)?;
         host.server.start()?;
         host.server.session()?.execute("CREATE TABLE truth AS SELECT 1 AS n")?;
-        let expected = Fingerprint::take(&host.server.session()?)?;
         host.archive_all()?;
 
-        // The same system, the same timeline, the same segments, other records.
+        // The same system, the same timeline, the same segments, other records, and more of them than the original has.
         let mut twin = PgServer::builder(scratch, "twin-server", host.server.version()).open(&twin_dir)?;
         let agent = Agent::builder(scratch, "host2").repository(&host.place, &host.key_file).instance(CLUSTER, &twin);
         let mut agent = agent.build()?;
         agent.start()?;
-        twin.set_override("archive_command", &agent.archive_command());
-        // The tablespace is a link to the original's: only the catalog is touched.
+        // The tablespace is a link to the original's: only the catalog is touched. Its archive_command still leads to the
+        // original's agent, which does not know it, so that its segments pile up.
         twin.start()?;
         let session = twin.session()?;
         session.execute("CREATE TABLE lies AS SELECT 2 AS n")?;
-        session.execute("SELECT pg_switch_wal()")?;
+        for _ in 0..4 {
+            session.execute("SELECT pg_switch_wal()")?;
+            session.execute("INSERT INTO lies VALUES (3)")?;
+        }
+        let wal = scratch.join("repository/clusters").join(CLUSTER).join("wal");
+        let archived = contents(&wal)?;
+        twin.reload_with("archive_command", &agent.archive_command())?;
         walfleet_integration_tests::wait_for("the twin's segment to be refused", Duration::from_secs(30), || {
-            Ok((session.number("SELECT failed_count FROM pg_stat_archiver")? > 0).then_some(()))
+            Ok(agent.log_text().contains("is already in the repository with other content").then_some(()))
         })?;
         drop(session);
         twin.stop(Shutdown::Immediate)?;
+        agent.stop()?;
+        anyhow::ensure!(contents(&wal)? == archived, "WAL of the twin behind the refused segment was archived");
+        // What the original writes next has its place.
+        host.server.session()?.execute("INSERT INTO truth VALUES (2)")?;
+        let expected = Fingerprint::take(&host.server.session()?)?;
+        host.archive_all()?;
 
         let restored = host.restore("restored", &["--latest"])?;
         let mut server = host.server_of(&restored, false)?;
