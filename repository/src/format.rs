@@ -2,11 +2,13 @@
 //!
 //! Only these files name generated protobuf types.
 
+pub mod changed_blocks;
 pub mod clear;
 pub mod domain_key;
 pub mod file_map;
 pub mod log_entry;
 pub mod manifest;
+pub mod overlay;
 pub mod pack;
 pub mod reference;
 pub mod root;

@@ -9,8 +9,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use bytes::Bytes;
 use object_store::path::Path;
 
+use crate::format::changed_blocks::ChangedBlocks;
 use crate::format::clear::ObjectKind;
-use crate::format::sealed::{Compressor, Header, Opener, SealedError, TRAILER_LEN, Trailer};
+use crate::format::sealed::{Compressor, FramePlace, Header, Opener, SealedError, TRAILER_LEN, Trailer};
 use crate::format::wal_segment::{self, CommitPoint, RestorePoint, SegmentDirectory, SegmentError, SegmentUpload};
 use crate::ids::{ChunkId, ClusterName};
 use crate::keyring::Keyring;
@@ -214,14 +215,41 @@ impl WalArchive {
         let named = |source: SegmentError| ArchiveError::Segment { key: key.to_string(), source };
         let (directory, opener, tail, tail_start) = self.ends(wal, segment, &key).await?;
         let Some(frame) = directory.commit_times else { return Ok((Vec::new(), Vec::new())) };
+        let plain = self.sidecar(&key, frame, &opener, (&tail, tail_start)).await?;
+        wal_segment::decode_commit_times(segment.start(size), &plain).map_err(named)
+    }
+
+    /// The pages that a segment changes; `None`: its writer did not know.
+    pub async fn changed_blocks(
+        &self,
+        wal: WalBranch,
+        segment: Segment,
+        size: SegmentSize,
+    ) -> Result<Option<ChangedBlocks>, ArchiveError> {
+        let key = layout::wal_segment(&self.cluster, &wal, segment, size);
+        let (directory, opener, tail, tail_start) = self.ends(wal, segment, &key).await?;
+        let Some(frame) = directory.changed_blocks else { return Ok(None) };
+        let plain = self.sidecar(&key, frame, &opener, (&tail, tail_start)).await?;
+        let changes = ChangedBlocks::decode(&plain).map_err(SegmentError::from);
+        changes.map(Some).map_err(|source| ArchiveError::Segment { key: key.to_string(), source })
+    }
+
+    /// A frame behind the content: from the object's end, which was read already, or by a request of its own.
+    async fn sidecar(
+        &self,
+        key: &Path,
+        frame: FramePlace,
+        opener: &Opener,
+        (tail, tail_start): (&Bytes, u64),
+    ) -> Result<Vec<u8>, ArchiveError> {
         let start = u64::from(frame.offset).checked_sub(tail_start);
         let cached = start.and_then(|start| tail.get(start as usize..start as usize + frame.stored_len as usize));
         let mut stored = match cached {
             Some(bytes) => bytes.to_vec(),
-            None => self.store.get_range(&key, u64::from(frame.offset)..frame.end()).await?.to_vec(),
+            None => self.store.get_range(key, u64::from(frame.offset)..frame.end()).await?.to_vec(),
         };
-        let plain = opener.open(frame, &mut stored).map_err(|source| named(source.into()))?;
-        wal_segment::decode_commit_times(segment.start(size), &plain).map_err(named)
+        let opened = opener.open(frame, &mut stored);
+        opened.map_err(|source| ArchiveError::Segment { key: key.to_string(), source: source.into() })
     }
 
     /// Header and directory by two small reads: the directory, what opens frames, the bytes read and where they begin.
@@ -421,7 +449,7 @@ mod tests {
             segment: Segment { timeline: Timeline(1), number: 2 },
             segment_size: size,
             content,
-            facts: SegmentFacts { valid_bytes: 900_000, commits, restore_points: Vec::new() },
+            facts: SegmentFacts { valid_bytes: 900_000, commits, ..SegmentFacts::default() },
             predecessor: None,
             member: "pg1".into(),
             shipped_at_us: 0,

@@ -452,7 +452,7 @@ impl<'a> Walk<'a> {
                     crc32c = crc32c::crc32c_combine(crc32c, result.crc32c, result.bytes as usize);
                     slots.extend(result.slots);
                 }
-                let content = PlacedContent::Slots { slot_bytes: SLOT_BYTES, slots, parent };
+                let content = PlacedContent::Slots { slot_bytes: SLOT_BYTES, slots, overlays: Vec::new(), parent };
                 PlacedKind::File { size: file.size, crc32c, content }
             }
         };

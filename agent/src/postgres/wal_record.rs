@@ -4,6 +4,7 @@
 //! answer, never a panic, and lengths found in it are believed only once a checksum or the bytes themselves bear them
 //! out. Nothing here reads files or knows a server.
 
+mod changes;
 mod decoder;
 mod digest;
 mod meaning;
@@ -18,6 +19,7 @@ use std::time::Duration;
 
 use walfleet_repository::postgres::{Lsn, SystemId, Timeline};
 
+pub use changes::Changes;
 pub use decoder::Carry;
 pub use digest::{SegmentDigest, SegmentEnd, SegmentPlace, SegmentScan, digest_segment};
 pub use meaning::{Checkpoint, Completion, Meaning, Outcome, RestorePoint, WalLevel, meaning};

@@ -97,7 +97,7 @@ pub fn read_segment(
     }
     let place =
         SegmentPlace { start: segment.start(size), size, timeline: segment.timeline, system_id: Some(system_id) };
-    let digest = digest_segment(place, carry, COMMIT_SPACING, &bytes)
+    let mut digest = digest_segment(place, carry, COMMIT_SPACING, &bytes)
         .map_err(|source| WalReadError::Foreign { path: path.to_owned(), source })?;
     if let Some(found) = digest.system_id.filter(|found| *found != system_id) {
         return Err(WalReadError::System { path: path.to_owned(), found, expected: system_id });
@@ -107,11 +107,11 @@ pub fn read_segment(
         SegmentEnd::MoreToCome => Some("its records end before the segment".to_owned()),
         _ => None,
     };
-    let facts = facts_of(&digest);
+    let facts = facts_of(&mut digest);
     Ok(SegmentContent { bytes, facts, carry: digest.carry, suspicion })
 }
 
-fn facts_of(digest: &SegmentDigest) -> SegmentFacts {
+fn facts_of(digest: &mut SegmentDigest) -> SegmentFacts {
     let point = |lsn, at_us| CommitPoint { lsn, at_us };
     SegmentFacts {
         valid_bytes: digest.valid_bytes,
@@ -121,6 +121,7 @@ fn facts_of(digest: &SegmentDigest) -> SegmentFacts {
             .iter()
             .map(|r| RestorePoint { name: r.name.clone(), point: point(r.end, r.at_us) })
             .collect(),
+        changed_blocks: digest.changed_blocks.take(),
     }
 }
 

@@ -108,7 +108,7 @@ fn a_segment_stored_over_a_bad_line_is_stored_once_and_comes_back_whole() {
             segment: Segment { timeline: Timeline::FIRST, number },
             segment_size: size,
             content: (0..size.bytes()).map(|n| (n as u8).wrapping_mul(fill)).collect(),
-            facts: SegmentFacts { valid_bytes: size.bytes(), commits: Vec::new(), restore_points: Vec::new() },
+            facts: SegmentFacts { valid_bytes: size.bytes(), ..SegmentFacts::default() },
             predecessor: None,
             member: member.to_owned(),
             shipped_at_us: 0,

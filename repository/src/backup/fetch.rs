@@ -18,7 +18,7 @@ use tracing::Instrument;
 
 use crate::backup::read::{BackupReader, PackKeys, ReadError, opener};
 use crate::crypto::DomainKey;
-use crate::format::file_map::{ChunkPlace, Slot};
+use crate::format::file_map::{ChunkPlace, Run};
 use crate::format::manifest::{Content, EntryKind, FileEntry};
 use crate::format::sealed::{Decompressor, HEADER_LEN, Opener};
 use crate::ids::PackId;
@@ -80,8 +80,25 @@ pub struct FetchOptions {
 
 struct Piece {
     file: PieceFile,
-    offset: u64,
     place: ChunkPlace,
+    goes: Goes,
+}
+
+/// Where a chunk's bytes go in its file.
+enum Goes {
+    /// All of it, to here.
+    Whole(u64),
+    Parts(Box<[Run]>),
+}
+
+impl Piece {
+    fn new(file: PieceFile, place: ChunkPlace, runs: &[Run]) -> Piece {
+        let goes = match runs {
+            [run] if run.from == 0 && run.len == place.frame.raw_len => Goes::Whole(run.to),
+            runs => Goes::Parts(runs.into()),
+        };
+        Piece { file, place, goes }
+    }
 }
 
 /// Neighbouring frames of one pack that one request brings.
@@ -206,18 +223,16 @@ async fn plan_ranges(
                 match content {
                     Content::Empty | Content::Zero => {}
                     Content::Chunk(place) => {
-                        window.push(Piece { file, offset: 0, place: *place });
+                        window.push(Piece { file, place: *place, goes: Goes::Whole(0) });
                         window_bytes += u64::from(place.frame.raw_len);
                     }
                     Content::Map(place) => {
                         let map = reader.file_map(place).await?;
-                        for (index, slot) in map.slots.iter().enumerate() {
-                            if let Slot::Chunk(place) = slot {
-                                let offset = index as u64 * u64::from(map.slot_bytes);
-                                window.push(Piece { file: file.clone(), offset, place: *place });
-                                window_bytes += u64::from(place.frame.raw_len);
-                            }
-                        }
+                        let pieces = map.for_each_chunk(|place, runs| {
+                            window.push(Piece::new(file.clone(), *place, runs));
+                            window_bytes += u64::from(place.frame.raw_len);
+                        });
+                        pieces.map_err(ReadError::Map)?;
                     }
                 }
             }
@@ -304,18 +319,34 @@ fn open_ranges(
         while let Some(first) = pieces.next() {
             plain.clear();
             open_piece(first, &range, &bytes, &opener, &mut stored, &mut plain, &mut zstd, domain)?;
+            let offset = match &first.goes {
+                Goes::Whole(offset) => *offset,
+                Goes::Parts(runs) => {
+                    for run in runs {
+                        let part = plain.get(run.from as usize..run.from as usize + run.len as usize);
+                        let part = part.ok_or_else(|| content_error(&range))?;
+                        sink.write(&first.file, run.to, part).map_err(FetchError::Sink)?;
+                    }
+                    continue;
+                }
+            };
             // Frames that follow each other in pack and file go down in one write.
             while let Some(next) = pieces.peek() {
-                let follows = next.file.number == first.file.number && next.offset == first.offset + plain.len() as u64;
-                if !follows || plain.len() >= 1 << 20 {
+                let end = offset + plain.len() as u64;
+                let follows = matches!(next.goes, Goes::Whole(next) if next == end);
+                if next.file.number != first.file.number || !follows || plain.len() >= 1 << 20 {
                     break;
                 }
                 open_piece(next, &range, &bytes, &opener, &mut stored, &mut plain, &mut zstd, domain)?;
                 pieces.next();
             }
-            sink.write(&first.file, first.offset, &plain).map_err(FetchError::Sink)?;
+            sink.write(&first.file, offset, &plain).map_err(FetchError::Sink)?;
         }
     }
+}
+
+fn content_error(range: &Range) -> ReadError {
+    ReadError::Content { object: format!("pack {}", range.pack) }
 }
 
 /// Appends one piece's plain content, checked against its id.
@@ -334,14 +365,14 @@ fn open_piece(
     let object = || format!("pack {}", range.pack);
     let start = (u64::from(frame.offset) - range.start) as usize;
     let content = bytes.get(start..start + frame.stored_len as usize);
-    let content = content.ok_or_else(|| ReadError::Content { object: object() })?;
+    let content = content.ok_or_else(|| content_error(range))?;
     stored.clear();
     stored.extend_from_slice(content);
     let from = plain.len();
     opener.open_into(frame, stored, plain, zstd).map_err(|source| ReadError::Sealed { object: object(), source })?;
     let opened = plain.get(from..).unwrap_or_default();
     if domain.chunk_id(opened).0[..16] != piece.place.id.0 {
-        return Err(ReadError::Content { object: object() }.into());
+        return Err(content_error(range).into());
     }
     Ok(())
 }
@@ -396,7 +427,8 @@ mod tests {
     fn piece(file: u64, pack: u8, offset: u32, len: u32) -> Piece {
         let frame = FramePlace { offset, stored_len: len, raw_len: len };
         let file = PieceFile { number: file, path: Bytes::new() };
-        Piece { file, offset: 0, place: ChunkPlace { pack: PackId([pack; 32]), frame, id: ShortId::default() } }
+        let place = ChunkPlace { pack: PackId([pack; 32]), frame, id: ShortId::default() };
+        Piece { file, place, goes: Goes::Whole(0) }
     }
 
     #[test]

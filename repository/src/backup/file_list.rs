@@ -12,6 +12,7 @@ use bytes::Bytes;
 use crate::backup::write::{ChunkWriter, PackSession, Placed, PlacedSlot, WriteError};
 use crate::format::file_map::{ChunkPlace, FileMap, ShortId, Slot};
 use crate::format::manifest::{Content, EntryKind, FILES_PER_PART, FileEntry, encode_part};
+use crate::format::overlay::{Overlay, OverlayPage};
 
 /// Entries that may wait for the open pack of maps before it is finished early: bounds memory with 500,000 relations.
 const MAX_WAITING: usize = 32_768;
@@ -40,19 +41,30 @@ pub enum PlacedContent {
     Slots {
         slot_bytes: u32,
         slots: Vec<PlacedSlot>,
+        /// Pages laid over the slots.
+        overlays: Vec<PlacedOverlay>,
         /// The parent's map of this file.
         parent: Option<ChunkPlace>,
     },
+}
+
+/// A chunk of gathered pages and where they belong.
+pub struct PlacedOverlay {
+    pub chunk: Placed,
+    pub pages: Vec<OverlayPage>,
 }
 
 impl PlacedFile {
     /// Memory that it takes while it waits, about.
     fn held_bytes(&self) -> usize {
         let slots = match &self.kind {
-            PlacedKind::File { content: PlacedContent::Slots { slots, .. }, .. } => slots.len(),
+            PlacedKind::File { content: PlacedContent::Slots { slots, overlays, .. }, .. } => {
+                let pages: usize = overlays.iter().map(|overlay| overlay.pages.len()).sum();
+                slots.len() * size_of::<PlacedSlot>() + pages * size_of::<OverlayPage>()
+            }
             _ => 0,
         };
-        size_of::<Waiting>() + self.path.len() + slots * size_of::<PlacedSlot>()
+        size_of::<Waiting>() + self.path.len() + slots
     }
 }
 
@@ -240,16 +252,22 @@ fn resolve(session: &PackSession, file: &PlacedFile) -> Option<Resolved> {
             session.count_use([placed]);
             Some(Resolved { entry: whole(Content::Chunk(place)), map: None })
         }
-        PlacedContent::Slots { slot_bytes, slots, parent } => {
-            let resolved = slots.iter().map(|slot| match slot {
+        PlacedContent::Slots { slot_bytes, slots: placed_slots, overlays: placed_overlays, parent } => {
+            let resolved = placed_slots.iter().map(|slot| match slot {
                 PlacedSlot::Zero => Some(Slot::Zero),
                 PlacedSlot::Chunk(placed) => session.resolve(placed).map(Slot::Chunk),
             });
-            let map = FileMap { slot_bytes: *slot_bytes, size: *size, slots: resolved.collect::<Option<_>>()? };
-            session.count_use(slots.iter().filter_map(|slot| match slot {
+            let laid = placed_overlays.iter().map(|overlay| {
+                let chunk = session.resolve(&overlay.chunk)?;
+                Some(Overlay { chunk, pages: overlay.pages.clone() })
+            });
+            let (slots, overlays) = (resolved.collect::<Option<_>>()?, laid.collect::<Option<_>>()?);
+            let map = FileMap { slot_bytes: *slot_bytes, size: *size, slots, overlays };
+            let chunks = placed_slots.iter().filter_map(|slot| match slot {
                 PlacedSlot::Zero => None,
                 PlacedSlot::Chunk(placed) => Some(placed),
-            }));
+            });
+            session.count_use(chunks.chain(placed_overlays.iter().map(|overlay| &overlay.chunk)));
             Some(Resolved { entry: whole(Content::Zero), map: Some((map, *parent)) })
         }
     }
@@ -282,9 +300,9 @@ mod tests {
             let mut most = 0;
             for number in 1..=500 {
                 writer.store_slot(&[0; 8192], None).unwrap();
-                let slots = vec![PlacedSlot::Zero; 8192];
-                list.push(gigabyte(number, PlacedContent::Slots { slot_bytes: 128 << 10, slots, parent: None }))
-                    .unwrap();
+                let (slots, overlays) = (vec![PlacedSlot::Zero; 8192], Vec::new());
+                let content = PlacedContent::Slots { slot_bytes: 128 << 10, slots, overlays, parent: None };
+                list.push(gigabyte(number, content)).unwrap();
                 most = most.max(list.waiting_bytes);
             }
             writer.flush().unwrap();

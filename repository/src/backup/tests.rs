@@ -98,7 +98,7 @@ async fn back_up(ground: &Ground, files: &Files, run: Option<&str>) -> Result<(C
                         Some(EntryKind::File { content: Content::Map(place), .. }) => Some(*place),
                         _ => None,
                     };
-                    PlacedContent::Slots { slot_bytes: SLOT_BYTES, slots, parent }
+                    PlacedContent::Slots { slot_bytes: SLOT_BYTES, slots, overlays: Vec::new(), parent }
                 }
             };
             list.push(file(path, plain, content)).unwrap();

@@ -1,9 +1,11 @@
-//! File maps: the slots of one file and the packs they lie in. A map is itself a chunk.
+//! File maps: the slots of one file, the pages laid over them, and the packs they lie in. A map is itself a chunk.
 
 use bytes::Bytes;
 use prost::Message;
+use roaring::RoaringBitmap;
 use walfleet_proto::repository::v1 as wire;
 
+use crate::format::overlay::{self, Overlay, PAGE_BYTES};
 use crate::format::sealed::FramePlace;
 use crate::ids::{ChunkId, PackId};
 
@@ -44,6 +46,18 @@ pub struct FileMap {
     pub slot_bytes: u32,
     pub size: u64,
     pub slots: Vec<Slot>,
+    /// In the order they came to be. No page is in two of them.
+    pub overlays: Vec<Overlay>,
+}
+
+/// Bytes of a chunk that are bytes of the file.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Run {
+    /// Where in the chunk.
+    pub from: u32,
+    pub len: u32,
+    /// Where in the file.
+    pub to: u64,
 }
 
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -60,8 +74,10 @@ pub enum MapError {
     PackNumber { number: u32, count: usize },
     #[error("a pack id has {0} bytes, expected 32")]
     PackId(usize),
-    #[error("it has page overlays, which this version does not read\nHINT: use a newer walfleet.")]
-    Overlays,
+    #[error("page {position} of a chunk is laid over page {page}, and one of them does not exist")]
+    OverlayPage { page: u32, position: u32 },
+    #[error("page {0} is laid over twice")]
+    OverlaidTwice(u32),
 }
 
 /// A table of packs in order of first use, as stored messages refer to them.
@@ -138,12 +154,13 @@ impl FileMap {
             ids.extend_from_slice(&id.0);
         }
         slots.ids = ids.into();
+        let overlays = self.overlays.iter().map(|overlay| overlay.to_wire(packs.place(&overlay.chunk))).collect();
         wire::FileMap {
             slot_bytes: self.slot_bytes,
             size: self.size,
             packs: packs.into_wire(),
             slots: Some(slots),
-            overlays: Vec::new(),
+            overlays,
         }
         .encode_to_vec()
     }
@@ -152,9 +169,6 @@ impl FileMap {
         let map = wire::FileMap::decode(bytes).map_err(|e| MapError::Decode(e.to_string()))?;
         if map.slot_bytes == 0 || map.slot_bytes % 8192 != 0 || map.slot_bytes > 16 << 20 {
             return Err(MapError::SlotSize(map.slot_bytes));
-        }
-        if !map.overlays.is_empty() {
-            return Err(MapError::Overlays);
         }
         let packs = pack_ids(&map.packs)?;
         let wire::Slots { pack_plus_one, offset, stored_len, ids } = map.slots.unwrap_or_default();
@@ -165,7 +179,12 @@ impl FileMap {
         if map.size.div_ceil(u64::from(map.slot_bytes)) != count as u64 {
             return Err(MapError::SlotCount { slots: count, slot_bytes: map.slot_bytes, size: map.size });
         }
-        let mut result = FileMap { slot_bytes: map.slot_bytes, size: map.size, slots: Vec::with_capacity(count) };
+        let mut result = FileMap {
+            slot_bytes: map.slot_bytes,
+            size: map.size,
+            slots: Vec::with_capacity(count),
+            overlays: Vec::new(),
+        };
         let entries = pack_plus_one.iter().zip(offset.iter().zip(&stored_len)).zip(ids.chunks_exact(16));
         for (index, ((&pack_plus_one, (&offset, &stored_len)), id)) in entries.enumerate() {
             let Some(number) = pack_plus_one.checked_sub(1) else {
@@ -178,7 +197,72 @@ impl FileMap {
             short.0.copy_from_slice(id);
             result.slots.push(Slot::Chunk(ChunkPlace { pack, frame, id: short }));
         }
+        for overlay in &map.overlays {
+            let chunk = place_from_wire(&overlay::chunk_of(overlay), &packs)?;
+            result.overlays.push(Overlay::from_wire(overlay, chunk, map.size)?);
+        }
+        result.overlaid()?;
         Ok(result)
+    }
+
+    /// Which pages are laid over; an error if one is twice.
+    pub fn overlaid(&self) -> Result<RoaringBitmap, MapError> {
+        let mut pages = RoaringBitmap::new();
+        for page in self.overlays.iter().flat_map(|overlay| &overlay.pages) {
+            if !pages.insert(page.page) {
+                return Err(MapError::OverlaidTwice(page.page));
+            }
+        }
+        Ok(pages)
+    }
+
+    /// Every chunk that the file needs, in file order, with what of it goes where: first the slots', then the pages laid
+    /// over them. No byte of the file comes twice, so they may be written in any order; what is not among them is zero.
+    pub fn for_each_chunk(&self, mut each: impl FnMut(&ChunkPlace, &[Run])) -> Result<(), MapError> {
+        let overlaid = self.overlaid()?;
+        let mut runs = Vec::new();
+        for (index, slot) in self.slots.iter().enumerate() {
+            let Slot::Chunk(place) = slot else { continue };
+            runs.clear();
+            self.bare_runs(index, &overlaid, &mut runs);
+            if !runs.is_empty() {
+                each(place, &runs);
+            }
+        }
+        for overlay in &self.overlays {
+            runs.clear();
+            for page in &overlay.pages {
+                let (from, to) = (page.position * PAGE_BYTES, u64::from(page.page) * u64::from(PAGE_BYTES));
+                match runs.last_mut() {
+                    Some(Run { from: start, len, to: first })
+                        if *start + *len == from && *first + u64::from(*len) == to =>
+                    {
+                        *len += PAGE_BYTES;
+                    }
+                    _ => runs.push(Run { from, len: PAGE_BYTES, to }),
+                }
+            }
+            each(&overlay.chunk, &runs);
+        }
+        Ok(())
+    }
+
+    /// What of a slot's own chunk no page is laid over.
+    fn bare_runs(&self, slot: usize, overlaid: &RoaringBitmap, runs: &mut Vec<Run>) {
+        let (start, len) = (slot as u64 * u64::from(self.slot_bytes), self.slot_len(slot));
+        let first = (start / u64::from(PAGE_BYTES)) as u32;
+        let pages = len.div_ceil(PAGE_BYTES);
+        let mut from = 0;
+        for page in overlaid.range(first..first.saturating_add(pages)) {
+            let at = (page - first) * PAGE_BYTES;
+            if from < at {
+                runs.push(Run { from, len: at - from, to: start + u64::from(from) });
+            }
+            from = at + PAGE_BYTES;
+        }
+        if from < len {
+            runs.push(Run { from, len: len - from, to: start + u64::from(from) });
+        }
     }
 }
 
@@ -190,7 +274,7 @@ mod tests {
     fn map(kinds: &[Option<u8>], tail: u32) -> FileMap {
         let slot_bytes = 16384;
         let size = (kinds.len() as u64 * u64::from(slot_bytes)).saturating_sub(u64::from(tail));
-        let mut map = FileMap { slot_bytes, size, slots: Vec::new() };
+        let mut map = FileMap { slot_bytes, size, slots: Vec::new(), overlays: Vec::new() };
         for (i, kind) in kinds.iter().enumerate() {
             let raw_len = map.slot_len(i);
             map.slots.push(match kind {
@@ -210,6 +294,62 @@ mod tests {
         fn a_map_reads_back_as_written(kinds in prop::collection::vec(prop::option::of(0u8..5), 1..200), tail in 0u32..16384) {
             let map = map(&kinds, tail);
             prop_assert_eq!(FileMap::decode(&map.encode()).unwrap(), map);
+        }
+
+        #[test]
+        fn every_byte_comes_from_one_chunk(
+            kinds in prop::collection::vec(prop::option::of(0u8..5), 1..60),
+            tail in 0u32..16384,
+            pages in prop::collection::btree_set((0u32..120, 0u8..4), 0..60),
+        ) {
+            let mut map = map(&kinds, tail);
+            let whole = (map.size / u64::from(PAGE_BYTES)) as u32;
+            let mut over: Vec<Vec<u32>> = vec![Vec::new(); 4];
+            let mut taken = RoaringBitmap::new();
+            for (page, chunk) in pages.iter().filter(|(page, _)| *page < whole) {
+                if taken.insert(*page) {
+                    over[usize::from(*chunk)].push(*page);
+                }
+            }
+            for (number, pages) in over.iter().enumerate().filter(|(_, pages)| !pages.is_empty()) {
+                let frame = FramePlace { offset: 9, stored_len: 9, raw_len: 200 * PAGE_BYTES };
+                let chunk = ChunkPlace { pack: PackId([9; 32]), frame, id: ShortId([number as u8; 16]) };
+                let mut overlay = Overlay::of_chunk(chunk, pages.iter().copied());
+                if number == 2 {
+                    overlay.pages.iter_mut().for_each(|page| page.position *= 3);
+                }
+                map.overlays.push(overlay);
+            }
+            prop_assert_eq!(&FileMap::decode(&map.encode()).unwrap(), &map);
+            // For each byte range, who writes it: slots by index, overlays by 1000 + number and position.
+            let mut bytes = vec![0u32; map.size as usize / 512 + 1];
+            map.for_each_chunk(|place, runs| {
+                for run in runs {
+                    let from_overlay = place.pack == PackId([9; 32]);
+                    for at in (0..run.len).step_by(512) {
+                        let writer = match from_overlay {
+                            true => 1000 + 1000 * u32::from(place.id.0[0]) + (run.from + at) / PAGE_BYTES,
+                            false => 1 + u32::from(place.id.0[0]),
+                        };
+                        let cell = &mut bytes[((run.to + u64::from(at)) / 512) as usize];
+                        assert_eq!(*cell, 0, "written twice");
+                        *cell = writer;
+                    }
+                    assert!(from_overlay || u64::from(run.from) == run.to % u64::from(map.slot_bytes));
+                }
+            }).unwrap();
+            for (index, writer) in bytes.iter().enumerate().take(map.size as usize / 512) {
+                let page = (index * 512) as u32 / PAGE_BYTES;
+                let overlay = map.overlays.iter().find_map(|overlay| {
+                    let laid = overlay.pages.iter().find(|laid| laid.page == page)?;
+                    Some(1000 + 1000 * u32::from(overlay.chunk.id.0[0]) + laid.position)
+                });
+                let slot = match map.slots[index * 512 / map.slot_bytes as usize] {
+                    Slot::Zero => 0,
+                    Slot::Chunk(place) => 1 + u32::from(place.id.0[0]),
+                };
+                prop_assert_eq!(*writer, overlay.unwrap_or(slot));
+            }
         }
 
         #[test]

@@ -14,8 +14,11 @@ use crate::postgres::{Branch, Lsn, ParseError, SegmentSize, SystemId, Timeline, 
 /// File entries of one part of the list: a few hundred KiB encoded.
 pub const FILES_PER_PART: usize = 2048;
 
+/// File maps may have overlays.
+pub const FEATURE_OVERLAYS: u32 = 1;
+
 /// Features of the format that this program reads, by number.
-const KNOWN_FEATURES: &[u32] = &[];
+const KNOWN_FEATURES: &[u32] = &[FEATURE_OVERLAYS];
 
 /// What a backup is, but for its files.
 #[derive(Clone, PartialEq, Debug)]

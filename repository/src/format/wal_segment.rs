@@ -5,6 +5,7 @@ use prost::Message;
 use walfleet_proto::repository::v1 as wire;
 
 use crate::crypto::DomainKey;
+use crate::format::changed_blocks::{ChangedBlocks, ChangedBlocksError};
 use crate::format::clear::ObjectKind;
 use crate::format::manifest::{ManifestError, branch_from_wire};
 use crate::format::sealed::{Compressor, FramePlace, SealedError, SealedObject, SealedWriter};
@@ -33,13 +34,15 @@ pub struct RestorePoint {
 }
 
 /// What decoding a segment's records told.
-#[derive(Clone, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, PartialEq, Debug, Default)]
 pub struct SegmentFacts {
     /// Up to the end of the last valid record; what lies behind is stale or zero.
     pub valid_bytes: u32,
     /// In WAL order.
     pub commits: Vec<CommitPoint>,
     pub restore_points: Vec<RestorePoint>,
+    /// What backups need not read if it is not among this; `None`: unknown.
+    pub changed_blocks: Option<ChangedBlocks>,
 }
 
 /// The directory of a stored segment.
@@ -54,6 +57,8 @@ pub struct SegmentDirectory {
     pub predecessor: Option<ChunkId>,
     pub content: Vec<FramePlace>,
     pub commit_times: Option<FramePlace>,
+    /// `None`: unknown.
+    pub changed_blocks: Option<FramePlace>,
     pub member: String,
     pub shipped_at_us: i64,
     pub first_commit: Option<CommitPoint>,
@@ -70,6 +75,8 @@ pub enum SegmentError {
     Identity { found: String, expected: String },
     #[error("wal segment: its content does not match its content id")]
     Content,
+    #[error("wal segment: {0}")]
+    ChangedBlocks(#[from] ChangedBlocksError),
     #[error("{bytes} valid bytes do not fit a segment of {size}")]
     ValidBytes { bytes: u32, size: u32 },
 }
@@ -104,6 +111,9 @@ impl SegmentUpload<'_> {
         let mut writer = SealedWriter::new(domain, ObjectKind::Segment, Some(key), valid.len() / 2 + 4096)?;
         let frames = valid.chunks(CONTENT_FRAME_BYTES as usize);
         let content = frames.map(|frame| writer.push(frame, zstd)).collect::<Result<Vec<_>, _>>()?;
+        // The times come last, so that one small read of the object's end brings them with the directory.
+        let changes = self.facts.changed_blocks.as_ref().map(|changes| writer.push(&changes.encode(), zstd));
+        let changed_blocks = changes.transpose()?;
         let times = encode_commit_times(self.segment.start(self.segment_size), self.facts);
         let commit_times = times.map(|times| writer.push(&times, zstd)).transpose()?;
         let directory = SegmentDirectory {
@@ -115,6 +125,7 @@ impl SegmentUpload<'_> {
             predecessor: self.predecessor,
             content,
             commit_times,
+            changed_blocks,
             member: self.member.to_owned(),
             shipped_at_us: self.shipped_at_us,
             first_commit: self.facts.commits.first().copied(),
@@ -140,7 +151,7 @@ impl SegmentDirectory {
             content: self.content.iter().map(frame_to_wire).collect(),
             content_frame_bytes: CONTENT_FRAME_BYTES,
             commit_times: self.commit_times.as_ref().map(frame_to_wire),
-            changed_blocks: None,
+            changed_blocks: self.changed_blocks.as_ref().map(frame_to_wire),
             member: self.member.clone(),
             shipped_at_us: self.shipped_at_us,
             first_commit: self.first_commit.as_ref().map(point),
@@ -185,6 +196,7 @@ impl SegmentDirectory {
             predecessor: (!d.predecessor_content_id.is_empty()).then(|| id(&d.predecessor_content_id)).transpose()?,
             content,
             commit_times: d.commit_times.as_ref().map(frame_from_wire),
+            changed_blocks: d.changed_blocks.as_ref().map(frame_from_wire),
             member: d.member,
             shipped_at_us: d.shipped_at_us,
             first_commit: d.first_commit.map(point),
@@ -332,6 +344,7 @@ mod tests {
             valid_bytes: 700_000,
             commits: vec![commit(start + 10, 1_000_000), commit(start + 20, 1_050_000), commit(start + 30, 1_060_000)],
             restore_points: vec![RestorePoint { name: "before".into(), point: commit(start + 25, 1_055_000) }],
+            changed_blocks: Some(ChangedBlocks::default()),
         };
         let upload = SegmentUpload {
             wal,

@@ -2,8 +2,10 @@
 
 use std::time::Duration;
 
+use walfleet_repository::format::changed_blocks::ChangedBlocks;
 use walfleet_repository::postgres::{Lsn, SegmentSize, SystemId, Timeline};
 
+use super::changes::Changes;
 use super::decoder::{Carry, Decoder};
 use super::meaning::{Checkpoint, Completion, Meaning, Outcome, RestorePoint, WalLevel, meaning};
 use super::page_header::WalVersion;
@@ -65,6 +67,8 @@ pub struct SegmentDigest {
     pub parameter_changes: Vec<(Lsn, Option<WalLevel>)>,
     /// Where full_page_writes was turned off: no backup from a standby spans such a place.
     pub full_page_writes_off: Option<Lsn>,
+    /// The pages that the records which end here change; `None` if that is not known of all of them.
+    pub changed_blocks: Option<ChangedBlocks>,
     pub records: u64,
     /// Records that are proven by their checksum, but not made as their headers say. Never seen in PostgreSQL's WAL.
     pub malformed: u64,
@@ -95,8 +99,14 @@ impl SegmentScan {
         self.decoder.feed(bytes, &mut |record| {
             findings.records += 1;
             match meaning(record) {
-                Ok(meaning) => findings.note(meaning),
-                Err(_) => findings.malformed += 1,
+                Ok(meaning) => {
+                    findings.changes.note(record, &meaning);
+                    findings.note(meaning);
+                }
+                Err(_) => {
+                    findings.malformed += 1;
+                    findings.changes.give_up();
+                }
             }
         })
     }
@@ -132,6 +142,9 @@ impl SegmentScan {
             _ => u32::try_from(decoder.valid_end().saturating_sub(place.start).min(fed)).unwrap_or(size),
         };
         findings.close();
+        if decoder.began_headless() || !end.is_complete() {
+            findings.changes.give_up();
+        }
         SegmentDigest {
             valid_bytes,
             end,
@@ -147,6 +160,7 @@ impl SegmentScan {
             backup_ends: findings.backup_ends,
             parameter_changes: findings.parameter_changes,
             full_page_writes_off: findings.full_page_writes_off,
+            changed_blocks: findings.changes.finish(),
             records: findings.records,
             malformed: findings.malformed,
             carry: decoder.into_carry(),
@@ -181,6 +195,7 @@ struct Findings {
     backup_ends: Vec<(Lsn, Lsn)>,
     parameter_changes: Vec<(Lsn, Option<WalLevel>)>,
     full_page_writes_off: Option<Lsn>,
+    changes: Changes,
     records: u64,
     malformed: u64,
 }

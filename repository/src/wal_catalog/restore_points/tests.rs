@@ -35,6 +35,7 @@ async fn put(archive: &WalArchive, wal: WalBranch, number: u64, offsets: &[u64])
             valid_bytes: 1 << 20,
             commits: Vec::new(),
             restore_points: named.chain([point("y", 999)]).collect(),
+            changed_blocks: None,
         },
         predecessor: None,
         member: "pg1".into(),

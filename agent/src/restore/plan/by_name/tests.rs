@@ -28,7 +28,12 @@ async fn put(archive: &WalArchive, wal: WalBranch, number: u64, points: &[(&str,
         name: (*name).to_owned(),
         point: CommitPoint { lsn: lsn(number, *offset), at_us: number as i64 * 1_000_000 },
     });
-    let facts = SegmentFacts { valid_bytes: 1 << 20, commits: Vec::new(), restore_points: named.collect() };
+    let facts = SegmentFacts {
+        valid_bytes: 1 << 20,
+        commits: Vec::new(),
+        restore_points: named.collect(),
+        changed_blocks: None,
+    };
     let upload = OwnedSegment {
         wal,
         segment: Segment { timeline: wal.timeline, number },
