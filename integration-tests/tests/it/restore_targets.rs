@@ -93,9 +93,10 @@ fn a_restore_ends_where_it_was_planned_to_and_stops_if_planned_wal_is_gone() {
             std::fs::rename(&object, &aside)?;
             let mut server = host.server_of(restored, false)?;
             server.spawn()?;
-            server.wait_for_end(Duration::from_secs(60))?;
+            let ended = server.wait_for_end(Duration::from_secs(60));
             let log = server.log_text();
             assert!(!log.contains(PROMOTED), "{}: it went on without {gone}:\n{log}", restored.name);
+            ended?;
             let says = format!("{gone} was in the archive when the restore was planned and is gone");
             assert!(log.contains(&says) && log.contains("HINT: "), "{} does not say why:\n{log}", restored.name);
             assert!(restored.data_dir.join("recovery.signal").exists(), "{}: recovery is over", restored.name);
@@ -166,12 +167,17 @@ fn nothing_left_in_the_sources_configuration_steers_a_restore() {
         let data_dir = host.server.data_dir().to_owned();
         os_user().write(&data_dir.join("server.key"), "read by its owner alone")?;
         std::fs::set_permissions(data_dir.join("server.key"), PermissionsExt::from_mode(0o400))?;
+        let session = host.server.session()?;
+        session.execute("CREATE TABLE counted (n integer)")?;
         host.backup()?;
+        // A commit on the way, which a delay would hold up and an early target would not reach.
+        session.execute("INSERT INTO counted VALUES (1)")?;
         let first = barriers.pass()?;
         // Nor is a started copy's word needed: this one lets nobody in through its socket.
         let hba = std::fs::read_to_string(data_dir.join("pg_hba.conf"))?;
         std::fs::write(data_dir.join("pg_hba.conf"), format!("local all all reject\n{hba}"))?;
         host.backup()?;
+        session.execute("INSERT INTO counted VALUES (2)")?;
         let second = barriers.pass()?;
         host.archive_all()?;
 
