@@ -4,13 +4,16 @@
 //! holds the WAL that makes it consistent, commit. [`scan`] lists what belongs into it, [`copy`] and [`stretch`] read and
 //! pack, [`manifest_json`] writes PostgreSQL's own backup_manifest on restore.
 
+pub mod changes;
 pub mod copy;
 pub mod damage;
 pub mod manifest_json;
 #[cfg(test)]
 mod many_files_tests;
 mod own_dead;
+pub mod pages;
 pub mod scan;
+pub mod spare;
 pub mod stretch;
 mod wal_wait;
 
@@ -252,7 +255,7 @@ async fn take(
     );
     // A lost connection ends the backup at once: Postgres has left backup mode.
     let stop_copy = cancel.child_token();
-    let copying = copy_files(request, facts, start_lsn, parent, &packs, progress, &stop_copy);
+    let copying = copy_files(request, facts, (wal, start_lsn), parent, &packs, progress, &stop_copy);
     let copying = copying.instrument(tracing::info_span!("copy"));
     tokio::pin!(copying);
     let copied = tokio::select! {
@@ -304,7 +307,7 @@ async fn take(
 async fn copy_files(
     request: &BackupRequest,
     facts: &ServerFacts,
-    start_lsn: Lsn,
+    (wal, start_lsn): (WalBranch, Lsn),
     parent: Option<Parent>,
     packs: &Arc<PackSession>,
     progress: &Progress,
@@ -317,7 +320,25 @@ async fn copy_files(
         without_content: facts.log_directory.iter().cloned().collect(),
     };
     let blocks_per_segment = ControlFile::read(&request.data_dir)?.blocks_per_segment;
+    let known = match &parent {
+        Some(parent) => {
+            let beginning = changes::Beginning {
+                shipper: &request.shipper,
+                archive: &request.cluster.wal_archive(request.compression_level),
+                data_dir: &request.data_dir,
+                wal,
+                segment_size: facts.wal_segment_size,
+                start_lsn,
+                data_checksums: facts.data_checksums,
+            };
+            changes::known(parent, &beginning, blocks_per_segment).await
+        }
+        None => None,
+    };
+    let (since, distrusted) = known.map(|known| (known.since, known.distrusted)).unzip();
     let spec = CopySpec {
+        since,
+        distrusted: distrusted.unwrap_or_default(),
         threads: request.processes.max(1) as usize,
         pages: PageCheck {
             rules: PageRules {
@@ -362,7 +383,7 @@ fn copy_control(
         mtime_us: file.mtime_us,
         kind: walfleet_repository::backup::file_list::PlacedKind::File {
             size: content.len() as u64,
-            crc32c: crc32c::crc32c(&content),
+            crc32c: Some(crc32c::crc32c(&content)),
             content: walfleet_repository::backup::file_list::PlacedContent::Chunk(chunk),
         },
     };
@@ -445,6 +466,7 @@ fn manifest(
             .collect(),
         file_list: copied.file_list,
         file_count: copied.file_count,
+        has_overlays: copied.has_overlays,
         control_file,
         damaged_pages: Vec::new(),
         counters,

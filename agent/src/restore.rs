@@ -296,7 +296,7 @@ pub(crate) async fn write_backup_manifest(
     let texts =
         [("backup_label", Some(&manifest.backup_label[..])), ("tablespace_map", tablespace_map.map(str::as_bytes))];
     for (name, content) in texts.into_iter().filter_map(|(name, content)| Some((name, content?))) {
-        text.file(name.as_bytes(), content.len() as u64, manifest.stopped_at_us, crc32c::crc32c(content))
+        text.file(name.as_bytes(), content.len() as u64, manifest.stopped_at_us, Some(crc32c::crc32c(content)))
             .map_err(RestoreError::Manifest)?;
     }
     let control = &manifest.control_file;

@@ -36,8 +36,9 @@ impl<W: Write> ManifestWriter<W> {
         Ok(ManifestWriter { out, is_first: true })
     }
 
-    /// A file as it will be found: directories, WAL and the manifest itself are not listed. `crc32c` is of its content.
-    pub fn file(&mut self, path: &[u8], size: u64, mtime_us: i64, crc32c: u32) -> io::Result<()> {
+    /// A file as it will be found: directories, WAL and the manifest itself are not listed. `crc32c` is of its content;
+    /// without it `pg_verifybackup` looks at the file's size alone.
+    pub fn file(&mut self, path: &[u8], size: u64, mtime_us: i64, crc32c: Option<u32>) -> io::Result<()> {
         self.out.write_all(if self.is_first { b"\n" } else { b",\n" })?;
         self.is_first = false;
         match std::str::from_utf8(path) {
@@ -46,13 +47,13 @@ impl<W: Write> ManifestWriter<W> {
             Err(_) => write!(self.out, "{{ \"Encoded-Path\": \"{}\"", hexadecimal(path))?,
         }
         let modified = Timestamp::from_microsecond(mtime_us).unwrap_or(Timestamp::UNIX_EPOCH);
-        write!(
-            self.out,
-            ", \"Size\": {size}, \"Last-Modified\": \"{}\", \"Checksum-Algorithm\": \"CRC32C\", \"Checksum\": \"{}\" }}",
-            modified.strftime("%Y-%m-%d %H:%M:%S GMT"),
+        write!(self.out, ", \"Size\": {size}, \"Last-Modified\": \"{}\"", modified.strftime("%Y-%m-%d %H:%M:%S GMT"))?;
+        if let Some(crc32c) = crc32c {
             // In the order that the server has it in memory, which on all supported hosts is this one.
-            hexadecimal(&crc32c.to_le_bytes()),
-        )
+            let checksum = hexadecimal(&crc32c.to_le_bytes());
+            write!(self.out, ", \"Checksum-Algorithm\": \"CRC32C\", \"Checksum\": \"{checksum}\"")?;
+        }
+        self.out.write_all(b" }")
     }
 
     /// Gives the output back, complete but neither flushed nor synced.

@@ -97,6 +97,8 @@ async fn back_up(ground: &Ground, data_dir: &Path) -> (CommittedBackup, CopyRepo
     let scan = ScanSpec { data_dir: data_dir.to_owned(), major: 18, catalog_version: 1, without_content: Vec::new() };
     let rules = PageRules { block_bytes: 8192, checksums: true, start_lsn: Lsn(1 << 40), end_lsn: Lsn(1 << 41) };
     let spec = CopySpec {
+        since: None,
+        distrusted: Default::default(),
         threads: 2,
         pages: PageCheck { rules, blocks_per_segment: 131_072 },
         parent: parent.map(|parent| parent.reader),
@@ -108,7 +110,7 @@ async fn back_up(ground: &Ground, data_dir: &Path) -> (CommittedBackup, CopyRepo
         let content = Content::Empty;
         let control = FileEntry {
             path: Bytes::from_static(b"global/pg_control"),
-            kind: EntryKind::File { size: 0, crc32c: 0, content },
+            kind: EntryKind::File { size: 0, crc32c: None, content },
             mode: 0o600,
             mtime_us: 0,
         };
@@ -141,6 +143,7 @@ async fn back_up(ground: &Ground, data_dir: &Path) -> (CommittedBackup, CopyRepo
         recovery_settings: Vec::new(),
         file_list: report.file_list.clone(),
         file_count: report.file_count,
+        has_overlays: report.has_overlays,
         control_file: control,
         damaged_pages: Vec::new(),
         counters: Counters { new_bytes: packs.written().0, ..Counters::default() },

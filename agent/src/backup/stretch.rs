@@ -75,12 +75,12 @@ pub struct StretchResult {
 
 /// One thread's reader.
 pub struct Reader<'a> {
-    writer: ChunkWriter,
+    pub(super) writer: ChunkWriter,
     pages: &'a PageCheck,
     progress: &'a Progress,
     counters: &'a ReadCounters,
     cancel: &'a CancellationToken,
-    buffer: Vec<u8>,
+    pub(super) buffer: Vec<u8>,
 }
 
 /// What all readers of a backup share.
@@ -120,9 +120,7 @@ impl<'a> Reader<'a> {
         let mut buffer = std::mem::take(&mut self.buffer);
         let mut offset = start;
         while offset < end {
-            if self.cancel.is_cancelled() {
-                return Err(StretchError::Cancelled);
-            }
+            self.stop_if_cancelled()?;
             let len = (end - offset).min(READ_BYTES as u64) as usize;
             let Some(content) = buffer.get_mut(..len) else { break };
             self.read(&job.file, &job.path, job.kind, offset, content, &mut result.bad_pages)?;
@@ -147,9 +145,7 @@ impl<'a> Reader<'a> {
         file: &ScannedFile,
         parent: Option<&ChunkPlace>,
     ) -> Result<Option<StretchResult>, StretchError> {
-        if self.cancel.is_cancelled() {
-            return Err(StretchError::Cancelled);
-        }
+        self.stop_if_cancelled()?;
         let mut result =
             StretchResult { part: 0, slots: Vec::new(), bytes: file.size, crc32c: 0, bad_pages: BadPages::default() };
         let open = match File::open(&file.absolute) {
@@ -170,12 +166,16 @@ impl<'a> Reader<'a> {
         Ok(Some(result))
     }
 
+    pub(super) fn stop_if_cancelled(&self) -> Result<(), StretchError> {
+        if self.cancel.is_cancelled() { Err(StretchError::Cancelled) } else { Ok(()) }
+    }
+
     pub fn flush(&mut self) -> Result<(), StretchError> {
         Ok(self.writer.flush()?)
     }
 
     /// Fills the buffer from the file, judges its pages, reads suspicious ones again.
-    fn read(
+    pub(super) fn read(
         &self,
         file: &File,
         path: &std::path::Path,

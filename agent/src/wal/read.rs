@@ -121,7 +121,7 @@ fn facts_of(digest: &mut SegmentDigest) -> SegmentFacts {
             .iter()
             .map(|r| RestorePoint { name: r.name.clone(), point: point(r.end, r.at_us) })
             .collect(),
-        changed_blocks: digest.changed_blocks.take(),
+        changed_blocks: digest.changed_blocks.take().filter(|_| digest.end.is_complete()),
     }
 }
 

@@ -31,7 +31,12 @@ pub struct PlacedFile {
 
 pub enum PlacedKind {
     Directory,
-    File { size: u64, crc32c: u32, content: PlacedContent },
+    /// `crc32c`: `None` if the file was not read whole.
+    File {
+        size: u64,
+        crc32c: Option<u32>,
+        content: PlacedContent,
+    },
 }
 
 pub enum PlacedContent {
@@ -49,6 +54,7 @@ pub enum PlacedContent {
 }
 
 /// A chunk of gathered pages and where they belong.
+#[derive(Clone, Debug)]
 pub struct PlacedOverlay {
     pub chunk: Placed,
     pub pages: Vec<OverlayPage>,
@@ -282,7 +288,7 @@ mod tests {
 
     fn gigabyte(number: usize, content: PlacedContent) -> PlacedFile {
         let path = Bytes::from(format!("base/1/{number:04}"));
-        PlacedFile { path, mode: 0o600, mtime_us: 0, kind: PlacedKind::File { size: 1 << 30, crc32c: 0, content } }
+        PlacedFile { path, mode: 0o600, mtime_us: 0, kind: PlacedKind::File { size: 1 << 30, crc32c: None, content } }
     }
 
     /// A terabyte of which little changed early on would otherwise wait, slot by slot, for the one pack that is open.

@@ -140,6 +140,7 @@ async fn back_up(ground: &Ground, files: &Files, run: Option<&str>) -> Result<(C
         recovery_settings: Vec::new(),
         file_list,
         file_count,
+        has_overlays: false,
         control_file: control,
         damaged_pages: Vec::new(),
         counters: Counters::default(),
@@ -148,7 +149,7 @@ async fn back_up(ground: &Ground, files: &Files, run: Option<&str>) -> Result<(C
 }
 
 fn file(path: &str, plain: &[u8], content: PlacedContent) -> PlacedFile {
-    let kind = PlacedKind::File { size: plain.len() as u64, crc32c: crc32c::crc32c(plain), content };
+    let kind = PlacedKind::File { size: plain.len() as u64, crc32c: Some(crc32c::crc32c(plain)), content };
     PlacedFile { path: Bytes::copy_from_slice(path.as_bytes()), mode: 0o600, mtime_us: 0, kind }
 }
 

@@ -51,6 +51,8 @@ pub struct Manifest {
     pub recovery_settings: Vec<(String, u32)>,
     pub file_list: Vec<ChunkPlace>,
     pub file_count: u64,
+    /// Some file map has pages laid over its slots.
+    pub has_overlays: bool,
     /// global/pg_control: read last, written last.
     pub control_file: FileEntry,
     /// The first hundred; the reference part has their number.
@@ -98,7 +100,12 @@ pub struct FileEntry {
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum EntryKind {
     Directory,
-    File { size: u64, crc32c: u32, content: Content },
+    /// `crc32c`: `None` if the file was not read whole.
+    File {
+        size: u64,
+        crc32c: Option<u32>,
+        content: Content,
+    },
 }
 
 /// Where a file's bytes are.
@@ -153,7 +160,7 @@ impl Manifest {
         wire::Manifest {
             backup: self.backup.to_string(),
             cluster: self.cluster.to_string(),
-            required_features: Vec::new(),
+            required_features: self.has_overlays.then_some(FEATURE_OVERLAYS).into_iter().collect(),
             system_identifier: self.wal.system_id.0,
             server_version_num: self.server_version_num,
             timeline: self.wal.timeline.0,
@@ -237,6 +244,7 @@ impl Manifest {
                 .collect::<Result<_, _>>()
                 .map_err(map)?,
             file_count: m.file_count,
+            has_overlays: m.required_features.contains(&FEATURE_OVERLAYS),
             control_file,
             damaged_pages: m
                 .damaged_pages
@@ -308,7 +316,8 @@ fn entry_to_wire(entry: &FileEntry, packs: &mut PackTable) -> wire::FileEntry {
         EntryKind::File { size, crc32c, content } => {
             result.set_kind(wire::FileKind::Regular);
             result.size = *size;
-            result.crc32c = *crc32c;
+            result.crc32c = crc32c.unwrap_or_default();
+            result.crc32c_unknown = crc32c.is_none();
             result.content = match content {
                 Content::Empty => None,
                 Content::Zero => Some(W::Zero(true)),
@@ -346,7 +355,8 @@ fn entry_from_wire(entry: wire::FileEntry, packs: &[crate::ids::PackId]) -> Resu
             if !consistent {
                 return Err(bad("its size is not that of its content"));
             }
-            EntryKind::File { size: entry.size, crc32c: entry.crc32c, content }
+            let crc32c = (!entry.crc32c_unknown).then_some(entry.crc32c);
+            EntryKind::File { size: entry.size, crc32c, content }
         }
         wire::FileKind::Unspecified => return Err(bad("it is neither file nor directory")),
     };
@@ -370,7 +380,7 @@ mod tests {
         let place = ChunkPlace { pack: PackId([pack; 32]), frame, id: ShortId([pack; 16]) };
         FileEntry {
             path: Bytes::copy_from_slice(path.as_bytes()),
-            kind: EntryKind::File { size: 8192, crc32c: 7, content: Content::Chunk(place) },
+            kind: EntryKind::File { size: 8192, crc32c: Some(7), content: Content::Chunk(place) },
             mode: 0o600,
             mtime_us: 5,
         }
@@ -401,6 +411,7 @@ mod tests {
             recovery_settings: vec![("max_connections".into(), 100)],
             file_list: Vec::new(),
             file_count: 2,
+            has_overlays: true,
             control_file: entry("global/pg_control", 3),
             damaged_pages: vec![DamagedPages { path: "base/1/2".into(), blocks: vec![1, 9] }],
             counters: Counters { cluster_bytes: 1, ..Counters::default() },

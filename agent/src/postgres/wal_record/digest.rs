@@ -67,7 +67,7 @@ pub struct SegmentDigest {
     pub parameter_changes: Vec<(Lsn, Option<WalLevel>)>,
     /// Where full_page_writes was turned off: no backup from a standby spans such a place.
     pub full_page_writes_off: Option<Lsn>,
-    /// The pages that the records which end here change; `None` if that is not known of all of them.
+    /// The pages that the valid records which end here change; `None` if that is not known of all of them.
     pub changed_blocks: Option<ChangedBlocks>,
     pub records: u64,
     /// Records that are proven by their checksum, but not made as their headers say. Never seen in PostgreSQL's WAL.
@@ -142,7 +142,7 @@ impl SegmentScan {
             _ => u32::try_from(decoder.valid_end().saturating_sub(place.start).min(fed)).unwrap_or(size),
         };
         findings.close();
-        if decoder.began_headless() || !end.is_complete() {
+        if decoder.began_headless() {
             findings.changes.give_up();
         }
         SegmentDigest {

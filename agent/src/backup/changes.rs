@@ -1,0 +1,233 @@
+//! Gathers what changed since the parent backup: from the archive, where each segment has its changed blocks beside it,
+//! and for what is not archived yet from `pg_wal`.
+//!
+//! The answer covers all WAL between the two starts or is none at all. A page that it does not name is in the data
+//! directory as the parent has it: at its own start the parent's server had every earlier change on disk (a backup
+//! begins with a checkpoint), and a page that changed while the parent was being copied is named.
+
+use std::collections::BTreeSet;
+use std::ops::RangeInclusive;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use futures::stream::{self, StreamExt, TryStreamExt};
+use walfleet_repository::backup::commit::Parent;
+use walfleet_repository::format::changed_blocks::ChangedBlocks;
+use walfleet_repository::format::manifest::Manifest;
+use walfleet_repository::postgres::{
+    HistoryError, Lsn, Segment, SegmentSize, SystemId, Timeline, TimelineHistory, WalBranch,
+};
+use walfleet_repository::wal_archive::{ArchiveError, WalArchive};
+
+use crate::backup::spare::Since;
+use crate::postgres::wal_record::{COMPLETION_SPACING, Carry, SegmentPlace, WalError, digest_segment};
+use crate::wal::ship::{ShipError, Shipper};
+
+/// Sidecars asked for at once.
+const REQUESTS: usize = 16;
+
+/// A segment's header page begins with this much that is no record (SizeOfXLogLongPHD, src/include/access/xlog_internal.h).
+const LONG_PAGE_HEADER: u64 = 40;
+
+/// Why everything has to be read.
+#[derive(Debug, thiserror::Error)]
+pub enum Unproven {
+    #[error("the parent backup was taken of another system or another WAL segment size")]
+    OtherSystem,
+    #[error("data checksums were turned on or off since the parent backup")]
+    Checksums,
+    #[error("the parent backup ends at {stop}, and this one begins at {start}")]
+    ParentAhead { stop: Lsn, start: Lsn },
+    #[error("the parent backup's timeline {0} is not in this server's history, or was left before the backup's end")]
+    OtherHistory(Timeline),
+    #[error("the changes of WAL segment {0} are not known")]
+    Segment(String),
+    #[error(transparent)]
+    Branch(#[from] ShipError),
+    #[error(transparent)]
+    Archive(#[from] ArchiveError),
+    #[error("read {path}: {source}")]
+    Read { path: PathBuf, source: std::io::Error },
+    #[error("read {path}: {source}")]
+    Wal { path: PathBuf, source: WalError },
+    #[error("timeline {timeline}: {source}")]
+    History { timeline: Timeline, source: HistoryError },
+}
+
+/// What is known of the time since the parent.
+pub struct Known {
+    pub since: Since,
+    /// Files to be read whole all the same.
+    pub distrusted: BTreeSet<Vec<u8>>,
+}
+
+/// A backup that begins.
+pub struct Beginning<'a> {
+    pub shipper: &'a Shipper,
+    pub archive: &'a WalArchive,
+    pub data_dir: &'a Path,
+    pub wal: WalBranch,
+    pub segment_size: SegmentSize,
+    pub start_lsn: Lsn,
+    pub data_checksums: bool,
+}
+
+/// What a backup may take from its parent unread; `None`, with the reason in the log: nothing.
+pub async fn known(parent: &Parent, now: &Beginning<'_>, blocks_per_segment: u32) -> Option<Known> {
+    let (manifest, reference) = (&parent.reader.manifest, &parent.backup.reference);
+    let named: usize = manifest.damaged_pages.iter().map(|damaged| damaged.blocks.len()).sum();
+    if reference.damaged_page_count > named as u64 {
+        tracing::info!(parent = %reference.backup, "everything is read: the parent found more damaged pages than it names");
+        return None;
+    }
+    match since(manifest, now).await {
+        Ok(changed) => {
+            tracing::info!(parent = %reference.backup, pages = changed.block_count(), "only what changed is read");
+            let since = Since { changed: Arc::new(changed), block_bytes: manifest.block_bytes, blocks_per_segment };
+            // A page that was damaged then may be in order now, and no WAL would tell.
+            let distrusted = manifest.damaged_pages.iter().map(|damaged| damaged.path.clone().into_bytes()).collect();
+            Some(Known { since, distrusted })
+        }
+        Err(reason) => {
+            tracing::info!(parent = %reference.backup, "everything is read: {reason}");
+            None
+        }
+    }
+}
+
+/// The pages that any WAL between the parent's start and this backup's changes.
+pub async fn since(parent: &Manifest, now: &Beginning<'_>) -> Result<ChangedBlocks, Unproven> {
+    if parent.wal.system_id != now.wal.system_id || parent.segment_size != now.segment_size {
+        return Err(Unproven::OtherSystem);
+    }
+    // pg_checksums changes every page and logs none (src/bin/pg_checksums/pg_checksums.c).
+    if parent.data_checksums != now.data_checksums {
+        return Err(Unproven::Checksums);
+    }
+    // Otherwise a page of the parent's could be from after this backup's end.
+    if parent.stop_lsn > now.start_lsn {
+        return Err(Unproven::ParentAhead { stop: parent.stop_lsn, start: now.start_lsn });
+    }
+    let lineage = lineage(parent, now).await?;
+    let mut total = ChangedBlocks::default();
+    let mut local = Vec::new();
+    let wanted = segments(parent.start_lsn, now.start_lsn, now.segment_size).map(|number| {
+        // A timeline's first segment begins with its parent's records up to the switch.
+        let end = Segment { timeline: Timeline::FIRST, number }.end(now.segment_size).min(now.start_lsn);
+        let of = lineage.iter().rev().find(|(_, begin)| *begin < end).map_or(parent.wal, |(wal, _)| *wal);
+        (of, Segment { timeline: of.timeline, number })
+    });
+    let answers = stream::iter(wanted).map(|(wal, segment)| async move {
+        match now.archive.changed_blocks(wal, segment, now.segment_size).await {
+            Ok(changes) => Ok((segment, changes)),
+            Err(error) if error.is_not_found() => Ok((segment, None)),
+            Err(error) => Err(Unproven::from(error)),
+        }
+    });
+    let mut answers = answers.buffered(REQUESTS);
+    while let Some((segment, changes)) = answers.try_next().await? {
+        match changes {
+            Some(changes) => total.absorb(&changes),
+            None => local.push(segment),
+        }
+    }
+    let (folder, size, system_id, until) =
+        (now.data_dir.join("pg_wal"), now.segment_size, now.wal.system_id, now.start_lsn);
+    let read = tokio::task::spawn_blocking(move || {
+        let mut reader = LocalWal { folder, size, system_id, last: None };
+        for segment in local {
+            total.absorb(&reader.changes(segment, until)?);
+        }
+        Ok(total)
+    });
+    read.await.unwrap_or_else(|_| Err(Unproven::Segment("that was being read".to_owned())))
+}
+
+/// The timelines from the parent's to the present one, each with where it begins.
+async fn lineage(parent: &Manifest, now: &Beginning<'_>) -> Result<Vec<(WalBranch, Lsn)>, Unproven> {
+    let other = || Unproven::OtherHistory(parent.wal.timeline);
+    if parent.wal == now.wal {
+        return Ok(vec![(now.wal, Lsn(0))]);
+    }
+    let timeline = now.wal.timeline;
+    if parent.wal.timeline >= timeline {
+        return Err(other());
+    }
+    let path = now.data_dir.join("pg_wal").join(timeline.history_name());
+    let content = tokio::fs::read(&path).await.map_err(|source| Unproven::Read { path, source })?;
+    let history =
+        TimelineHistory::parse(timeline, &content).map_err(|source| Unproven::History { timeline, source })?;
+    let mut result = Vec::new();
+    let mut begin = Lsn(0);
+    for (ancestor, left_at) in history.ancestors {
+        if ancestor >= parent.wal.timeline {
+            result.push((now.shipper.branch(ancestor).await?, begin));
+        }
+        // Left before the backup's end: the backup may have pages that this server never had.
+        if ancestor == parent.wal.timeline && left_at < parent.stop_lsn {
+            return Err(other());
+        }
+        begin = left_at;
+    }
+    result.push((now.wal, begin));
+    match result.first() {
+        Some((first, _)) if *first == parent.wal => Ok(result),
+        _ => Err(other()),
+    }
+}
+
+/// Numbers of the segments with records that begin before `end`, from the one that holds `start`.
+fn segments(start: Lsn, end: Lsn, size: SegmentSize) -> RangeInclusive<u64> {
+    let bytes = u64::from(size.bytes());
+    let last = end.0.saturating_sub(LONG_PAGE_HEADER + 1) / bytes;
+    start.0 / bytes..=last
+}
+
+/// WAL that lies in `pg_wal`, read in order.
+struct LocalWal {
+    folder: PathBuf,
+    size: SegmentSize,
+    system_id: SystemId,
+    /// What leads out of the segment read last.
+    last: Option<(Segment, Carry)>,
+}
+
+impl LocalWal {
+    /// What the segment's records change, at least those that begin before `until`.
+    fn changes(&mut self, segment: Segment, until: Lsn) -> Result<ChangedBlocks, Unproven> {
+        let path = self.folder.join(segment.file_name(self.size));
+        let unknown = || Unproven::Segment(segment.file_name(self.size));
+        let last = self.last.take().filter(|(last, _)| last.number + 1 == segment.number);
+        let carry = last.map(|(_, carry)| carry).or_else(|| self.carry_into(segment));
+        let bytes = std::fs::read(&path).map_err(|source| Unproven::Read { path: path.clone(), source })?;
+        let digest = digest_segment(self.place(segment), carry, COMPLETION_SPACING, &bytes);
+        let digest = digest.map_err(|source| Unproven::Wal { path, source })?;
+        let valid_end = segment.start(self.size).checked_add(u64::from(digest.valid_bytes)).unwrap_or(Lsn(0));
+        if !digest.end.is_complete() && valid_end < until {
+            return Err(unknown());
+        }
+        let changes = digest.changed_blocks.ok_or_else(unknown)?;
+        self.last = digest.carry.map(|carry| (segment, carry));
+        Ok(changes)
+    }
+
+    fn place(&self, segment: Segment) -> SegmentPlace {
+        SegmentPlace {
+            start: segment.start(self.size),
+            size: self.size,
+            timeline: segment.timeline,
+            system_id: Some(self.system_id),
+        }
+    }
+
+    /// What leads into the segment, from its predecessor, if that is still there. At a timeline's beginning that is of the
+    /// timeline before.
+    fn carry_into(&self, segment: Segment) -> Option<Carry> {
+        let number = segment.number.checked_sub(1)?;
+        (Timeline::FIRST.0..=segment.timeline.0).rev().find_map(|timeline| {
+            let previous = Segment { timeline: Timeline(timeline), number };
+            let bytes = std::fs::read(self.folder.join(previous.file_name(self.size))).ok()?;
+            digest_segment(self.place(previous), None, COMPLETION_SPACING, &bytes).ok()?.carry
+        })
+    }
+}

@@ -1,0 +1,516 @@
+//! The thread that walks: hands out what has to be read, and puts together what came of it, in list order.
+
+use std::collections::{BTreeSet, VecDeque};
+use std::fs::File;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, SyncSender};
+
+use bytes::Bytes;
+use tokio::runtime::Handle;
+use tokio_util::sync::CancellationToken;
+use walfleet_repository::backup::file_list::{FileListWriter, PlacedContent, PlacedFile, PlacedKind, PlacedOverlay};
+use walfleet_repository::backup::read::{BackupReader, ParentFiles};
+use walfleet_repository::backup::write::{PackSession, PlacedSlot, WriteError};
+use walfleet_repository::format::file_map::{ChunkPlace, FileMap, SLOT_BYTES, Slot};
+use walfleet_repository::format::manifest::{Content, EntryKind, FileEntry};
+
+use super::{CopyError, CopyReport, CopySpec, Done, FileJob, Work, small_content};
+use crate::backup::pages::{PagesJob, PagesResult};
+use crate::backup::scan::{Omitted, OmittedReason, Scan, Scanned, ScannedFile, ScannedKind};
+use crate::backup::spare::{FileChanges, ReadPlan, Since};
+use crate::backup::stretch::{StretchError, StretchJob, StretchResult};
+use crate::progress::Progress;
+
+/// Slots of one stretch: 32 MiB, the unit that threads share. Small enough that the last one does not leave a thread
+/// alone for long, large enough that handing out costs nothing.
+const STRETCH_SLOTS: usize = 256;
+
+/// Files that may be under way: what the assembler has to hold back while a large file is being read.
+const FILES_UNDER_WAY: usize = 16_384;
+
+/// Small files are handed out together, up to this many bytes or files.
+const BATCH_BYTES: u64 = 4 << 20;
+const BATCH_FILES: usize = 256;
+
+/// Entries left out that the log names.
+const OMITTED_TOLD: u64 = 20;
+
+/// What is known of a file that the parent has, too.
+struct Known {
+    parent_size: u64,
+    parent_crc32c: Option<u32>,
+    content: Content,
+    changes: FileChanges,
+}
+
+/// A file under way, in list order.
+struct UnderWay {
+    file: ScannedFile,
+    state: FileState,
+}
+
+enum FileState {
+    Directory,
+    Small(Option<StretchResult>),
+    Stretches {
+        parts: Vec<Option<StretchResult>>,
+        missing: usize,
+        parent: Option<ChunkPlace>,
+    },
+    /// The parent has most of it, in the map that lies at this place.
+    Pages {
+        job: Arc<PagesJob>,
+        map: ChunkPlace,
+        result: Option<PagesResult>,
+    },
+    /// The parent has all of it.
+    Known(PlacedKind),
+    Vanished,
+}
+
+impl UnderWay {
+    fn is_done(&self) -> bool {
+        match &self.state {
+            FileState::Directory | FileState::Known(_) | FileState::Vanished => true,
+            FileState::Small(result) => result.is_some(),
+            FileState::Stretches { missing, .. } => *missing == 0,
+            FileState::Pages { result, .. } => result.is_some(),
+        }
+    }
+}
+
+pub(super) struct Walk<'a> {
+    session: &'a Arc<PackSession>,
+    since: Option<&'a Since>,
+    distrusted: &'a BTreeSet<Vec<u8>>,
+    progress: &'a Progress,
+    parent_files: Option<ParentFiles>,
+    parent: Option<Arc<BackupReader>>,
+    list: FileListWriter,
+    runtime: &'a Handle,
+    done: Receiver<Done>,
+    under_way: VecDeque<UnderWay>,
+    /// The number of the first file under way.
+    first: u64,
+    batch: Vec<(u64, FileJob)>,
+    batch_bytes: u64,
+    threads_left: usize,
+    pub(super) failure: Option<CopyError>,
+    report: CopyReport,
+}
+
+impl<'a> Walk<'a> {
+    pub(super) fn new(
+        session: &'a Arc<PackSession>,
+        spec: &'a CopySpec,
+        runtime: &'a Handle,
+        progress: &'a Progress,
+        done: Receiver<Done>,
+    ) -> Walk<'a> {
+        let parent_parts = spec.parent.as_ref().map_or(&[][..], |parent| &parent.manifest.file_list);
+        Walk {
+            session,
+            since: spec.since.as_ref(),
+            distrusted: &spec.distrusted,
+            progress,
+            list: FileListWriter::new(session.clone(), parent_parts),
+            parent_files: spec.parent.clone().map(ParentFiles::new),
+            parent: spec.parent.clone(),
+            runtime,
+            done,
+            under_way: VecDeque::new(),
+            first: 0,
+            batch: Vec::new(),
+            batch_bytes: 0,
+            threads_left: spec.threads.max(1),
+            failure: None,
+            report: CopyReport::default(),
+        }
+    }
+
+    pub(super) fn run(
+        &mut self,
+        scan: Scan,
+        work: SyncSender<Work>,
+        cancel: &CancellationToken,
+    ) -> Result<(), CopyError> {
+        for scanned in scan {
+            if cancel.is_cancelled() {
+                return Err(CopyError::Cancelled);
+            }
+            match scanned? {
+                Scanned::File(file) => self.hand_out(file, &work)?,
+                Scanned::Omitted(omitted) => self.note_omitted(&omitted),
+            }
+            self.collect(Wait::No)?;
+            while self.under_way.len() >= FILES_UNDER_WAY {
+                self.send_batch(&work)?;
+                self.collect(Wait::Yes)?;
+            }
+        }
+        self.send_batch(&work)?;
+        drop(work);
+        while self.threads_left > 0 {
+            self.collect(Wait::Yes)?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn finish(self, read_bytes: u64) -> Result<CopyReport, CopyError> {
+        if !self.under_way.is_empty() {
+            return Err(CopyError::ThreadLost);
+        }
+        let (file_list, file_count) = self.list.finish()?;
+        Ok(CopyReport { file_list, file_count, read_bytes, ..self.report })
+    }
+
+    fn hand_out(&mut self, file: ScannedFile, work: &SyncSender<Work>) -> Result<(), CopyError> {
+        let number = self.first + self.under_way.len() as u64;
+        if file.kind == ScannedKind::Directory {
+            self.under_way.push_back(UnderWay { file, state: FileState::Directory });
+            return Ok(());
+        }
+        let parent = self.parent_entry(&file);
+        let file = match parent.as_ref().and_then(|parent| self.changes(&file, parent)) {
+            Some(known) => match self.hand_out_changes(number, file, known, work)? {
+                None => return Ok(()),
+                Some(file) => file,
+            },
+            None => file,
+        };
+        let parent_content = parent.and_then(|entry| match entry.kind {
+            EntryKind::File { content, .. } => Some(content),
+            EntryKind::Directory => None,
+        });
+        if file.size <= u64::from(SLOT_BYTES) {
+            let parent = match parent_content {
+                Some(Content::Chunk(place)) => Some(place),
+                _ => None,
+            };
+            self.batch_bytes += file.size;
+            self.batch.push((number, FileJob { file: file.clone(), parent }));
+            self.under_way.push_back(UnderWay { file, state: FileState::Small(None) });
+            if self.batch_bytes >= BATCH_BYTES || self.batch.len() >= BATCH_FILES {
+                self.send_batch(work)?;
+            }
+            return Ok(());
+        }
+        let parent = match parent_content {
+            Some(Content::Map(place)) => Some(place),
+            _ => None,
+        };
+        self.hand_out_stretches(number, file, parent, work)
+    }
+
+    fn hand_out_stretches(
+        &mut self,
+        number: u64,
+        file: ScannedFile,
+        parent: Option<ChunkPlace>,
+        work: &SyncSender<Work>,
+    ) -> Result<(), CopyError> {
+        let Some(open) = self.open(&file)? else {
+            self.under_way.push_back(UnderWay { file, state: FileState::Vanished });
+            return Ok(());
+        };
+        let map = parent.as_ref().and_then(|place| self.parent_map(&file, place));
+        let slots = file.size.div_ceil(u64::from(SLOT_BYTES)) as usize;
+        let count = slots.div_ceil(STRETCH_SLOTS);
+        let state = FileState::Stretches { parts: (0..count).map(|_| None).collect(), missing: count, parent };
+        self.under_way.push_back(UnderWay { file: file.clone(), state });
+        for part in 0..count {
+            let from = part * STRETCH_SLOTS;
+            let to = (from + STRETCH_SLOTS).min(slots);
+            let known = map.as_ref().and_then(|map| map.slots.get(from..to.min(map.slots.len())));
+            let job = StretchJob {
+                file: open.clone(),
+                path: file.absolute.clone(),
+                kind: file.kind,
+                size: file.size,
+                part,
+                first_slot: from,
+                slots: to - from,
+                parent: known.map_or_else(Vec::new, <[Slot]>::to_vec),
+            };
+            self.send(Work::Stretch { number, job }, work)?;
+        }
+        Ok(())
+    }
+
+    /// What changed in a file since the parent; `None`: it is not known, or nothing is there to compare with.
+    fn changes(&self, file: &ScannedFile, parent: &FileEntry) -> Option<Known> {
+        let ScannedKind::Relation(relation) = &file.kind else { return None };
+        let EntryKind::File { size, crc32c, content } = parent.kind else { return None };
+        if self.distrusted.contains(&file.path) {
+            return None;
+        }
+        let changes = self.since?.changes_of(relation)?;
+        Some(Known { parent_size: size, parent_crc32c: crc32c, content, changes })
+    }
+
+    /// Takes from the parent what did not change. The file comes back if it has to be read whole.
+    fn hand_out_changes(
+        &mut self,
+        number: u64,
+        file: ScannedFile,
+        known: Known,
+        work: &SyncSender<Work>,
+    ) -> Result<Option<ScannedFile>, CopyError> {
+        let is_untouched = known.parent_size == file.size && known.changes.is_untouched(file.size);
+        let content = match known.content {
+            Content::Empty if is_untouched => Some(PlacedContent::Empty),
+            Content::Zero if is_untouched => Some(PlacedContent::Zero),
+            Content::Chunk(place) if is_untouched => self.session.adopt(&place).map(PlacedContent::Chunk),
+            Content::Map(place) => return self.hand_out_pages(number, file, (place, known), work),
+            _ => None,
+        };
+        let Some(content) = content else { return Ok(Some(file)) };
+        self.progress.add(file.size);
+        let kind = PlacedKind::File { size: file.size, crc32c: known.parent_crc32c, content };
+        self.under_way.push_back(UnderWay { file, state: FileState::Known(kind) });
+        Ok(None)
+    }
+
+    fn hand_out_pages(
+        &mut self,
+        number: u64,
+        file: ScannedFile,
+        (place, known): (ChunkPlace, Known),
+        work: &SyncSender<Work>,
+    ) -> Result<Option<ScannedFile>, CopyError> {
+        let Some(parent) = self.parent_map(&file, &place) else { return Ok(Some(file)) };
+        let plan = ReadPlan::new(&parent, file.size, &known.changes, |chunk| self.session.adopt(chunk).is_some());
+        if plan.bytes(SLOT_BYTES) >= file.size / 2 {
+            return Ok(Some(file));
+        }
+        if plan.is_empty() && known.parent_size == file.size {
+            self.progress.add(file.size);
+            let crc32c = known.parent_crc32c;
+            let kind = self.composed(&parent, &plan, file.size, place, crc32c, PagesResult::default())?;
+            self.under_way.push_back(UnderWay { file, state: FileState::Known(kind) });
+            return Ok(None);
+        }
+        let Some(open) = self.open(&file)? else {
+            self.under_way.push_back(UnderWay { file, state: FileState::Vanished });
+            return Ok(None);
+        };
+        self.progress.add(file.size.saturating_sub(plan.bytes(SLOT_BYTES)));
+        let job = Arc::new(PagesJob {
+            file: open,
+            path: file.absolute.clone(),
+            kind: file.kind,
+            size: file.size,
+            parent: Arc::new(parent),
+            plan,
+        });
+        self.under_way
+            .push_back(UnderWay { file, state: FileState::Pages { job: job.clone(), map: place, result: None } });
+        self.send(Work::Pages { number, job }, work)?;
+        Ok(None)
+    }
+
+    /// A file of the parent's slots and overlays and of what was read.
+    fn composed(
+        &mut self,
+        parent: &FileMap,
+        plan: &ReadPlan,
+        size: u64,
+        map: ChunkPlace,
+        crc32c: Option<u32>,
+        read: PagesResult,
+    ) -> Result<PlacedKind, CopyError> {
+        let lost = || WriteError::Parent("a chunk that was at hand is not any more".to_owned());
+        let mut slots = Vec::with_capacity(size.div_ceil(u64::from(SLOT_BYTES)) as usize);
+        let mut anew = read.slots.into_iter().peekable();
+        for number in 0..slots.capacity() {
+            slots.push(match anew.next_if(|(slot, _)| *slot as usize == number) {
+                Some((_, slot)) => slot,
+                None => match parent.slots.get(number) {
+                    Some(Slot::Chunk(place)) => PlacedSlot::Chunk(self.session.adopt(place).ok_or_else(lost)?),
+                    Some(Slot::Zero) => PlacedSlot::Zero,
+                    None => return Err(lost().into()),
+                },
+            });
+        }
+        let kept = plan.kept_overlays(parent, size).into_iter().map(|overlay| {
+            let chunk = self.session.adopt(&overlay.chunk).ok_or_else(lost)?;
+            Ok(PlacedOverlay { chunk, pages: overlay.pages })
+        });
+        let mut overlays = kept.collect::<Result<Vec<_>, WriteError>>()?;
+        overlays.extend(read.overlays);
+        self.report.has_overlays |= !overlays.is_empty();
+        let content = PlacedContent::Slots { slot_bytes: SLOT_BYTES, slots, overlays, parent: Some(map) };
+        Ok(PlacedKind::File { size, crc32c, content })
+    }
+
+    /// `None` if it is gone: dropped while the backup runs, as WAL replay drops it, too.
+    fn open(&self, file: &ScannedFile) -> Result<Option<Arc<File>>, StretchError> {
+        match File::open(&file.absolute) {
+            Ok(open) => Ok(Some(Arc::new(open))),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            Err(source) => Err(StretchError::Open { path: file.absolute.clone(), source }),
+        }
+    }
+
+    /// The parent's map of a file. Without it, or with another slot size, nothing is compared and everything is stored.
+    fn parent_map(&self, file: &ScannedFile, place: &ChunkPlace) -> Option<FileMap> {
+        let map = self.runtime.block_on(self.parent.as_ref()?.file_map(place));
+        let readable = map.map_err(|error| {
+            tracing::warn!(path = %file.absolute.display(), "the parent's map of this file does not read: {error}");
+        });
+        readable.ok().filter(|map| map.slot_bytes == SLOT_BYTES)
+    }
+
+    fn parent_entry(&mut self, file: &ScannedFile) -> Option<FileEntry> {
+        let Some(files) = &mut self.parent_files else { return None };
+        match self.runtime.block_on(files.find(&file.path)) {
+            Ok(entry) => entry,
+            Err(error) => {
+                tracing::warn!("the parent's file list does not read, and all that follows is stored anew: {error}");
+                self.parent_files = None;
+                None
+            }
+        }
+    }
+
+    fn send_batch(&mut self, work: &SyncSender<Work>) -> Result<(), CopyError> {
+        if self.batch.is_empty() {
+            return Ok(());
+        }
+        self.batch_bytes = 0;
+        let batch = std::mem::take(&mut self.batch);
+        self.send(Work::Files(batch), work)
+    }
+
+    fn send(&mut self, item: Work, work: &SyncSender<Work>) -> Result<(), CopyError> {
+        if work.send(item).is_err() {
+            // All threads are gone; one of them said why.
+            while self.threads_left > 0 {
+                self.collect(Wait::Yes)?;
+            }
+            return Err(CopyError::ThreadLost);
+        }
+        Ok(())
+    }
+
+    /// Takes in what threads have finished and passes on files that are complete, in order.
+    fn collect(&mut self, wait: Wait) -> Result<(), CopyError> {
+        let mut next = match wait {
+            Wait::Yes => self.done.recv().ok(),
+            Wait::No => self.done.try_recv().ok(),
+        };
+        if next.is_none() && wait == Wait::Yes {
+            return Err(CopyError::ThreadLost);
+        }
+        while let Some(done) = next {
+            self.take_in(done)?;
+            next = self.done.try_recv().ok();
+        }
+        while self.under_way.front().is_some_and(UnderWay::is_done) {
+            if let Some(file) = self.under_way.pop_front() {
+                self.first += 1;
+                self.pass_on(file)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn take_in(&mut self, done: Done) -> Result<(), CopyError> {
+        let (number, result) = match done {
+            Done::Stretch { number, result } | Done::File { number, result } => (number, Some(result)),
+            Done::Vanished { number } => (number, None),
+            Done::Pages { number, result: read } => {
+                let Some(FileState::Pages { result, .. }) = self.under_way_at(number) else {
+                    return Err(CopyError::ThreadLost);
+                };
+                *result = Some(read);
+                return Ok(());
+            }
+            Done::Ended => {
+                self.threads_left -= 1;
+                return Ok(());
+            }
+            Done::Failed(error) => {
+                self.threads_left -= 1;
+                self.failure.get_or_insert(error);
+                return Err(CopyError::ThreadLost);
+            }
+        };
+        let Some(state) = self.under_way_at(number) else { return Err(CopyError::ThreadLost) };
+        match (state, result) {
+            (state @ FileState::Small(_), None) => *state = FileState::Vanished,
+            (FileState::Small(slot), Some(result)) => *slot = Some(result),
+            (FileState::Stretches { parts, missing, .. }, Some(result)) => {
+                if let Some(part) = parts.get_mut(result.part) {
+                    *part = Some(result);
+                    *missing -= 1;
+                }
+            }
+            _ => return Err(CopyError::ThreadLost),
+        }
+        Ok(())
+    }
+
+    fn under_way_at(&mut self, number: u64) -> Option<&mut FileState> {
+        let index = usize::try_from(number.checked_sub(self.first)?).ok()?;
+        self.under_way.get_mut(index).map(|file| &mut file.state)
+    }
+
+    fn pass_on(&mut self, done: UnderWay) -> Result<(), CopyError> {
+        let UnderWay { file, state } = done;
+        let kind = match state {
+            FileState::Vanished => return Ok(()),
+            FileState::Directory => PlacedKind::Directory,
+            FileState::Known(kind) => kind,
+            FileState::Pages { job, map, result } => {
+                let result = result.ok_or(CopyError::ThreadLost)?;
+                self.report.damage.add(&file.path, &result.bad_pages);
+                self.composed(&job.parent, &job.plan, job.size, map, None, result)?
+            }
+            FileState::Small(result) => {
+                let result = result.ok_or(CopyError::ThreadLost)?;
+                self.report.damage.add(&file.path, &result.bad_pages);
+                small_content(&file, &result)
+            }
+            FileState::Stretches { parts, parent, .. } => {
+                let (mut slots, mut crc32c) = (Vec::new(), 0);
+                for result in parts {
+                    let result = result.ok_or(CopyError::ThreadLost)?;
+                    self.report.damage.add(&file.path, &result.bad_pages);
+                    crc32c = crc32c::crc32c_combine(crc32c, result.crc32c, result.bytes as usize);
+                    slots.extend(result.slots);
+                }
+                let content = PlacedContent::Slots { slot_bytes: SLOT_BYTES, slots, overlays: Vec::new(), parent };
+                PlacedKind::File { size: file.size, crc32c: Some(crc32c), content }
+            }
+        };
+        if let PlacedKind::File { size, .. } = kind {
+            self.report.cluster_bytes += size;
+        }
+        let placed = PlacedFile { path: Bytes::from(file.path), mode: file.mode, mtime_us: file.mtime_us, kind };
+        Ok(self.list.push(placed)?)
+    }
+
+    /// Tells the first few; a folder full of links is one mistake.
+    fn note_omitted(&mut self, omitted: &Omitted) {
+        self.report.omitted += 1;
+        if self.report.omitted > OMITTED_TOLD {
+            return;
+        }
+        let path = String::from_utf8_lossy(&omitted.path);
+        match &omitted.reason {
+            OmittedReason::Link { target } => {
+                tracing::warn!(%path, target = %target.display(), "a symbolic link is not in the backup, nor what it leads to");
+            }
+            OmittedReason::NotATablespace => tracing::warn!(%path, "not a tablespace, and not in the backup"),
+            OmittedReason::SpecialFile => tracing::info!(%path, "a socket, pipe or device is not in the backup"),
+            OmittedReason::LostAndFound => {}
+        }
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Wait {
+    Yes,
+    No,
+}
