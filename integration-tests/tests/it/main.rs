@@ -4,6 +4,7 @@ mod admission;
 mod bad_input;
 mod barrier;
 mod branches;
+mod chains;
 mod crashes;
 mod damage;
 mod failover;

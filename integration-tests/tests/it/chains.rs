@@ -1,0 +1,160 @@
+//! Backups that read only what changed: whatever a server did since the parent, each one restores to the very files that
+//! the server has, byte for byte.
+//!
+//! Chance chooses what is done, from a seed that is printed: `WALFLEET_SEED=7` repeats a run, `WALFLEET_ROUNDS=20`
+//! makes the chains longer.
+
+mod changes;
+mod files;
+
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
+use serde_json::Value;
+use walfleet_integration_tests::fleet::standalone::{CLUSTER, Restored};
+use walfleet_integration_tests::fleet::{Place, Standalone};
+use walfleet_integration_tests::postgres::fingerprint::Fingerprint;
+use walfleet_integration_tests::postgres::{PgVersion, judge};
+use walfleet_integration_tests::scratch::in_scratch;
+
+use changes::Writer;
+use files::must_be_the_same;
+
+#[test]
+fn postgresql_13_restores_from_every_link_of_a_chain() {
+    chain(13, &[]);
+}
+
+/// Without checksums hint bits are not in the WAL; and here both strategies of CREATE DATABASE are at hand.
+#[test]
+fn postgresql_15_restores_from_every_link_of_a_chain() {
+    chain(15, &["--no-data-checksums", "--wal-segsize=1"]);
+}
+
+#[test]
+fn postgresql_18_restores_from_every_link_of_a_chain() {
+    chain(18, &["--wal-segsize=4"]);
+}
+
+/// What happens between two backups.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Round {
+    Busy,
+    Nothing,
+    Crash,
+    Restart,
+}
+
+impl Round {
+    /// Quiet rounds come often enough that chains of spared files form.
+    fn of(number: u32) -> Round {
+        match number % 8 {
+            2 => Round::Nothing,
+            4 => Round::Crash,
+            6 => Round::Restart,
+            _ => Round::Busy,
+        }
+    }
+}
+
+fn from_environment(name: &str) -> Option<u64> {
+    std::env::var(name).ok()?.parse().ok()
+}
+
+fn chain(major: u32, initdb: &[&str]) {
+    let seed = from_environment("WALFLEET_SEED").unwrap_or_else(rand::random);
+    let rounds = from_environment("WALFLEET_ROUNDS").unwrap_or(8) as u32;
+    eprintln!("WALFLEET_SEED={seed} WALFLEET_ROUNDS={rounds} on PostgreSQL {major}");
+    in_scratch(|scratch| {
+        let host = Standalone::start_with(scratch, &PgVersion::of(major)?, Place::folder(scratch)?, initdb)?;
+        let mut links = Links { writer: Writer::new(host, StdRng::seed_from_u64(seed))?, kept: None, last: None };
+        for number in 0..rounds {
+            let round = Round::of(number);
+            links
+                .round(number, round)
+                .map_err(|error| error.context(format!("seed {seed}, round {number} ({round:?})")))?;
+        }
+        links.end()
+    });
+}
+
+struct Links {
+    writer: Writer,
+    /// An early link, and what was restored of it.
+    kept: Option<(String, Restored)>,
+    last: Option<Restored>,
+}
+
+impl Links {
+    fn round(&mut self, number: u32, round: Round) -> anyhow::Result<()> {
+        match round {
+            Round::Busy => {
+                for _ in 0..self.writer.rng.random_range(1..=6) {
+                    let done = self.writer.change()?;
+                    eprintln!("round {number}: {done}");
+                }
+            }
+            Round::Nothing => {}
+            Round::Crash => self.writer.crash()?,
+            Round::Restart => self.writer.host.server.restart()?,
+        }
+        let host = &self.writer.host;
+        let report = host.backup()?;
+        let bytes = |name: &str| report[name].as_u64().unwrap_or_default();
+        let (read, all) = (bytes("read_bytes"), bytes("cluster_bytes"));
+        eprintln!("round {number}: {round:?}, read {read} of {all} bytes, stored {}", bytes("stored_bytes"));
+        anyhow::ensure!(report["damaged_pages"] == 0, "pages are found damaged: {report}");
+        // What is always read: free space and visibility maps, and what is no relation.
+        anyhow::ensure!(number == 0 || round == Round::Busy || read < all / 4, "little is spared: {report}");
+        let id = report["id"].as_str().unwrap_or_default().to_owned();
+        let restored = host.restore(&format!("restored-{number}"), &["--latest", "--backup", &id])?;
+        must_equal_the_source(host, &report, &restored)?;
+        match self.last.replace(restored) {
+            Some(link) if self.kept.is_none() && number > 1 => self.kept = Some((previous_of(&report)?, link)),
+            Some(link) => remove(&link)?,
+            None => {}
+        }
+        Ok(())
+    }
+
+    fn end(self) -> anyhow::Result<()> {
+        let Links { writer: Writer { host, .. }, kept, last } = self;
+        let expected = Fingerprint::take(&host.server.session()?)?;
+        host.archive_all()?;
+        let last = last.expect("there was a round");
+        judge::verify_backup(host.server.version(), &last.data_dir)?;
+        let mut server = host.server_of(&last, false)?;
+        server.start()?;
+        server.wait_until_writable()?;
+        Fingerprint::take(&server.session()?)?.must_equal(&expected)?;
+        judge::check_relations(&server)?;
+        drop(server);
+        let mut words = vec!["verify".to_owned()];
+        words.extend(host.place.flags(&host.key_file));
+        words.extend(["--cluster", CLUSTER, "--deep"].map(str::to_owned));
+        host.run(&words)?.ok()?;
+        let Some((id, link)) = kept else { return Ok(()) };
+        let again = host.restore("again", &["--latest", "--backup", &id])?;
+        files::all_must_be_equal(&link.data_dir, &again.data_dir)?;
+        let mut server = host.server_of(&again, false)?;
+        server.start()?;
+        server.wait_until_writable()?;
+        Fingerprint::take(&server.session()?)?.must_equal(&expected)
+    }
+}
+
+/// The server is idle since the backup's own checkpoint: its files on disk are what was backed up.
+fn must_equal_the_source(host: &Standalone, report: &Value, restored: &Restored) -> anyhow::Result<()> {
+    let start = report["start_lsn"].as_str().unwrap_or_default().parse()?;
+    let checksums = host.server.session()?.value("SHOW data_checksums")? == "on";
+    must_be_the_same(host.server.data_dir(), &restored.data_dir, start, checksums)
+}
+
+fn previous_of(report: &Value) -> anyhow::Result<String> {
+    let parent = report["parents"][0].as_str().map(str::to_owned);
+    parent.ok_or_else(|| anyhow::anyhow!("the backup has no parent: {report}"))
+}
+
+fn remove(restored: &Restored) -> anyhow::Result<()> {
+    std::fs::remove_dir_all(&restored.data_dir)?;
+    Ok(std::fs::remove_dir_all(format!("{}.fast", restored.data_dir.display()))?)
+}
