@@ -1,9 +1,11 @@
 //! Gathers what changed since the parent backup: from the archive, where each segment has its changed blocks beside it,
-//! and for what is not archived yet from `pg_wal`.
+//! and for what is not archived yet from the WAL itself ([`unnoted`]).
 //!
 //! The answer covers all WAL between the two starts or is none at all. A page that it does not name is in the data
 //! directory as the parent has it: at its own start the parent's server had every earlier change on disk (a backup
 //! begins with a checkpoint), and a page that changed while the parent was being copied is named.
+
+mod unnoted;
 
 use std::collections::BTreeSet;
 use std::ops::RangeInclusive;
@@ -14,14 +16,13 @@ use futures::stream::{self, StreamExt, TryStreamExt};
 use walfleet_repository::backup::commit::Parent;
 use walfleet_repository::format::changed_blocks::ChangedBlocks;
 use walfleet_repository::format::manifest::Manifest;
-use walfleet_repository::postgres::{
-    HistoryError, Lsn, Segment, SegmentSize, SystemId, Timeline, TimelineHistory, WalBranch,
-};
+use walfleet_repository::postgres::{HistoryError, Lsn, Segment, SegmentSize, Timeline, TimelineHistory, WalBranch};
 use walfleet_repository::wal_archive::{ArchiveError, WalArchive};
 
 use crate::backup::spare::Since;
-use crate::postgres::wal_record::{COMPLETION_SPACING, Carry, SegmentPlace, WalError, digest_segment};
+use crate::postgres::wal_record::WalError;
 use crate::wal::ship::{ShipError, Shipper};
+use unnoted::Unnoted;
 
 /// Sidecars asked for at once.
 const REQUESTS: usize = 16;
@@ -110,37 +111,31 @@ pub async fn since(parent: &Manifest, now: &Beginning<'_>) -> Result<ChangedBloc
     }
     let lineage = lineage(parent, now).await?;
     let mut total = ChangedBlocks::default();
-    let mut local = Vec::new();
+    let mut unnoted = Vec::new();
     let wanted = segments(parent.start_lsn, now.start_lsn, now.segment_size).map(|number| {
-        // A timeline's first segment begins with its parent's records up to the switch.
         let end = Segment { timeline: Timeline::FIRST, number }.end(now.segment_size).min(now.start_lsn);
-        let of = lineage.iter().rev().find(|(_, begin)| *begin < end).map_or(parent.wal, |(wal, _)| *wal);
+        let of = branch_at(&lineage, end).unwrap_or(parent.wal);
         (of, Segment { timeline: of.timeline, number })
     });
     let answers = stream::iter(wanted).map(|(wal, segment)| async move {
         match now.archive.changed_blocks(wal, segment, now.segment_size).await {
-            Ok(changes) => Ok((segment, changes)),
-            Err(error) if error.is_not_found() => Ok((segment, None)),
+            Ok(changes) => Ok((wal, segment, changes)),
+            Err(error) if error.is_not_found() => Ok((wal, segment, None)),
             Err(error) => Err(Unproven::from(error)),
         }
     });
     let mut answers = answers.buffered(REQUESTS);
-    while let Some((segment, changes)) = answers.try_next().await? {
+    while let Some((wal, segment, changes)) = answers.try_next().await? {
         match changes {
             Some(changes) => total.absorb(&changes),
-            None => local.push(segment),
+            None => unnoted.push((wal, segment)),
         }
     }
-    let (folder, size, system_id, until) =
-        (now.data_dir.join("pg_wal"), now.segment_size, now.wal.system_id, now.start_lsn);
-    let read = tokio::task::spawn_blocking(move || {
-        let mut reader = LocalWal { folder, size, system_id, last: None };
-        for segment in local {
-            total.absorb(&reader.changes(segment, until)?);
-        }
-        Ok(total)
-    });
-    read.await.unwrap_or_else(|_| Err(Unproven::Segment("that was being read".to_owned())))
+    let mut reader = Unnoted::new(now, &lineage);
+    for (wal, segment) in unnoted {
+        total.absorb(&reader.changes(wal, segment).await?);
+    }
+    Ok(total)
 }
 
 /// The timelines from the parent's to the present one, each with where it begins.
@@ -176,6 +171,12 @@ async fn lineage(parent: &Manifest, now: &Beginning<'_>) -> Result<Vec<(WalBranc
     }
 }
 
+/// The timeline that wrote what ends at `end`. A timeline's first segment begins with its parent's records up to the
+/// switch, and is wanted with them.
+fn branch_at(lineage: &[(WalBranch, Lsn)], end: Lsn) -> Option<WalBranch> {
+    lineage.iter().rev().find(|(_, begin)| *begin < end).or(lineage.first()).map(|(wal, _)| *wal)
+}
+
 /// Numbers of the segments with records that begin before `end`, from the one that holds `start`.
 fn segments(start: Lsn, end: Lsn, size: SegmentSize) -> RangeInclusive<u64> {
     let bytes = u64::from(size.bytes());
@@ -183,51 +184,5 @@ fn segments(start: Lsn, end: Lsn, size: SegmentSize) -> RangeInclusive<u64> {
     start.0 / bytes..=last
 }
 
-/// WAL that lies in `pg_wal`, read in order.
-struct LocalWal {
-    folder: PathBuf,
-    size: SegmentSize,
-    system_id: SystemId,
-    /// What leads out of the segment read last.
-    last: Option<(Segment, Carry)>,
-}
-
-impl LocalWal {
-    /// What the segment's records change, at least those that begin before `until`.
-    fn changes(&mut self, segment: Segment, until: Lsn) -> Result<ChangedBlocks, Unproven> {
-        let path = self.folder.join(segment.file_name(self.size));
-        let unknown = || Unproven::Segment(segment.file_name(self.size));
-        let last = self.last.take().filter(|(last, _)| last.number + 1 == segment.number);
-        let carry = last.map(|(_, carry)| carry).or_else(|| self.carry_into(segment));
-        let bytes = std::fs::read(&path).map_err(|source| Unproven::Read { path: path.clone(), source })?;
-        let digest = digest_segment(self.place(segment), carry, COMPLETION_SPACING, &bytes);
-        let digest = digest.map_err(|source| Unproven::Wal { path, source })?;
-        let valid_end = segment.start(self.size).checked_add(u64::from(digest.valid_bytes)).unwrap_or(Lsn(0));
-        if !digest.end.is_complete() && valid_end < until {
-            return Err(unknown());
-        }
-        let changes = digest.changed_blocks.ok_or_else(unknown)?;
-        self.last = digest.carry.map(|carry| (segment, carry));
-        Ok(changes)
-    }
-
-    fn place(&self, segment: Segment) -> SegmentPlace {
-        SegmentPlace {
-            start: segment.start(self.size),
-            size: self.size,
-            timeline: segment.timeline,
-            system_id: Some(self.system_id),
-        }
-    }
-
-    /// What leads into the segment, from its predecessor, if that is still there. At a timeline's beginning that is of the
-    /// timeline before.
-    fn carry_into(&self, segment: Segment) -> Option<Carry> {
-        let number = segment.number.checked_sub(1)?;
-        (Timeline::FIRST.0..=segment.timeline.0).rev().find_map(|timeline| {
-            let previous = Segment { timeline: Timeline(timeline), number };
-            let bytes = std::fs::read(self.folder.join(previous.file_name(self.size))).ok()?;
-            digest_segment(self.place(previous), None, COMPLETION_SPACING, &bytes).ok()?.carry
-        })
-    }
-}
+#[cfg(test)]
+mod tests;
