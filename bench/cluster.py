@@ -31,14 +31,14 @@ archive_command = 'true'
 include_if_exists = 'bench.conf'
 """
 
-# One row in each of 1 % of the pages, spread at random by the hash of the page's number.
+# One row in each of some percent of the pages, spread at random by the hash of the page's number.
 CHANGE = """
 UPDATE pgbench_accounts SET abalance = abalance + 1 WHERE aid IN (
   SELECT min(aid) FROM (SELECT aid, (ctid::text::point)[0]::bigint AS page FROM pgbench_accounts) AS at
-   WHERE abs(hashint8(page + {salt})) % 100 = 0 GROUP BY page);
+   WHERE abs(hashint8(page + {salt})) % 100 < {percent} GROUP BY page);
 UPDATE documents SET title = reverse(title) WHERE id IN (
   SELECT min(id) FROM (SELECT id, (ctid::text::point)[0]::bigint AS page FROM documents) AS at
-   WHERE abs(hashint8(page + {salt})) % 100 = 0 GROUP BY page);
+   WHERE abs(hashint8(page + {salt})) % 100 < {percent} GROUP BY page);
 CHECKPOINT;
 """
 
@@ -156,10 +156,14 @@ class Cluster:
         except BenchError as error:
             raise BenchError(f"{error}\n{timed.tail(self.log)}") from None
 
-    def change(self, salt: int) -> float:
-        """Changes 1 % of the pages; the share that really changed, indexes included."""
+    def change(self, salt: int, percent: int = 1):
+        """Changes so many of the tables' pages."""
+        self.query(CHANGE.format(salt=salt, percent=percent))
+
+    def measured_change(self, salt: int) -> float:
+        """Changes 1 % of the tables' pages; the share of all pages that really changed, indexes included."""
         before = self.query("CHECKPOINT;\nSELECT pg_current_wal_lsn()")
-        self.query(CHANGE.format(salt=salt))
+        self.change(salt)
         high, low = (int(part, 16) for part in before.split("/"))
         return changed_pages(self.data / "base", high << 32 | low)
 

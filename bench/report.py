@@ -27,7 +27,10 @@ class Measured:
 
 @dataclass
 class Report:
+    """Written anew with each row, so that a run that is stopped has told what it saw."""
+
     machine: dict
+    folder: Path
     settings: dict
     versions: dict = field(default_factory=dict)
     rows: list[dict] = field(default_factory=list)
@@ -43,12 +46,13 @@ class Report:
             "samples": {"ours": [round(value, 3) for value in ours.values],
                         "peer": [round(value, 3) for value in peer.values]},
             "disturbed": ours.disturbed() or peer.disturbed()})
+        self.write()
 
     def missed(self) -> list[str]:
         return [row["name"] for row in self.rows if row["met"] is False]
 
-    def write(self, folder: Path) -> Path:
-        path = folder / "report.json"
+    def write(self) -> Path:
+        path = self.folder / "report.json"
         document = {"rows": self.rows, "machine": self.machine, "versions": self.versions, "settings": self.settings,
                     "runs": self.runs, "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
         path.write_text(json.dumps(document, indent=2) + "\n")
@@ -56,14 +60,15 @@ class Report:
 
     def table(self) -> str:
         """Markdown, so that it can be pasted into docs/performance.md as it is."""
-        lines = ["| row | walfleet | peer | unit | ratio | bar | |", "|---|--:|--:|---|--:|--:|---|"]
+        lines = ["| row | walfleet | peer | unit | beside | ratio | bar | |", "|---|--:|--:|---|---|--:|--:|---|"]
         for row in self.rows:
             verdict = {None: "", True: "met", False: "**missed**"}[row["met"]]
             if row["disturbed"]:
                 verdict = f"{verdict} (disturbed)".strip()
             bar = "" if row["bar"] is None else f"≤ {row['bar']:.2f}"
             ratio = "–" if row["ratio"] is None else f"{row['ratio']:.2f}"
-            lines.append(f"| {row['name']} | {number(row['ours'])} | {number(row['peer'])} | {row['unit']} | {ratio} "
+            lines.append(f"| {row['name']} | {number(row['ours'])} | {number(row['peer'])} | {row['unit']} "
+                         f"| {row['peer_name']} | {ratio} "
                          f"| {bar} | {verdict} |")
         return "\n".join(lines)
 

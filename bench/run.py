@@ -43,12 +43,12 @@ def measure(args) -> int:
     began = time.monotonic()
     place = Place(args.quick)
     place.make(args.agent)
-    report = Report(machine.facts(), settings={"quick": args.quick, "samples": place.sizes.samples})
+    report = Report(machine.facts(), place.report, settings={"quick": args.quick, "samples": place.sizes.samples})
     report.versions["revision"] = walfleet.revision(PROJECT)
     for area in [args.area] if args.area else AREAS:
         AREAS[area](place, report, args.pgbackrest)
     report.settings["took_seconds"] = round(time.monotonic() - began)
-    path = report.write(place.report)
+    path = report.write()
     versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
     print(f"\n{report.machine['cpu']}, {report.machine['cores']} cores · {versions} · "
           f"{report.settings['cluster_bytes'] / 1e9:.2f} GB\n\n{report.table()}\n\nwritten to {path}")

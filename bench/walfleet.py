@@ -95,7 +95,7 @@ class Walfleet:
         return [self.agent, "backup", "--config", self.configuration, "--cluster", CLUSTER, "--fast"]
 
     def next_backup(self) -> list:
-        return self.full_backup()
+        return self.full_backup()  # there is but one kind
 
     def prepare_restore(self):
         shutil.rmtree(self.restored, ignore_errors=True)

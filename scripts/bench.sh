@@ -19,6 +19,7 @@ if [ -z "$agent" ]; then
   nice cargo build --release --quiet -p walfleet-agent
   agent=${CARGO_TARGET_DIR:-target}/release/walfleet-agent
 fi
+command -v zstd >/dev/null || apt-get -qq -y install zstd >/dev/null
 pgbackrest=${WALFLEET_BENCH_PGBACKREST:-}
 [ -n "$pgbackrest" ] || pgbackrest=$(bench/get_pgbackrest.sh "$work/pgbackrest")
 

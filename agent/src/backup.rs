@@ -63,6 +63,8 @@ pub struct BackupRequest {
     /// The scheduled run it serves.
     pub run: Option<String>,
     pub pace: CheckpointPace,
+    /// Reads every file whole for proof that nothing changes past the WAL.
+    pub read_all: bool,
     pub compression_level: i32,
     pub processes: u32,
     /// Ships what the archive still lacks when the backup ends.
@@ -294,6 +296,7 @@ async fn take(
         stored_bytes,
         new_packs,
         store_requests: 0,
+        unexplained_slots: copied.unexplained_slots,
     };
     let damage = std::mem::take(&mut copied.damage).judge(stop.stop_lsn);
     damage.tell();
@@ -330,15 +333,14 @@ async fn copy_files(
                 segment_size: facts.wal_segment_size,
                 start_lsn,
                 data_checksums: facts.data_checksums,
+                read_all: request.read_all,
             };
             changes::known(parent, &beginning, blocks_per_segment).await
         }
         None => None,
     };
-    let (since, distrusted) = known.map(|known| (known.since, known.distrusted)).unzip();
     let spec = CopySpec {
-        since,
-        distrusted: distrusted.unwrap_or_default(),
+        known,
         threads: request.processes.max(1) as usize,
         pages: PageCheck {
             rules: PageRules {

@@ -155,6 +155,9 @@ pub struct BackupArgs {
     /// An immediate checkpoint instead of a spread one.
     #[arg(long)]
     pub fast: bool,
+    /// Read every file whole, and hold what the WAL says did not change against the parent backup.
+    #[arg(long)]
+    pub read_all: bool,
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=64))]
     pub processes: Option<u32>,
     #[arg(long, value_parser = clap::value_parser!(i32).range(1..=19))]
@@ -182,9 +185,12 @@ pub struct RestoreArgs {
     pub cluster: ClusterName,
     #[command(flatten)]
     pub target: target::TargetArgs,
-    /// Where to: an empty or new folder.
+    /// Where to: an empty or new folder, or with --delta a copy of the cluster.
     #[arg(long, value_name = "FOLDER")]
     pub data_dir: PathBuf,
+    /// Over a copy of the same cluster: keep what is right, fetch the rest, remove what the backup does not have.
+    #[arg(long)]
+    pub delta: bool,
     /// A tablespace's old location (or oid) and its new one; may be repeated.
     #[arg(long = "tablespace", value_name = "OLD=NEW", value_parser = key_value)]
     pub tablespaces: Vec<(String, String)>,

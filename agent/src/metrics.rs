@@ -67,6 +67,7 @@ pub struct Metrics {
     backup_new_bytes: OfClusters,
     backup_stored_bytes: OfClusters,
     damaged_pages: OfClusters,
+    unexplained_slots: OfClusters,
 }
 
 impl Metrics {
@@ -95,6 +96,11 @@ impl Metrics {
             of_clusters("last_backup_new_bytes", "Bytes that the last backup had to store anew, plain");
         let backup_stored_bytes = of_clusters("last_backup_stored_bytes", "Bytes that the last backup stored");
         let damaged_pages = of_clusters("last_backup_damaged_pages", "Pages with a wrong checksum in the last backup");
+
+        let unexplained_slots = of_clusters(
+            "last_backup_unexplained_slots",
+            "Slots read for proof in the last backup that differed from its parent's though no WAL says so",
+        );
 
         let (link_up, certificate_expiry, running_jobs) = (Gauge::default(), Gauge::default(), Gauge::default());
         registry.register("link_up", "1 while linked to the controller", link_up.clone());
@@ -130,6 +136,7 @@ impl Metrics {
             backup_new_bytes,
             backup_stored_bytes,
             damaged_pages,
+            unexplained_slots,
         })
     }
 
@@ -180,6 +187,7 @@ impl JobObserver for Metrics {
             Self::set(&self.backup_new_bytes, &backup.cluster, backup.new_bytes as f64);
             Self::set(&self.backup_stored_bytes, &backup.cluster, backup.stored_bytes as f64);
             Self::set(&self.damaged_pages, &backup.cluster, backup.damaged_pages as f64);
+            Self::set(&self.unexplained_slots, &backup.cluster, backup.unexplained_slots as f64);
         }
     }
 }

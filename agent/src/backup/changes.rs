@@ -7,7 +7,6 @@
 
 mod unnoted;
 
-use std::collections::BTreeSet;
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -19,7 +18,7 @@ use walfleet_repository::format::manifest::Manifest;
 use walfleet_repository::postgres::{HistoryError, Lsn, Segment, SegmentSize, Timeline, TimelineHistory, WalBranch};
 use walfleet_repository::wal_archive::{ArchiveError, WalArchive};
 
-use crate::backup::spare::Since;
+use crate::backup::spare::{Known, Proof, Since};
 use crate::postgres::wal_record::WalError;
 use crate::wal::ship::{ShipError, Shipper};
 use unnoted::Unnoted;
@@ -55,13 +54,6 @@ pub enum Unproven {
     History { timeline: Timeline, source: HistoryError },
 }
 
-/// What is known of the time since the parent.
-pub struct Known {
-    pub since: Since,
-    /// Files to be read whole all the same.
-    pub distrusted: BTreeSet<Vec<u8>>,
-}
-
 /// A backup that begins.
 pub struct Beginning<'a> {
     pub shipper: &'a Shipper,
@@ -71,6 +63,8 @@ pub struct Beginning<'a> {
     pub segment_size: SegmentSize,
     pub start_lsn: Lsn,
     pub data_checksums: bool,
+    /// Every file is due for proof.
+    pub read_all: bool,
 }
 
 /// What a backup may take from its parent unread; `None`, with the reason in the log: nothing.
@@ -85,9 +79,13 @@ pub async fn known(parent: &Parent, now: &Beginning<'_>, blocks_per_segment: u32
         Ok(changed) => {
             tracing::info!(parent = %reference.backup, pages = changed.block_count(), "only what changed is read");
             let since = Since { changed: Arc::new(changed), block_bytes: manifest.block_bytes, blocks_per_segment };
-            // A page that was damaged then may be in order now, and no WAL would tell.
             let distrusted = manifest.damaged_pages.iter().map(|damaged| damaged.path.clone().into_bytes()).collect();
-            Some(Known { since, distrusted })
+            let proof = Proof {
+                since_us: if now.read_all { i64::MIN } else { manifest.started_at_us },
+                until_us: jiff::Timestamp::now().as_microsecond(),
+                compares: now.data_checksums,
+            };
+            Some(Known { since, distrusted, proof })
         }
         Err(reason) => {
             tracing::info!(parent = %reference.backup, "everything is read: {reason}");

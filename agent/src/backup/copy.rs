@@ -10,9 +10,10 @@
 //!
 //! Memory is the packs under way plus a fixed number of files, whatever the size of the cluster.
 
+mod compose;
+mod proof;
 mod walk;
 
-use std::collections::BTreeSet;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{self, Receiver};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -27,7 +28,7 @@ use walfleet_repository::format::file_map::ChunkPlace;
 use crate::backup::damage::DamageLog;
 use crate::backup::pages::{PagesJob, PagesResult};
 use crate::backup::scan::{Scan, ScanError, ScannedFile};
-use crate::backup::spare::Since;
+use crate::backup::spare::Known;
 use crate::backup::stretch::{self, PageCheck, ReadCounters, StretchError, StretchJob, StretchResult};
 use crate::progress::Progress;
 use walk::Walk;
@@ -52,9 +53,7 @@ pub struct CopySpec {
     pub pages: PageCheck,
     pub parent: Option<Arc<BackupReader>>,
     /// What changed since the parent; `None`: everything is read.
-    pub since: Option<Since>,
-    /// Files that are read whole all the same: the parent found damage in them.
-    pub distrusted: BTreeSet<Vec<u8>>,
+    pub known: Option<Known>,
 }
 
 /// What was copied.
@@ -69,6 +68,8 @@ pub struct CopyReport {
     pub omitted: u64,
     /// Some file has pages laid over its slots.
     pub has_overlays: bool,
+    /// Slots read for proof that were other than the parent's though no WAL says so.
+    pub unexplained_slots: u64,
 }
 
 /// Copies everything that the scan yields. Blocks; call it off the runtime's own threads, with `runtime` at hand for

@@ -29,7 +29,7 @@ use super::scan::{Scan, ScanSpec};
 use super::stretch::PageCheck;
 use crate::postgres::page::PageRules;
 use crate::progress::Progress;
-use crate::restore::write::FileSink;
+use crate::restore::sink::FileSink;
 
 struct Ground {
     folder: tempfile::TempDir,
@@ -97,8 +97,7 @@ async fn back_up(ground: &Ground, data_dir: &Path) -> (CommittedBackup, CopyRepo
     let scan = ScanSpec { data_dir: data_dir.to_owned(), major: 18, catalog_version: 1, without_content: Vec::new() };
     let rules = PageRules { block_bytes: 8192, checksums: true, start_lsn: Lsn(1 << 40), end_lsn: Lsn(1 << 41) };
     let spec = CopySpec {
-        since: None,
-        distrusted: Default::default(),
+        known: None,
         threads: 2,
         pages: PageCheck { rules, blocks_per_segment: 131_072 },
         parent: parent.map(|parent| parent.reader),

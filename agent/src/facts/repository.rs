@@ -213,5 +213,6 @@ fn summary_of(reference: &ReferencePart, state: BackupState) -> BackupReport {
         damaged_pages: reference.damaged_page_count,
         state,
         store_requests: reference.counters.store_requests,
+        unexplained_slots: reference.counters.unexplained_slots,
     }
 }

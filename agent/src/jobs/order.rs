@@ -84,6 +84,8 @@ pub struct BackupOrder {
     /// The scheduled run this serves; for a backup on demand, the job's id.
     pub run: String,
     pub checkpoint: Checkpoint,
+    /// Reads every file whole for proof.
+    pub read_all: bool,
     /// zstd level, 1 to 19; `None`: the agent's default.
     pub compression_level: Option<i32>,
     pub processes: Option<u32>,

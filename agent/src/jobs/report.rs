@@ -52,6 +52,9 @@ pub struct BackupReport {
     pub damaged_pages: u64,
     pub state: BackupState,
     pub store_requests: u64,
+    /// Slots that were other than the parent's though no WAL says so.
+    #[serde(default)]
+    pub unexplained_slots: u64,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -150,6 +153,7 @@ mod tests {
             damaged_pages: 0,
             state: BackupState::Committed,
             store_requests: 1,
+            unexplained_slots: 0,
         });
         let text = serde_json::to_string(&report).unwrap();
         for part in

@@ -82,6 +82,7 @@ fn order(job: &str, fencing_token: u64, cluster: &str) -> JobOrder {
             repository: "main".into(),
             run: job.into(),
             checkpoint: Checkpoint::Spread,
+            read_all: false,
             compression_level: None,
             processes: None,
         }),

@@ -77,6 +77,7 @@ impl HostWork {
                 Checkpoint::Fast => CheckpointPace::Fast,
                 Checkpoint::Spread => CheckpointPace::Spread,
             },
+            read_all: order.read_all,
             compression_level: order.compression_level.unwrap_or(cluster.compression_level),
             processes: order.processes.unwrap_or(cluster.processes),
             shipper: shipper.map_err(archiving)?,
@@ -92,8 +93,8 @@ impl HostWork {
         progress: &Progress,
         cancel: &CancellationToken,
     ) -> Result<Report, Failure> {
-        if order.delta || order.standby {
-            let message = "this agent restores to an empty directory and to a primary only";
+        if order.standby {
+            let message = "this agent restores to a primary only";
             return Err(Failure::new("restore.unsupported", ExitCode::Refused, Remedy::Operator, message));
         }
         let access = self.access()?;
@@ -107,6 +108,7 @@ impl HostWork {
             target: order.target.clone(),
             data_dir: order.data_dir.clone(),
             tablespaces: order.tablespaces.clone(),
+            delta: order.delta,
             backup: order.backup.clone(),
             start: order.start,
             keep_archiving: order.keep_archiving,

@@ -50,6 +50,7 @@ fn backup_order(order: proto::BackupOrder) -> Result<BackupOrder, WireError> {
         repository: BACKUP.text("repository", order.repository)?,
         run: BACKUP.text("run", order.run)?,
         checkpoint: if order.fast_checkpoint { Checkpoint::Fast } else { Checkpoint::Spread },
+        read_all: order.read_all,
         compression_level: Some(order.compression_level).filter(|level| *level != 0),
         processes: Some(order.processes).filter(|processes| *processes != 0),
     })

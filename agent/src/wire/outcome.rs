@@ -98,6 +98,7 @@ pub(super) fn backup_summary(backup: &BackupReport) -> recovery::BackupSummary {
         damaged_pages: backup.damaged_pages,
         state: backup.state.name().to_owned(),
         store_requests: backup.store_requests,
+        unexplained_slots: backup.unexplained_slots,
     }
 }
 

@@ -60,7 +60,11 @@ impl Api {
         };
         self.create(NewJob {
             cluster: cluster.name.clone(),
-            work: Work::Backup(BackupWork { fast_checkpoint: !wanted.spread_checkpoint, ..work }),
+            work: Work::Backup(BackupWork {
+                fast_checkpoint: !wanted.spread_checkpoint,
+                read_all: wanted.read_all,
+                ..work
+            }),
             on,
             requested_by: peer.name.to_string(),
             run: None,

@@ -61,4 +61,6 @@ pub struct BackupSummary {
     /// "committed" or "expired".
     pub state: String,
     pub store_requests: u64,
+    #[serde(default)]
+    pub unexplained_slots: u64,
 }

@@ -38,6 +38,8 @@ impl JobKind {
 pub struct BackupWork {
     pub repository: String,
     pub fast_checkpoint: bool,
+    #[serde(default)]
+    pub read_all: bool,
     pub compression_level: Option<i32>,
     pub processes: Option<u32>,
 }

@@ -136,5 +136,6 @@ async fn summary(
         damaged_pages: part.damaged_page_count,
         state: "committed".to_owned(),
         store_requests: part.counters.store_requests,
+        unexplained_slots: part.counters.unexplained_slots,
     })
 }

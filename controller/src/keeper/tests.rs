@@ -93,6 +93,7 @@ impl Room {
             work: Work::Backup(BackupWork {
                 repository: "main".to_owned(),
                 fast_checkpoint: true,
+                read_all: false,
                 compression_level: None,
                 processes: None,
             }),

@@ -93,6 +93,7 @@ pub fn backup_work(cluster: &ClusterSeen<'_>) -> Option<BackupWork> {
     Some(BackupWork {
         repository: cluster.repository?.to_owned(),
         fast_checkpoint: backup.is_some_and(|backup| backup.fast_checkpoint),
+        read_all: false,
         compression_level: backup.and_then(|backup| backup.compression_level),
         processes: backup.and_then(|backup| backup.processes),
     })

@@ -44,6 +44,7 @@ fn backup_out(job: &Job, work: &BackupWork) -> pb::BackupOrder {
         repository: work.repository.clone(),
         run: job.run.as_ref().map_or_else(|| job.id.to_string(), |run| run.to_string()),
         fast_checkpoint: work.fast_checkpoint,
+        read_all: work.read_all,
         compression_level: work.compression_level.unwrap_or_default(),
         processes: work.processes.unwrap_or_default(),
     }

@@ -93,6 +93,7 @@ pub fn backup_in(backup: pb::BackupSummary) -> Result<BackupSummary, WireError> 
         damaged_pages: backup.damaged_pages,
         state: bounded(backup.state),
         store_requests: backup.store_requests,
+        unexplained_slots: backup.unexplained_slots,
     })
 }
 
@@ -116,6 +117,7 @@ pub fn backup_out(backup: &BackupSummary) -> pb::BackupSummary {
         damaged_pages: backup.damaged_pages,
         state: backup.state.clone(),
         store_requests: backup.store_requests,
+        unexplained_slots: backup.unexplained_slots,
     }
 }
 

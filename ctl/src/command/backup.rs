@@ -36,6 +36,9 @@ pub struct StartArgs {
     /// Spread the checkpoint over time instead of making it at once: slower, easier on the disks
     #[arg(long)]
     spread_checkpoint: bool,
+    /// Read every file whole, and hold what the WAL says did not change against the backup before.
+    #[arg(long)]
+    read_all: bool,
     #[command(flatten)]
     wait: WaitArgs,
 }
@@ -68,7 +71,7 @@ impl BackupCommand {
         match self {
             BackupCommand::Start(args) => {
                 let client = session.client().await?;
-                let job = client.start_backup(&args.name, &args.on, args.spread_checkpoint).await?;
+                let job = client.start_backup(&args.name, &args.on, args.spread_checkpoint, args.read_all).await?;
                 started(session, &client, job, &args.wait).await
             }
             BackupCommand::List { name } => {

@@ -32,6 +32,7 @@ pub struct Backup {
     pub parents: Vec<String>,
     pub damaged_pages: u64,
     pub store_requests: u64,
+    pub unexplained_slots: u64,
 }
 
 impl Backup {
@@ -60,6 +61,10 @@ impl View for Backup {
             0 => "none found".to_owned(),
             number => Ink::Bad.on(&format!("{number}: the server's own pages fail their checksums")),
         };
+        let unexplained = match self.unexplained_slots {
+            0 => String::new(),
+            number => Ink::Bad.on(&format!("{number} slots of 128 KiB changed though no WAL says so")),
+        };
         let server = self.server_version.as_ref().map(|version| format!("PostgreSQL {version}, ")).unwrap_or_default();
         page.pairs(&[
             ("started", page.when(self.started_at)),
@@ -73,6 +78,7 @@ impl View for Backup {
             ("new", size(self.new_bytes)),
             ("stored", format!("{} in {} requests", size(self.stored_bytes), self.store_requests)),
             ("damaged pages", damage),
+            ("unexplained", unexplained),
             ("compared with", self.parents.join("\n")),
         ]);
     }

@@ -45,11 +45,18 @@ impl Client {
         JobsClient::new(self.transport()).max_decoding_message_size(LARGEST_ANSWER)
     }
 
-    pub async fn start_backup(&self, cluster: &str, agent: &str, spread: bool) -> Result<Job, CallError> {
+    pub async fn start_backup(
+        &self,
+        cluster: &str,
+        agent: &str,
+        spread: bool,
+        read_all: bool,
+    ) -> Result<Job, CallError> {
         let message = proto::StartBackupRequest {
             cluster: cluster.to_owned(),
             agent: agent.to_owned(),
             spread_checkpoint: spread,
+            read_all,
             idempotency_key: fresh_key(),
         };
         let attempt = || async { self.jobs().start_backup(self.request(message.clone())).await };

@@ -33,6 +33,7 @@ impl From<proto::BackupSummary> for Backup {
             parents: wire.parents,
             damaged_pages: wire.damaged_pages,
             store_requests: wire.store_requests,
+            unexplained_slots: wire.unexplained_slots,
         }
     }
 }

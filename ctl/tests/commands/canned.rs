@@ -39,6 +39,7 @@ pub fn backup() -> BackupSummary {
         damaged_pages: 0,
         state: "committed".to_owned(),
         store_requests: 412,
+        unexplained_slots: 0,
     }
 }
 

@@ -119,3 +119,37 @@ fn a_damaged_page_is_counted_and_the_backup_goes_on() {
         Ok(())
     });
 }
+
+#[test]
+fn what_changes_past_the_wal_is_found_when_everything_is_read() {
+    in_scratch(|scratch| {
+        scratch.allow_log("ERROR");
+        let mut host = Standalone::start(scratch, &PgVersion::newest()?, Place::folder(scratch)?)?;
+        let words = ["backup", "--cluster", CLUSTER, "--fast", "--read-all"];
+        let session = host.server.session()?;
+        let file = host.server.data_dir().join(session.value("SELECT pg_relation_filepath('pgbench_accounts')")?);
+        session.execute("CHECKPOINT")?;
+        let former = std::fs::read(&file)?;
+        session.execute("UPDATE pgbench_accounts SET abalance = 7 WHERE ctid = '(100,1)'")?;
+        host.backup()?;
+        let quiet = host.agent.json(&words)?;
+        assert_eq!(quiet["unexplained_slots"], 0, "{quiet}");
+        assert_eq!(quiet["read_bytes"], quiet["cluster_bytes"], "{quiet}");
+        drop(session);
+        // A page as it was, checksum and all: some tool brought back an old copy.
+        host.server.stop(Shutdown::Fast)?;
+        let mut bytes = std::fs::read(&file)?;
+        let page = 100 * 8192..101 * 8192;
+        assert_ne!(bytes[page.clone()], former[page.clone()]);
+        bytes[page.clone()].copy_from_slice(&former[page.clone()]);
+        std::fs::write(&file, &bytes)?;
+        host.server.start()?;
+        let spared = host.backup()?;
+        assert_eq!(spared["unexplained_slots"], 0, "nobody looked: {spared}");
+        let found = host.agent.json(&words)?;
+        assert_eq!(found["unexplained_slots"], 1, "{found}");
+        let after = host.agent.json(&words)?;
+        assert_eq!(after["unexplained_slots"], 0, "stored as it is now: {after}");
+        Ok(())
+    });
+}

@@ -85,6 +85,8 @@ pub struct Counters {
     pub stored_bytes: u64,
     pub new_packs: u64,
     pub store_requests: u64,
+    /// Slots that were other than the parent's though no WAL says so.
+    pub unexplained_slots: u64,
 }
 
 /// One file or directory of the backup.
@@ -273,6 +275,7 @@ impl Counters {
             stored_bytes: self.stored_bytes,
             new_packs: self.new_packs,
             store_requests: self.store_requests,
+            unexplained_slots: self.unexplained_slots,
         }
     }
 
@@ -285,6 +288,7 @@ impl Counters {
             stored_bytes: c.stored_bytes,
             new_packs: c.new_packs,
             store_requests: c.store_requests,
+            unexplained_slots: c.unexplained_slots,
         }
     }
 }

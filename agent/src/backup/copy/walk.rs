@@ -1,6 +1,6 @@
 //! The thread that walks: hands out what has to be read, and puts together what came of it, in list order.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::VecDeque;
 use std::fs::File;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender};
@@ -8,16 +8,18 @@ use std::sync::mpsc::{Receiver, SyncSender};
 use bytes::Bytes;
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
-use walfleet_repository::backup::file_list::{FileListWriter, PlacedContent, PlacedFile, PlacedKind, PlacedOverlay};
+use walfleet_repository::backup::file_list::{FileListWriter, PlacedContent, PlacedFile, PlacedKind};
 use walfleet_repository::backup::read::{BackupReader, ParentFiles};
-use walfleet_repository::backup::write::{PackSession, PlacedSlot, WriteError};
+use walfleet_repository::backup::write::PackSession;
 use walfleet_repository::format::file_map::{ChunkPlace, FileMap, SLOT_BYTES, Slot};
 use walfleet_repository::format::manifest::{Content, EntryKind, FileEntry};
 
+use super::compose::compose;
+use super::proof::Expected;
 use super::{CopyError, CopyReport, CopySpec, Done, FileJob, Work, small_content};
 use crate::backup::pages::{PagesJob, PagesResult};
 use crate::backup::scan::{Omitted, OmittedReason, Scan, Scanned, ScannedFile, ScannedKind};
-use crate::backup::spare::{FileChanges, ReadPlan, Since};
+use crate::backup::spare::{FileChanges, Known, ReadPlan};
 use crate::backup::stretch::{StretchError, StretchJob, StretchResult};
 use crate::progress::Progress;
 
@@ -36,7 +38,7 @@ const BATCH_FILES: usize = 256;
 const OMITTED_TOLD: u64 = 20;
 
 /// What is known of a file that the parent has, too.
-struct Known {
+struct KnownFile {
     parent_size: u64,
     parent_crc32c: Option<u32>,
     content: Content,
@@ -56,6 +58,7 @@ enum FileState {
         parts: Vec<Option<StretchResult>>,
         missing: usize,
         parent: Option<ChunkPlace>,
+        proof: Option<Expected>,
     },
     /// The parent has most of it, in the map that lies at this place.
     Pages {
@@ -81,8 +84,7 @@ impl UnderWay {
 
 pub(super) struct Walk<'a> {
     session: &'a Arc<PackSession>,
-    since: Option<&'a Since>,
-    distrusted: &'a BTreeSet<Vec<u8>>,
+    known: Option<&'a Known>,
     progress: &'a Progress,
     parent_files: Option<ParentFiles>,
     parent: Option<Arc<BackupReader>>,
@@ -110,8 +112,7 @@ impl<'a> Walk<'a> {
         let parent_parts = spec.parent.as_ref().map_or(&[][..], |parent| &parent.manifest.file_list);
         Walk {
             session,
-            since: spec.since.as_ref(),
-            distrusted: &spec.distrusted,
+            known: spec.known.as_ref(),
             progress,
             list: FileListWriter::new(session.clone(), parent_parts),
             parent_files: spec.parent.clone().map(ParentFiles::new),
@@ -171,12 +172,15 @@ impl<'a> Walk<'a> {
             return Ok(());
         }
         let parent = self.parent_entry(&file);
-        let file = match parent.as_ref().and_then(|parent| self.changes(&file, parent)) {
-            Some(known) => match self.hand_out_changes(number, file, known, work)? {
+        let known = parent.as_ref().and_then(|parent| self.changes(&file, parent));
+        let proof = self.known.map(|known| known.proof).filter(|proof| proof.is_due(&file.path));
+        let (file, changes) = match (known, proof) {
+            (Some(known), Some(proof)) => (file, proof.compares.then_some(known.changes)),
+            (Some(known), None) => match self.hand_out_changes(number, file, known, work)? {
                 None => return Ok(()),
-                Some(file) => file,
+                Some(file) => (file, None),
             },
-            None => file,
+            (None, _) => (file, None),
         };
         let parent_content = parent.and_then(|entry| match entry.kind {
             EntryKind::File { content, .. } => Some(content),
@@ -199,14 +203,14 @@ impl<'a> Walk<'a> {
             Some(Content::Map(place)) => Some(place),
             _ => None,
         };
-        self.hand_out_stretches(number, file, parent, work)
+        self.hand_out_stretches(number, file, (parent, changes), work)
     }
 
     fn hand_out_stretches(
         &mut self,
         number: u64,
         file: ScannedFile,
-        parent: Option<ChunkPlace>,
+        (parent, changes): (Option<ChunkPlace>, Option<FileChanges>),
         work: &SyncSender<Work>,
     ) -> Result<(), CopyError> {
         let Some(open) = self.open(&file)? else {
@@ -216,7 +220,8 @@ impl<'a> Walk<'a> {
         let map = parent.as_ref().and_then(|place| self.parent_map(&file, place));
         let slots = file.size.div_ceil(u64::from(SLOT_BYTES)) as usize;
         let count = slots.div_ceil(STRETCH_SLOTS);
-        let state = FileState::Stretches { parts: (0..count).map(|_| None).collect(), missing: count, parent };
+        let proof = map.clone().zip(changes).map(|(map, changes)| Expected { map, changes });
+        let state = FileState::Stretches { parts: (0..count).map(|_| None).collect(), missing: count, parent, proof };
         self.under_way.push_back(UnderWay { file: file.clone(), state });
         for part in 0..count {
             let from = part * STRETCH_SLOTS;
@@ -238,14 +243,12 @@ impl<'a> Walk<'a> {
     }
 
     /// What changed in a file since the parent; `None`: it is not known, or nothing is there to compare with.
-    fn changes(&self, file: &ScannedFile, parent: &FileEntry) -> Option<Known> {
+    fn changes(&self, file: &ScannedFile, parent: &FileEntry) -> Option<KnownFile> {
         let ScannedKind::Relation(relation) = &file.kind else { return None };
         let EntryKind::File { size, crc32c, content } = parent.kind else { return None };
-        if self.distrusted.contains(&file.path) {
-            return None;
-        }
-        let changes = self.since?.changes_of(relation)?;
-        Some(Known { parent_size: size, parent_crc32c: crc32c, content, changes })
+        let known = self.known.filter(|known| !known.distrusted.contains(&file.path))?;
+        let changes = known.since.changes_of(relation)?;
+        Some(KnownFile { parent_size: size, parent_crc32c: crc32c, content, changes })
     }
 
     /// Takes from the parent what did not change. The file comes back if it has to be read whole.
@@ -253,7 +256,7 @@ impl<'a> Walk<'a> {
         &mut self,
         number: u64,
         file: ScannedFile,
-        known: Known,
+        known: KnownFile,
         work: &SyncSender<Work>,
     ) -> Result<Option<ScannedFile>, CopyError> {
         let is_untouched = known.parent_size == file.size && known.changes.is_untouched(file.size);
@@ -275,7 +278,7 @@ impl<'a> Walk<'a> {
         &mut self,
         number: u64,
         file: ScannedFile,
-        (place, known): (ChunkPlace, Known),
+        (place, known): (ChunkPlace, KnownFile),
         work: &SyncSender<Work>,
     ) -> Result<Option<ScannedFile>, CopyError> {
         let Some(parent) = self.parent_map(&file, &place) else { return Ok(Some(file)) };
@@ -286,7 +289,8 @@ impl<'a> Walk<'a> {
         if plan.is_empty() && known.parent_size == file.size {
             self.progress.add(file.size);
             let crc32c = known.parent_crc32c;
-            let kind = self.composed(&parent, &plan, file.size, place, crc32c, PagesResult::default())?;
+            let content = compose(self.session, (&parent, place), &plan, file.size, PagesResult::default())?;
+            let kind = self.of_parent(file.size, crc32c, content);
             self.under_way.push_back(UnderWay { file, state: FileState::Known(kind) });
             return Ok(None);
         }
@@ -309,38 +313,9 @@ impl<'a> Walk<'a> {
         Ok(None)
     }
 
-    /// A file of the parent's slots and overlays and of what was read.
-    fn composed(
-        &mut self,
-        parent: &FileMap,
-        plan: &ReadPlan,
-        size: u64,
-        map: ChunkPlace,
-        crc32c: Option<u32>,
-        read: PagesResult,
-    ) -> Result<PlacedKind, CopyError> {
-        let lost = || WriteError::Parent("a chunk that was at hand is not any more".to_owned());
-        let mut slots = Vec::with_capacity(size.div_ceil(u64::from(SLOT_BYTES)) as usize);
-        let mut anew = read.slots.into_iter().peekable();
-        for number in 0..slots.capacity() {
-            slots.push(match anew.next_if(|(slot, _)| *slot as usize == number) {
-                Some((_, slot)) => slot,
-                None => match parent.slots.get(number) {
-                    Some(Slot::Chunk(place)) => PlacedSlot::Chunk(self.session.adopt(place).ok_or_else(lost)?),
-                    Some(Slot::Zero) => PlacedSlot::Zero,
-                    None => return Err(lost().into()),
-                },
-            });
-        }
-        let kept = plan.kept_overlays(parent, size).into_iter().map(|overlay| {
-            let chunk = self.session.adopt(&overlay.chunk).ok_or_else(lost)?;
-            Ok(PlacedOverlay { chunk, pages: overlay.pages })
-        });
-        let mut overlays = kept.collect::<Result<Vec<_>, WriteError>>()?;
-        overlays.extend(read.overlays);
-        self.report.has_overlays |= !overlays.is_empty();
-        let content = PlacedContent::Slots { slot_bytes: SLOT_BYTES, slots, overlays, parent: Some(map) };
-        Ok(PlacedKind::File { size, crc32c, content })
+    fn of_parent(&mut self, size: u64, crc32c: Option<u32>, content: PlacedContent) -> PlacedKind {
+        self.report.has_overlays |= matches!(&content, PlacedContent::Slots { overlays, .. } if !overlays.is_empty());
+        PlacedKind::File { size, crc32c, content }
     }
 
     /// `None` if it is gone: dropped while the backup runs, as WAL replay drops it, too.
@@ -465,20 +440,24 @@ impl<'a> Walk<'a> {
             FileState::Pages { job, map, result } => {
                 let result = result.ok_or(CopyError::ThreadLost)?;
                 self.report.damage.add(&file.path, &result.bad_pages);
-                self.composed(&job.parent, &job.plan, job.size, map, None, result)?
+                let content = compose(self.session, (&job.parent, map), &job.plan, job.size, result)?;
+                self.of_parent(job.size, None, content)
             }
             FileState::Small(result) => {
                 let result = result.ok_or(CopyError::ThreadLost)?;
                 self.report.damage.add(&file.path, &result.bad_pages);
                 small_content(&file, &result)
             }
-            FileState::Stretches { parts, parent, .. } => {
+            FileState::Stretches { parts, parent, proof, .. } => {
                 let (mut slots, mut crc32c) = (Vec::new(), 0);
                 for result in parts {
                     let result = result.ok_or(CopyError::ThreadLost)?;
                     self.report.damage.add(&file.path, &result.bad_pages);
                     crc32c = crc32c::crc32c_combine(crc32c, result.crc32c, result.bytes as usize);
                     slots.extend(result.slots);
+                }
+                if let Some(expected) = proof {
+                    self.note_strayed(&file, &expected.strayed(file.size, &slots, self.session));
                 }
                 let content = PlacedContent::Slots { slot_bytes: SLOT_BYTES, slots, overlays: Vec::new(), parent };
                 PlacedKind::File { size: file.size, crc32c: Some(crc32c), content }
@@ -489,6 +468,13 @@ impl<'a> Walk<'a> {
         }
         let placed = PlacedFile { path: Bytes::from(file.path), mode: file.mode, mtime_us: file.mtime_us, kind };
         Ok(self.list.push(placed)?)
+    }
+
+    fn note_strayed(&mut self, file: &ScannedFile, slots: &[usize]) {
+        let Some(first) = slots.first() else { return };
+        self.report.unexplained_slots += slots.len() as u64;
+        tracing::error!(path = %file.absolute.display(), slots = slots.len(), at = *first as u64 * u64::from(SLOT_BYTES),
+            "content changed since the parent backup though no WAL says so; it is stored as it is now");
     }
 
     /// Tells the first few; a folder full of links is one mistake.

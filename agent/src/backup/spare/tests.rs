@@ -128,7 +128,7 @@ proptest! {
 fn a_slot_that_would_be_mostly_laid_over_is_stored_whole() {
     let size = 2 * u64::from(SLOT_BYTES);
     let slots = vec![Slot::Chunk(place(0)), Slot::Chunk(place(1))];
-    let overlay = Overlay::of_chunk(place(2), 0..6);
+    let overlay = Overlay::of_chunk(place(2), 0..10);
     let parent = FileMap { slot_bytes: SLOT_BYTES, size, slots, overlays: vec![overlay] };
     let changes = |pages: &[u32]| FileChanges { cut_to: None, pages: pages.iter().copied().collect() };
     let plan = |pages: &[u32]| ReadPlan::new(&parent, size, &changes(pages), |_| true);
@@ -171,4 +171,23 @@ fn changes_of_a_relation_are_told_by_file() {
         wide.changes_of(&file(5, 16384, Fork::Main, 0)).unwrap().pages.iter().collect::<Vec<_>>(),
         [28, 29, 30, 31]
     );
+}
+
+#[test]
+fn every_file_is_due_for_proof_once_in_a_period() {
+    let day = 86_400_000_000i64;
+    let begin = 1_780_000_000_000_000i64;
+    for number in 0..200u32 {
+        let path = format!("base/5/{number}").into_bytes();
+        let due = |since_us, until_us| Proof { since_us, until_us, compares: true }.is_due(&path);
+        let days = (0..60).filter(|at| due(begin + at * day, begin + (at + 1) * day)).count();
+        assert_eq!(days, 2, "in sixty daily backups");
+        assert!(due(begin, begin + 30 * day) && !due(begin, begin) && due(i64::MIN, begin));
+    }
+    let is_due = |number: u32| {
+        let proof = Proof { since_us: begin, until_us: begin + day, compares: true };
+        proof.is_due(format!("base/5/{number}").as_bytes())
+    };
+    let share = (0..3000).filter(|number| is_due(*number)).count();
+    assert!((60..140).contains(&share), "about a thirtieth each day: {share}");
 }

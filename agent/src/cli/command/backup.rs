@@ -20,6 +20,7 @@ pub fn backup(args: BackupArgs) -> Result<(), Failure> {
             repository,
             run: job.to_string(),
             checkpoint: if args.fast { Checkpoint::Fast } else { Checkpoint::Spread },
+            read_all: args.read_all,
             compression_level: args.compression_level,
             processes: args.processes,
         };
@@ -47,5 +48,6 @@ fn table(report: &BackupReport) -> String {
         ("new", print::bytes(report.new_bytes)),
         ("stored", format!("{} in {} requests", print::bytes(report.stored_bytes), report.store_requests)),
         ("damaged pages", report.damaged_pages.to_string()),
+        ("unexplained", format!("{} slots changed past the WAL", report.unexplained_slots)),
     ])
 }

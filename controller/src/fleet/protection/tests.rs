@@ -72,6 +72,7 @@ fn healthy() -> InstanceObserved {
             damaged_pages: 0,
             state: "committed".to_owned(),
             store_requests: 0,
+            unexplained_slots: 0,
         }],
         problems: vec![],
         tablespaces: BTreeMap::new(),

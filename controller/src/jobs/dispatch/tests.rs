@@ -83,6 +83,7 @@ fn backup() -> Work {
     Work::Backup(BackupWork {
         repository: "main".to_owned(),
         fast_checkpoint: true,
+        read_all: false,
         compression_level: None,
         processes: None,
     })

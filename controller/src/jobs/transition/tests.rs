@@ -15,6 +15,7 @@ fn job(retries: u32) -> Job {
         work: Work::Backup(BackupWork {
             repository: "main".to_owned(),
             fast_checkpoint: true,
+            read_all: false,
             compression_level: None,
             processes: None,
         }),
