@@ -124,6 +124,7 @@ impl Host {
             segment_size: size(),
             start_lsn: Lsn(start),
             data_checksums: true,
+            read_all: false,
         }
     }
 
