@@ -334,6 +334,7 @@ async fn copy_files(
                 start_lsn,
                 data_checksums: facts.data_checksums,
                 read_all: request.read_all,
+                member: &request.member,
             };
             changes::known(parent, &beginning, blocks_per_segment).await
         }

@@ -65,6 +65,8 @@ pub struct Beginning<'a> {
     pub data_checksums: bool,
     /// Every file is due for proof.
     pub read_all: bool,
+    /// Who takes it.
+    pub member: &'a str,
 }
 
 /// What a backup may take from its parent unread; `None`, with the reason in the log: nothing.
@@ -83,7 +85,7 @@ pub async fn known(parent: &Parent, now: &Beginning<'_>, blocks_per_segment: u32
             let proof = Proof {
                 since_us: if now.read_all { i64::MIN } else { manifest.started_at_us },
                 until_us: jiff::Timestamp::now().as_microsecond(),
-                compares: now.data_checksums,
+                compares: now.data_checksums && manifest.member == now.member,
             };
             Some(Known { since, distrusted, proof })
         }

@@ -125,6 +125,7 @@ impl Host {
             start_lsn: Lsn(start),
             data_checksums: true,
             read_all: false,
+            member: "db1",
         }
     }
 
