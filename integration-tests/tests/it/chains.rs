@@ -4,14 +4,18 @@
 //! Chance chooses what is done, from a seed that is printed: `WALFLEET_SEED=7` repeats a run, `WALFLEET_ROUNDS=20`
 //! makes the chains longer.
 
+mod cases;
 mod changes;
 mod files;
 
+use std::time::Duration;
+
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
-use serde_json::Value;
+use serde_json::{Value, json};
 use walfleet_integration_tests::fleet::standalone::{CLUSTER, Restored};
 use walfleet_integration_tests::fleet::{Place, Standalone};
+use walfleet_integration_tests::output::Output;
 use walfleet_integration_tests::postgres::fingerprint::Fingerprint;
 use walfleet_integration_tests::postgres::{PgVersion, judge};
 use walfleet_integration_tests::scratch::in_scratch;
@@ -98,7 +102,8 @@ impl Links {
             Round::Restart => self.writer.host.server.restart()?,
         }
         let host = &self.writer.host;
-        let report = host.backup()?;
+        let (report, reason) = taken(host)?;
+        anyhow::ensure!(reason.is_none(), "the changes are not known: {reason:?}");
         let bytes = |name: &str| report[name].as_u64().unwrap_or_default();
         let (read, all) = (bytes("read_bytes"), bytes("cluster_bytes"));
         eprintln!("round {number}: {round:?}, read {read} of {all} bytes, stored {}", bytes("stored_bytes"));
@@ -140,6 +145,17 @@ impl Links {
         server.wait_until_writable()?;
         Fingerprint::take(&server.session()?)?.must_equal(&expected)
     }
+}
+
+/// Takes a backup; its report, and what the log says if everything was read for want of proof.
+fn taken(host: &Standalone) -> anyhow::Result<(Value, Option<String>)> {
+    let mut backup = host.agent.command(&["backup", "--cluster", CLUSTER, "--fast", "-o", "json"]);
+    backup.arg("--config").arg(host.agent.config()).env("WALFLEET_LOG", "walfleet_agent=info");
+    let output = Output::of(backup, Duration::from_secs(60))?.ok()?;
+    let is_known = output.stderr.contains("only what changed is read") || output.json()?["parents"] == json!([]);
+    let line = output.stderr.lines().find(|line| line.contains("everything is read"));
+    anyhow::ensure!(is_known != line.is_some(), "the log does not say what is read:\n{}", output.stderr);
+    Ok((output.json()?, line.map(str::to_owned)))
 }
 
 /// The server is idle since the backup's own checkpoint: its files on disk are what was backed up.

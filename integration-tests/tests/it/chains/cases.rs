@@ -1,0 +1,108 @@
+//! What must not be taken from a parent, and what may be after all: pages changed past the WAL, other timelines, damage.
+
+use serde_json::Value;
+use walfleet_integration_tests::fleet::{Place, Standalone};
+use walfleet_integration_tests::os_user::os_user;
+use walfleet_integration_tests::postgres::{PgVersion, Shutdown};
+use walfleet_integration_tests::process::run;
+use walfleet_integration_tests::scratch::{Scratch, in_scratch};
+
+use super::{must_equal_the_source, taken};
+
+fn host(scratch: &Scratch) -> anyhow::Result<Standalone> {
+    let host = Standalone::start(scratch, &PgVersion::newest()?, Place::folder(scratch)?)?;
+    // Nothing is written but by the test.
+    let quiet = [("autovacuum", "off"), ("checkpoint_timeout", "1h"), ("bgwriter_lru_maxpages", "0")];
+    host.server.append_settings(quiet.into_iter())?;
+    host.server.session()?.execute("SELECT pg_reload_conf()")?;
+    Ok(host)
+}
+
+/// Takes a backup and restores it to what the server has; its report, and why everything was read if it was.
+fn proven(host: &Standalone, name: &str) -> anyhow::Result<(Value, Option<String>)> {
+    let (report, reason) = taken(host)?;
+    let id = report["id"].as_str().unwrap_or_default();
+    let restored = host.restore(name, &["--latest", "--backup", id])?;
+    must_equal_the_source(host, &report, &restored)?;
+    Ok((report, reason))
+}
+
+#[test]
+fn everything_is_read_after_checksums_were_turned_off_and_on() {
+    in_scratch(|scratch| {
+        let mut host = host(scratch)?;
+        host.backup()?;
+        for (option, name) in [("--disable", "off"), ("--enable", "on")] {
+            host.server.stop(Shutdown::Fast)?;
+            let mut checksums = host.server.version().command("pg_checksums");
+            checksums.args([option, "-D"]).arg(host.server.data_dir());
+            run(checksums)?;
+            host.server.start()?;
+            let (report, reason) = proven(&host, name)?;
+            assert_eq!(report["read_bytes"], report["cluster_bytes"], "{report}");
+            assert!(reason.is_some_and(|reason| reason.contains("checksums were turned on or off")));
+        }
+        let (_, reason) = proven(&host, "after")?;
+        assert_eq!(reason, None);
+        Ok(())
+    });
+}
+
+#[test]
+fn a_promotion_between_two_backups_keeps_what_the_parent_has() {
+    in_scratch(|scratch| {
+        let mut host = host(scratch)?;
+        for timeline in 1..=3 {
+            let session = host.server.session()?;
+            session.execute("UPDATE pgbench_accounts SET abalance = abalance + 1 WHERE aid % 5000 = 7")?;
+            session.execute(&format!("CREATE TABLE before_{timeline} AS SELECT generate_series(1, 9000) n"))?;
+            drop(session);
+            let (report, reason) = proven(&host, &format!("before-{timeline}"))?;
+            assert_eq!((report["timeline"].as_u64(), reason), (Some(timeline), None), "{report}");
+            host.server
+                .session()?
+                .execute("UPDATE pgbench_accounts SET abalance = abalance + 1 WHERE aid % 5000 = 9")?;
+            host.server.stop(Shutdown::Immediate)?;
+            os_user().write(&host.server.data_dir().join("standby.signal"), "")?;
+            host.server.start()?;
+            host.server.promote()?;
+            host.server.session()?.execute("DELETE FROM pgbench_accounts WHERE aid % 5000 = 11")?;
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn a_file_in_which_the_parent_found_damage_is_read_again() {
+    in_scratch(|scratch| {
+        scratch.allow_log("WARN");
+        scratch.allow_log("ERROR");
+        let mut host = host(scratch)?;
+        let session = host.server.session()?;
+        session.execute("SELECT count(*) FROM pgbench_accounts")?;
+        let file = host.server.data_dir().join(session.value("SELECT pg_relation_filepath('pgbench_accounts')")?);
+        drop(session);
+        let mut sound = Vec::new();
+        for (name, damaged) in [("damaged", 1), ("still-damaged", 1), ("repaired", 0), ("at-rest", 0)] {
+            host.server.stop(Shutdown::Fast)?;
+            match name {
+                "damaged" => {
+                    sound = std::fs::read(&file)?;
+                    let mut bytes = sound.clone();
+                    // Within the rows of the hundredth page.
+                    bytes[99 * 8192 + 6000] ^= 0xFF;
+                    std::fs::write(&file, bytes)?;
+                }
+                "repaired" => std::fs::write(&file, &sound)?,
+                _ => {}
+            }
+            host.server.start()?;
+            let (report, reason) = proven(&host, name)?;
+            assert_eq!((report["damaged_pages"].as_u64(), reason), (Some(damaged), None), "{name}: {report}");
+            let read = report["read_bytes"].as_u64().unwrap_or_default();
+            let reads_the_file = read > sound.len() as u64;
+            assert_eq!(reads_the_file, name != "at-rest", "{name}: {report}");
+        }
+        Ok(())
+    });
+}
