@@ -1,11 +1,13 @@
-//! Bringing a cluster back: to any point its archive covers, into an empty directory, with one call.
+//! Bringing a cluster back: to any point its archive covers, into an empty directory or over a copy of it, with one call.
 //!
-//! [`plan`] says from which backup, over which timelines, and what it takes; [`mod@write`] puts the files down so that the
-//! directory cannot be taken for whole before it is; [`recovery`] words what PostgreSQL needs to be told; [`start`]
+//! [`plan`] says from which backup, over which timelines, and what it takes; [`mod@write`] keeps the directory from being
+//! taken for whole before it is; [`rest`] removes what the backup does not have; [`sink`] puts files down; [`recovery`] words what PostgreSQL needs to be told; [`start`]
 //! starts it and waits until it stands at its target.
 
 pub mod plan;
 pub mod recovery;
+pub mod rest;
+pub mod sink;
 pub mod start;
 pub mod write;
 
@@ -31,8 +33,9 @@ use crate::postgres::instance::{self, BinariesError};
 use crate::progress::Progress;
 use crate::restore::plan::{PlanEnd, PlanError, RestorePlan};
 use crate::restore::recovery::RecoverySettings;
+use crate::restore::sink::FileSink;
 use crate::restore::start::{StartError, StartSpec};
-use crate::restore::write::{Destination, DirectoryMode, FileSink, WriteError, create_plain, write_plain};
+use crate::restore::write::{Destination, DirectoryMode, WriteError, create_plain, write_plain};
 use crate::wal::fetch::{RestoreSource, SOURCE_FILE, SourceTimeline};
 
 /// Segments that one `wal fetch` brings along: four times 16 MiB hides a store's latency behind replay.
@@ -56,6 +59,8 @@ pub struct RestoreRequest {
     pub data_dir: PathBuf,
     /// Old location (or oid) to new location.
     pub tablespaces: BTreeMap<String, PathBuf>,
+    /// Over a copy of the same cluster, whole or not: what is right is kept, the rest replaced or removed.
+    pub delta: bool,
     /// A given backup instead of the best one for the target.
     pub backup: Option<BackupId>,
     /// Start Postgres and wait until it stands at its target.
@@ -149,9 +154,14 @@ pub async fn run(
     let destination = Destination::map(&request.data_dir, &reader.manifest.tablespaces, &request.tablespaces)?;
     let cluster_bytes = reader.manifest.counters.cluster_bytes;
     let mut report = planned(&request, &plan, cluster_bytes);
+    let system_id = plan.backup.reference.wal.system_id;
+    let check = || match request.delta {
+        true => destination.check_copy(cluster_bytes, system_id),
+        false => destination.check(cluster_bytes),
+    };
     if request.plan_only {
         // A plan for a directory that could not be used is still a plan; it says so.
-        if let Err(error) = destination.check(cluster_bytes) {
+        if let Err(error) = check() {
             report.notes.push(error.to_string());
         }
         return Ok(report);
@@ -159,36 +169,44 @@ pub async fn run(
     if rustix::process::geteuid().is_root() {
         return Err(RestoreError::Root);
     }
-    destination.check(cluster_bytes)?;
+    check()?;
     let bin_dir = programs(&request, &reader)?;
     tracing::info!(backup = %plan.backup.reference.backup, data_dir = %request.data_dir.display(),
         target = recovery::describe(&plan.target, Some(plan.wal_to)), "restore started");
     let began = Instant::now();
     progress.enter("restore", cluster_bytes);
     let mode = if reader.manifest.group_access { DirectoryMode::Group } else { DirectoryMode::Owner };
-    let description =
-        format!("unfinished restore of {} from {}\n", request.cluster.name(), plan.backup.reference.backup);
-    destination.begin(mode, &description)?;
-    let sink = Arc::new(FileSink::new(&request.data_dir, progress.clone()));
+    let description = format!("unfinished restore of {} from {}", request.cluster.name(), plan.backup.reference.backup);
+    let file_systems = destination.begin(mode, &description, system_id)?;
+    let sink = match request.delta {
+        true => {
+            remove_rest(&destination, &reader, cancel, &mut report.notes).await?;
+            Arc::new(FileSink::over(&request.data_dir, progress.clone()))
+        }
+        false => Arc::new(FileSink::new(&request.data_dir, progress.clone())),
+    };
     let options = FetchOptions { requests: REQUESTS, threads: request.processes.max(1) as usize };
     let fetched = fetch_all(reader.clone(), sink.clone(), options, cancel).await?;
     progress.enter("finish", 0);
     let (control_mode, control) = control_file(&reader).await?;
     let tablespace_map = tablespace_map(&reader, &destination);
     let path = request.data_dir.join("backup_manifest");
-    let system_id = plan.backup.reference.wal.system_id;
     write_backup_manifest(&reader, system_id, tablespace_map.as_deref(), &path, mode.file()).await?;
     let notes = write_recovery(&request, &plan, &reader, tablespace_map.as_deref(), mode, bin_dir.as_deref())?;
     report.notes.extend(notes);
     sink.settle()?;
     let finishing = destination.clone();
     let finished = tokio::task::spawn_blocking(move || {
-        finishing.sync()?;
+        file_systems.sync()?;
         finishing.finish(control_mode, &control)
     });
     finished.await.map_err(|_| RestoreError::Lost)??;
     report.copy_seconds = began.elapsed().as_secs_f64();
     report.fetched_bytes = fetched.fetched_bytes;
+    if request.delta {
+        let kept = fetched.kept_bytes;
+        report.notes.push(format!("{kept} of {cluster_bytes} bytes were right already and were kept"));
+    }
     report.server_state = "prepared".to_owned();
     if let Some(bin_dir) = bin_dir.filter(|_| request.start) {
         let began = Instant::now();
@@ -213,6 +231,21 @@ pub async fn run(
     report.store_requests = request.cluster.repository().store().counters().requests().saturating_sub(requests_before);
     tracing::info!(data_dir = %request.data_dir.display(), state = report.server_state, "restore finished");
     Ok(report)
+}
+
+async fn remove_rest(
+    destination: &Destination,
+    reader: &Arc<BackupReader>,
+    cancel: &CancellationToken,
+    notes: &mut Vec<String>,
+) -> Result<(), RestoreError> {
+    let (destination, reader, cancel) = (destination.clone(), reader.clone(), cancel.clone());
+    let removing = tokio::task::spawn_blocking(move || rest::remove(&destination, reader, &cancel));
+    let removed = removing.await.map_err(|_| RestoreError::Lost)??;
+    if removed > 0 {
+        notes.push(format!("{removed} files and directories that the backup does not have were removed"));
+    }
+    Ok(())
 }
 
 fn planned(request: &RestoreRequest, plan: &RestorePlan, cluster_bytes: u64) -> RestoreReport {

@@ -1,4 +1,4 @@
-//! Writing a backup's files down: into an empty directory that cannot be mistaken for a whole one until it is.
+//! Where a backup's files go: a directory that cannot be mistaken for a whole one until it is.
 //!
 //! Order is the crash argument. First a marker file; then everything but `global/pg_control`, without which no
 //! PostgreSQL starts; then one sync of every file system touched; then `pg_control`, durable; then the marker goes. A
@@ -7,33 +7,46 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
-use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
 
-use walfleet_repository::backup::fetch::{FileNumber, PieceFile, PieceSink};
-use walfleet_repository::format::manifest::{EntryKind, FileEntry, Tablespace};
-
-use crate::progress::Progress;
+use walfleet_repository::format::manifest::Tablespace;
+use walfleet_repository::postgres::SystemId;
 
 /// Its presence says: unfinished.
 pub const MARKER: &str = "walfleet.restoring";
 
-/// Open files kept for further pieces; large files come in many pieces, small ones in one.
-const OPEN_FILES: usize = 64;
+/// What the marker says of the cluster, for whoever goes on later.
+const MARKER_SYSTEM: &str = "system identifier ";
 
 #[derive(Debug, thiserror::Error)]
 pub enum WriteError {
     #[error("{operation} {path}: {source}")]
     Io { operation: &'static str, path: PathBuf, source: std::io::Error },
-    #[error("{path} is not empty\nHINT: restore into a new or empty directory; nothing was changed.")]
+    #[error(
+        "{path} is not empty\nHINT: restore into a new or empty directory, or with --delta over a copy of the same cluster; nothing was changed."
+    )]
     NotEmpty { path: PathBuf },
+    #[error(
+        "{path} is not empty, and neither a pg_control nor an unfinished restore says whose data it holds\nHINT: a delta restore needs a data directory of the same cluster; name another directory; nothing was changed."
+    )]
+    Unidentified { path: PathBuf },
+    #[error(
+        "{path} belongs to system identifier {found}, the backup to {expected}\nHINT: a delta restore replaces a copy of the same cluster only; name another directory; nothing was changed."
+    )]
+    OtherSystem { path: PathBuf, found: SystemId, expected: SystemId },
+    #[error(
+        "{path} is not empty, and {link} does not lead to it\nHINT: map the tablespace to where it is, or to an empty directory; nothing was changed."
+    )]
+    OtherTablespace { path: PathBuf, link: PathBuf },
     #[error(
         "{path} belongs to a running PostgreSQL server (pid {pid})\nHINT: name another directory, or stop the server; nothing was changed."
     )]
     Running { path: PathBuf, pid: u32 },
-    #[error("{path} is an unfinished restore\nHINT: remove it (rm -r {}) and restore again.", printed(.remains))]
+    #[error(
+        "{path} is an unfinished restore\nHINT: add --delta to go on where it was, or remove it (rm -r {}) and restore again.",
+        printed(.remains)
+    )]
     Unfinished { path: PathBuf, remains: Vec<PathBuf> },
     #[error("{path} is not an absolute path")]
     Relative { path: PathBuf },
@@ -51,7 +64,7 @@ fn printed(paths: &[PathBuf]) -> String {
     paths.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(" ")
 }
 
-fn io(operation: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> WriteError {
+pub(super) fn io(operation: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> WriteError {
     let path = path.to_owned();
     move |source| WriteError::Io { operation, path, source }
 }
@@ -110,35 +123,66 @@ impl Destination {
         Ok(())
     }
 
-    /// Makes the directories, the marker, and the links to the tablespaces.
-    pub fn begin(&self, mode: DirectoryMode, description: &str) -> Result<(), WriteError> {
-        make_directory(&self.data_dir, mode)?;
-        write_durable(&self.data_dir.join(MARKER), description.as_bytes(), 0o600)?;
-        for location in self.tablespaces.values() {
-            make_directory(location, mode)?;
+    /// As [`Destination::check`] for a directory that may hold a copy of the cluster, whole, damaged or unfinished.
+    pub fn check_copy(&self, needed: u64, system_id: SystemId) -> Result<(), WriteError> {
+        let path = &self.data_dir;
+        match check_empty(path) {
+            Ok(()) => return self.check(needed),
+            Err(WriteError::NotEmpty { .. } | WriteError::Unfinished { .. }) => {}
+            Err(other) => return Err(other),
         }
-        if !self.tablespaces.is_empty() {
-            let links = self.data_dir.join("pg_tblspc");
-            make_directory(&links, mode)?;
-            for (oid, location) in &self.tablespaces {
-                let link = links.join(oid.to_string());
-                std::os::unix::fs::symlink(location, &link).map_err(io("link", &link))?;
+        match system_of(path)? {
+            None => return Err(WriteError::Unidentified { path: path.clone() }),
+            Some(found) if found != system_id => {
+                return Err(WriteError::OtherSystem { path: path.clone(), found, expected: system_id });
             }
+            Some(_) => {}
+        }
+        for (oid, location) in &self.tablespaces {
+            let link = self.link(*oid);
+            if fs::read_link(&link).is_ok_and(|target| target == *location) {
+                continue;
+            }
+            check_empty(location).map_err(|error| match error {
+                WriteError::NotEmpty { path } | WriteError::Unfinished { path, .. } => {
+                    WriteError::OtherTablespace { path, link }
+                }
+                other => other,
+            })?;
         }
         Ok(())
     }
 
-    /// Makes everything written so far durable: one sync for each file system rather than one for each file.
-    pub fn sync(&self) -> Result<(), WriteError> {
-        let mut synced = BTreeSet::new();
-        for path in std::iter::once(&self.data_dir).chain(self.tablespaces.values()) {
-            let folder = File::open(path).map_err(io("open", path))?;
-            let device = folder.metadata().map_err(io("stat", path))?.dev();
-            if synced.insert(device) {
-                rustix::fs::syncfs(&folder).map_err(|e| io("sync file system of", path)(e.into()))?;
+    fn link(&self, oid: u32) -> PathBuf {
+        self.data_dir.join("pg_tblspc").join(oid.to_string())
+    }
+
+    /// Makes the directories, the marker, and the links to the tablespaces; from here on no PostgreSQL starts there.
+    pub fn begin(
+        &self,
+        mode: DirectoryMode,
+        description: &str,
+        system_id: SystemId,
+    ) -> Result<FileSystems, WriteError> {
+        make_directory(&self.data_dir, mode)?;
+        let marker = format!("{description}\n{MARKER_SYSTEM}{}\n", system_id.0);
+        write_durable(&self.data_dir.join(MARKER), marker.as_bytes(), 0o600)?;
+        let control = self.data_dir.join("global/pg_control");
+        match fs::remove_file(&control) {
+            Ok(()) => sync_folder(&self.data_dir.join("global"))?,
+            Err(error) if matches!(error.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory) => {}
+            Err(source) => return Err(io("remove", &control)(source)),
+        }
+        for location in self.tablespaces.values() {
+            make_directory(location, mode)?;
+        }
+        if !self.tablespaces.is_empty() {
+            make_directory(&self.data_dir.join("pg_tblspc"), mode)?;
+            for (oid, location) in &self.tablespaces {
+                make_link(location, &self.link(*oid))?;
             }
         }
-        Ok(())
+        FileSystems::open(self)
     }
 
     /// The last step: the directory is whole from here on.
@@ -148,6 +192,63 @@ impl Destination {
         fs::remove_file(&marker).map_err(io("remove", &marker))?;
         sync_folder(&self.data_dir)
     }
+}
+
+/// The file systems that are written to, held open from before the first write: what could not be written back since
+/// then is told to these descriptors, whoever else syncs meanwhile (errseq_t, Linux lib/errseq.c).
+pub struct FileSystems(Vec<(PathBuf, File)>);
+
+impl FileSystems {
+    fn open(destination: &Destination) -> Result<FileSystems, WriteError> {
+        let (mut seen, mut open) = (BTreeSet::new(), Vec::new());
+        // WAL may lie elsewhere (initdb --waldir), and a delta restore leaves it there.
+        let wal = Some(destination.data_dir.join("pg_wal")).filter(|path| path.is_dir());
+        for path in std::iter::once(&destination.data_dir).chain(destination.tablespaces.values()).chain(&wal) {
+            let folder = File::open(path).map_err(io("open", path))?;
+            if seen.insert(folder.metadata().map_err(io("stat", path))?.dev()) {
+                open.push((path.clone(), folder));
+            }
+        }
+        Ok(FileSystems(open))
+    }
+
+    /// Makes everything written so far durable: one sync for each file system rather than one for each file.
+    pub fn sync(&self) -> Result<(), WriteError> {
+        for (path, folder) in &self.0 {
+            rustix::fs::syncfs(folder).map_err(|e| io("sync file system of", path)(e.into()))?;
+        }
+        Ok(())
+    }
+}
+
+/// Of a data directory that is not empty: as its control file has it, else as the marker of an unfinished restore.
+fn system_of(data_dir: &Path) -> Result<Option<SystemId>, WriteError> {
+    let read = |name: &str| match fs::read(data_dir.join(name)) {
+        Ok(content) => Ok(Some(content)),
+        Err(error) if matches!(error.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory) => {
+            Ok(None)
+        }
+        Err(source) => Err(io("read", &data_dir.join(name))(source)),
+    };
+    // system_identifier is the first field of ControlFileData (pg_control.h), in the host's byte order.
+    if let Some((first, _)) = read("global/pg_control")?.as_deref().and_then(<[u8]>::split_first_chunk) {
+        return Ok(Some(SystemId(u64::from_ne_bytes(*first))));
+    }
+    let marker = read(MARKER)?.unwrap_or_default();
+    let marker = String::from_utf8_lossy(&marker);
+    let number = marker.lines().find_map(|line| line.strip_prefix(MARKER_SYSTEM)?.parse().ok());
+    Ok(number.map(SystemId))
+}
+
+fn make_link(location: &Path, link: &Path) -> Result<(), WriteError> {
+    match fs::read_link(link) {
+        Ok(target) if target == location => return Ok(()),
+        Ok(_) => fs::remove_file(link).map_err(io("remove", link))?,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+        // No link: a directory, as that of a tablespace in place.
+        Err(_) => fs::remove_dir_all(link).map_err(io("remove", link))?,
+    }
+    std::os::unix::fs::symlink(location, link).map_err(io("link", link))
 }
 
 /// Whether the source allowed group access (initdb --allow-group-access).
@@ -238,98 +339,12 @@ pub fn write_durable(path: &Path, content: &[u8], mode: u32) -> Result<(), Write
 }
 
 /// Exactly as at the source: what was created has lost the bits of the umask of whoever restores.
-fn set_mode(file: &File, mode: u32) -> std::io::Result<()> {
+pub(super) fn set_mode(file: &File, mode: u32) -> std::io::Result<()> {
     file.set_permissions(fs::Permissions::from_mode(mode))
 }
 
 fn sync_folder(path: &Path) -> Result<(), WriteError> {
     File::open(path).and_then(|folder| folder.sync_all()).map_err(io("sync", path))
-}
-
-/// Takes what the repository brings and writes it below the data directory. Remembers nothing of a file but that it is open.
-pub struct FileSink {
-    data_dir: PathBuf,
-    progress: Progress,
-    open: Mutex<Vec<(FileNumber, Arc<File>)>>,
-    /// Files that their owner may not write (a server's private key, 0400), until their content is there.
-    read_only: Mutex<Vec<(PathBuf, u32)>>,
-}
-
-/// What the owner may do with a file while it is being filled.
-const OWNER_WRITES: u32 = 0o200;
-
-impl FileSink {
-    pub fn new(data_dir: &Path, progress: Progress) -> FileSink {
-        FileSink { data_dir: data_dir.to_owned(), progress, open: Mutex::default(), read_only: Mutex::default() }
-    }
-
-    /// Once everything is written: takes away what only the writing needed.
-    pub fn settle(&self) -> Result<(), WriteError> {
-        for (path, mode) in self.read_only.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
-            fs::set_permissions(&path, fs::Permissions::from_mode(mode)).map_err(io("set permissions of", &path))?;
-        }
-        Ok(())
-    }
-
-    fn path(&self, relative: &[u8]) -> PathBuf {
-        self.data_dir.join(std::ffi::OsStr::from_bytes(relative))
-    }
-
-    fn file(&self, piece: &PieceFile) -> std::io::Result<Arc<File>> {
-        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((_, file)) = open.iter().find(|(known, _)| *known == piece.number) {
-            return Ok(file.clone());
-        }
-        let path = self.path(&piece.path);
-        let file = OpenOptions::new().write(true).open(&path).map_err(|e| named("open", &path, e))?;
-        let file = Arc::new(file);
-        if open.len() >= OPEN_FILES {
-            open.remove(0);
-        }
-        open.push((piece.number, file.clone()));
-        Ok(file)
-    }
-}
-
-/// Keeps the path in an error that crosses the repository's border.
-fn named(operation: &str, path: &Path, error: std::io::Error) -> std::io::Error {
-    std::io::Error::new(error.kind(), format!("{operation} {}: {error}", path.display()))
-}
-
-impl PieceSink for FileSink {
-    fn entry(&self, _number: FileNumber, entry: &FileEntry) -> std::io::Result<()> {
-        let path = self.path(&entry.path);
-        match &entry.kind {
-            EntryKind::Directory => {
-                let made = fs::DirBuilder::new().mode(entry.mode).create(&path);
-                match made {
-                    Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
-                    other => other.map_err(|e| named("make directory", &path, e))?,
-                }
-                fs::set_permissions(&path, fs::Permissions::from_mode(entry.mode))
-                    .map_err(|e| named("set permissions of", &path, e))?;
-            }
-            EntryKind::File { size, .. } => {
-                let mode = entry.mode | OWNER_WRITES;
-                let file = OpenOptions::new().write(true).create_new(true).mode(mode).open(&path);
-                let file = file.map_err(|e| named("create", &path, e))?;
-                set_mode(&file, mode).map_err(|e| named("set permissions of", &path, e))?;
-                if mode != entry.mode {
-                    let mut read_only = self.read_only.lock().unwrap_or_else(PoisonError::into_inner);
-                    read_only.push((path.clone(), entry.mode));
-                }
-                // What is not written stays a hole: zero slots cost nothing.
-                file.set_len(*size).map_err(|e| named("extend", &path, e))?;
-            }
-        }
-        Ok(())
-    }
-
-    fn write(&self, file: &PieceFile, offset: u64, content: &[u8]) -> std::io::Result<()> {
-        self.file(file)?.write_all_at(content, offset)?;
-        self.progress.add(content.len() as u64);
-        Ok(())
-    }
 }
 
 #[cfg(test)]

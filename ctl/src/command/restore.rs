@@ -66,11 +66,11 @@ pub struct StartArgs {
     /// Leave archive_mode as it was at the source
     #[arg(long)]
     keep_archiving: bool,
-    /// Keep what already matches in a directory that is not empty, and fetch the rest
-    // Hidden, as the two below, while no agent can do it: they are understood, and refused with a reason.
-    #[arg(long, hide = true)]
+    /// Over a copy of the same cluster: keep what is right, fetch the rest, remove what the backup does not have
+    #[arg(long)]
     delta: bool,
     /// Restore as a standby, which goes on following the stored WAL
+    // Hidden, as the one below, while no agent can do it: they are understood, and refused with a reason.
     #[arg(long, hide = true)]
     standby: bool,
     /// The standby stays this far behind

@@ -245,8 +245,8 @@ async fn restoring() {
     }
     transcript.types(&terminal, "walfleet restore start orders --on lab1 --data-dir ../x").await;
     transcript.remark("what an agent of this version does not do");
-    controller.script().refusals.push_back(tonic::Status::unimplemented("delta restores: not in this version"));
-    transcript.types(&terminal, &format!("{start} --delta")).await;
+    controller.script().refusals.push_back(tonic::Status::unimplemented("standby restores: not in this version"));
+    transcript.types(&terminal, &format!("{start} --standby")).await;
     transcript.check();
 }
 

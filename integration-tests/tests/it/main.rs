@@ -7,6 +7,7 @@ mod branches;
 mod chains;
 mod crashes;
 mod damage;
+mod delta_restores;
 mod failover;
 mod fleet;
 mod full_disks;

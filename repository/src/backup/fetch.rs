@@ -2,11 +2,15 @@
 //!
 //! ```text
 //! plan (one task)      walks the file list, loads maps, gathers pieces by window, coalesces them by pack
+//!   │                  (what the sink has already is compared first, a window at a time on n threads: [`sift`])
 //!   │ ranges           bounded: ranges in flight × RANGE_BYTES of memory
 //! fetch (n tasks)      one request each
 //!   │ fetched ranges   bounded the same way
 //! open (n threads)     decrypt, decompress, check, hand to the sink
 //! ```
+
+mod openers;
+mod sift;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -16,14 +20,14 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
-use crate::backup::read::{BackupReader, PackKeys, ReadError, opener};
+use crate::backup::fetch::openers::Openers;
+use crate::backup::fetch::sift::{Sifted, Window, ZeroRun};
+use crate::backup::read::{BackupReader, ReadError};
 use crate::crypto::DomainKey;
 use crate::format::file_map::{ChunkPlace, Run};
 use crate::format::manifest::{Content, EntryKind, FileEntry};
-use crate::format::sealed::{Decompressor, HEADER_LEN, Opener};
+use crate::format::sealed::{Decompressor, Opener};
 use crate::ids::PackId;
-use crate::keyring::Keyring;
-use crate::store::Store;
 
 /// Stored bytes of one request at most: large enough that latency does not matter, small enough that several in flight
 /// fit into memory.
@@ -49,13 +53,35 @@ pub struct PieceFile {
     pub path: Bytes,
 }
 
+/// What a sink has of a file before any content comes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Found {
+    /// All zero.
+    Nothing,
+    /// Something, which [`PieceSink::read`] tells: what is right already is not brought again.
+    Content,
+}
+
 /// Takes files and their content. Called from many threads; content of one file may come in any order.
 pub trait PieceSink: Send + Sync + 'static {
-    /// Before any content of the entry: a directory or file comes into being, of its full size and all zero.
-    fn entry(&self, number: FileNumber, entry: &FileEntry) -> std::io::Result<()>;
-    /// Plain content at an offset of the file.
+    /// Before any content of the entry: a directory or file comes into being, of its full size.
+    fn entry(&self, number: FileNumber, entry: &FileEntry) -> std::io::Result<Found>;
+    /// Plain content at an offset of the file. It begins at a multiple of [`ALIGNMENT`] in memory if it begins at one in
+    /// the file.
     fn write(&self, file: &PieceFile, offset: u64, content: &[u8]) -> std::io::Result<()>;
+    /// Fills `into` from an offset of a file found with content.
+    fn read(&self, _file: &PieceFile, _offset: u64, _into: &mut [u8]) -> std::io::Result<()> {
+        Err(std::io::ErrorKind::Unsupported.into())
+    }
+    /// So many bytes were right already.
+    fn kept(&self, _bytes: u64) {}
 }
+
+/// Of content handed to [`PieceSink::write`]: what unbuffered writes ask for.
+pub const ALIGNMENT: usize = 4096;
+
+/// Frames that follow each other are handed on together up to this.
+const WRITE_BYTES: usize = 1 << 20;
 
 #[derive(Debug, thiserror::Error)]
 pub enum FetchError {
@@ -82,6 +108,8 @@ struct Piece {
     file: PieceFile,
     place: ChunkPlace,
     goes: Goes,
+    /// What may be there already.
+    found: Found,
 }
 
 /// Where a chunk's bytes go in its file.
@@ -92,12 +120,12 @@ enum Goes {
 }
 
 impl Piece {
-    fn new(file: PieceFile, place: ChunkPlace, runs: &[Run]) -> Piece {
+    fn new(file: PieceFile, found: Found, place: ChunkPlace, runs: &[Run]) -> Piece {
         let goes = match runs {
             [run] if run.from == 0 && run.len == place.frame.raw_len => Goes::Whole(run.to),
             runs => Goes::Parts(runs.into()),
         };
-        Piece { file, place, goes }
+        Piece { file, place, goes, found }
     }
 }
 
@@ -120,6 +148,8 @@ struct Fetched {
 pub struct FetchReport {
     pub files: u64,
     pub fetched_bytes: u64,
+    /// Of plain content that the sink had already.
+    pub kept_bytes: u64,
 }
 
 /// Brings the content of every file of the backup to the sink. After cancellation or an error some content has reached
@@ -176,11 +206,13 @@ pub async fn fetch_all(
     }
     drop(fetched);
 
+    let mut plan = Plan { reader: &reader, sink: &sink, threads: options.threads, stop: &stop, kept_bytes: 0 };
     let files = tokio::select! {
         // Dropping the plan loses nothing that was not already handed on.
         () = stop.cancelled() => Ok(0),
-        files = plan_ranges(&reader, &*sink, range_sender) => files,
+        files = plan.ranges(range_sender) => files,
     };
+    let kept_bytes = plan.kept_bytes;
     let files = files.unwrap_or_else(|error| {
         fail(&failure, &stop)(error);
         0
@@ -204,55 +236,88 @@ pub async fn fetch_all(
     if cancel.is_cancelled() {
         return Err(FetchError::Cancelled);
     }
-    Ok(FetchReport { files, fetched_bytes })
+    Ok(FetchReport { files, fetched_bytes, kept_bytes })
 }
 
-/// Walks the list, announces every entry to the sink and sends ranges; returns the number of entries.
-async fn plan_ranges(
-    reader: &BackupReader,
-    sink: &dyn PieceSink,
-    sender: mpsc::Sender<Range>,
-) -> Result<u64, FetchError> {
-    let mut number: FileNumber = 0;
-    let (mut window, mut window_bytes) = (Vec::new(), 0u64);
-    for part in &reader.manifest.file_list {
-        for entry in reader.file_list_part(part).await? {
-            sink.entry(number, &entry).map_err(FetchError::Sink)?;
-            if let EntryKind::File { content, .. } = &entry.kind {
-                let file = PieceFile { number, path: entry.path.clone() };
-                match content {
-                    Content::Empty | Content::Zero => {}
-                    Content::Chunk(place) => {
-                        window.push(Piece { file, place: *place, goes: Goes::Whole(0) });
-                        window_bytes += u64::from(place.frame.raw_len);
-                    }
-                    Content::Map(place) => {
-                        let map = reader.file_map(place).await?;
-                        let pieces = map.for_each_chunk(|place, runs| {
-                            window.push(Piece::new(file.clone(), *place, runs));
-                            window_bytes += u64::from(place.frame.raw_len);
-                        });
-                        pieces.map_err(ReadError::Map)?;
-                    }
+/// The one that walks the list.
+struct Plan<'a> {
+    reader: &'a BackupReader,
+    sink: &'a Arc<dyn PieceSink>,
+    threads: usize,
+    stop: &'a CancellationToken,
+    kept_bytes: u64,
+}
+
+impl Plan<'_> {
+    /// Announces every entry to the sink and sends ranges; returns the number of entries.
+    async fn ranges(&mut self, sender: mpsc::Sender<Range>) -> Result<u64, FetchError> {
+        let mut number: FileNumber = 0;
+        let mut window = Window::default();
+        for part in &self.reader.manifest.file_list {
+            for entry in self.reader.file_list_part(part).await? {
+                let found = self.sink.entry(number, &entry).map_err(FetchError::Sink)?;
+                if let EntryKind::File { size, content, .. } = &entry.kind {
+                    let file = PieceFile { number, path: entry.path.clone() };
+                    self.gather(file, found, *size, content, &mut window).await?;
+                }
+                number += 1;
+                if window.bytes >= WINDOW_BYTES || window.pieces.len() + window.zeros.len() >= WINDOW_PIECES {
+                    self.send(std::mem::take(&mut window), &sender).await?;
                 }
             }
-            number += 1;
-            if window_bytes >= WINDOW_BYTES || window.len() >= WINDOW_PIECES {
-                send_window(std::mem::take(&mut window), &sender).await;
-                window_bytes = 0;
+        }
+        self.send(window, &sender).await?;
+        Ok(number)
+    }
+
+    async fn gather(
+        &self,
+        file: PieceFile,
+        found: Found,
+        size: u64,
+        content: &Content,
+        window: &mut Window,
+    ) -> Result<(), FetchError> {
+        match content {
+            Content::Empty => {}
+            Content::Zero => window.zero(&file, found, 0, size),
+            Content::Chunk(place) => window.push(Piece { file, place: *place, goes: Goes::Whole(0), found }),
+            Content::Map(place) => {
+                let map = self.reader.file_map(place).await?;
+                let pieces =
+                    map.for_each_chunk(|place, runs| window.push(Piece::new(file.clone(), found, *place, runs)));
+                pieces.map_err(ReadError::Map)?;
+                let zeros = map.for_each_zero(|offset, len| window.zero(&file, found, offset, len));
+                zeros.map_err(ReadError::Map)?;
             }
         }
+        Ok(())
     }
-    send_window(window, &sender).await;
-    Ok(number)
-}
 
-/// Sends the window's pieces as ranges. If nobody listens any more, an error is already on record.
-async fn send_window(pieces: Vec<Piece>, sender: &mpsc::Sender<Range>) {
-    for range in coalesce(pieces) {
-        if sender.send(range).await.is_err() {
-            return;
+    /// Sends what the sink has not as ranges. If nobody listens any more, an error is already on record.
+    async fn send(&mut self, window: Window, sender: &mpsc::Sender<Range>) -> Result<(), FetchError> {
+        let pieces = match window.found {
+            false => window.pieces,
+            true => {
+                let (sink, keys) = (self.sink.clone(), self.reader.keys().clone());
+                let (threads, stop) = (self.threads, self.stop.clone());
+                let sifting =
+                    tokio::task::spawn_blocking(move || sift::sift(window, &*sink, keys.newest(), threads, &stop));
+                let Sifted { missing, not_zero, kept_bytes } = sifting.await.map_err(|_| FetchError::Lost)??;
+                self.kept_bytes += kept_bytes;
+                for ZeroRun { file, offset, len } in not_zero {
+                    let zeros = vec![0; len as usize];
+                    self.sink.write(&file, offset, &zeros).map_err(FetchError::Sink)?;
+                }
+                missing
+            }
+        };
+        for range in coalesce(pieces) {
+            if sender.send(range).await.is_err() {
+                break;
+            }
         }
+        Ok(())
     }
 }
 
@@ -308,7 +373,7 @@ fn open_ranges(
     stop: &CancellationToken,
 ) -> Result<(), FetchError> {
     let mut zstd = Decompressor::new();
-    let (mut plain, mut stored) = (Vec::new(), Vec::new());
+    let (mut plain, mut stored) = (Plain::new(), Vec::new());
     loop {
         let next = fetched.lock().unwrap_or_else(PoisonError::into_inner).blocking_recv();
         let Some(Fetched { range, bytes, opener }) = next else { return Ok(()) };
@@ -318,12 +383,12 @@ fn open_ranges(
         let mut pieces = range.pieces.iter().peekable();
         while let Some(first) = pieces.next() {
             plain.clear();
-            open_piece(first, &range, &bytes, &opener, &mut stored, &mut plain, &mut zstd, domain)?;
+            open_piece(first, &range, &bytes, &opener, &mut stored, &mut plain.bytes, &mut zstd, domain)?;
             let offset = match &first.goes {
                 Goes::Whole(offset) => *offset,
                 Goes::Parts(runs) => {
                     for run in runs {
-                        let part = plain.get(run.from as usize..run.from as usize + run.len as usize);
+                        let part = plain.content().get(run.from as usize..run.from as usize + run.len as usize);
                         let part = part.ok_or_else(|| content_error(&range))?;
                         sink.write(&first.file, run.to, part).map_err(FetchError::Sink)?;
                     }
@@ -332,16 +397,38 @@ fn open_ranges(
             };
             // Frames that follow each other in pack and file go down in one write.
             while let Some(next) = pieces.peek() {
-                let end = offset + plain.len() as u64;
+                let end = offset + plain.content().len() as u64;
                 let follows = matches!(next.goes, Goes::Whole(next) if next == end);
-                if next.file.number != first.file.number || !follows || plain.len() >= 1 << 20 {
+                if next.file.number != first.file.number || !follows || plain.content().len() >= WRITE_BYTES {
                     break;
                 }
-                open_piece(next, &range, &bytes, &opener, &mut stored, &mut plain, &mut zstd, domain)?;
+                open_piece(next, &range, &bytes, &opener, &mut stored, &mut plain.bytes, &mut zstd, domain)?;
                 pieces.next();
             }
-            sink.write(&first.file, offset, &plain).map_err(FetchError::Sink)?;
+            sink.write(&first.file, offset, plain.content()).map_err(FetchError::Sink)?;
         }
+    }
+}
+
+/// Plain content that begins at a multiple of [`ALIGNMENT`], as long as it does not outgrow what was reserved.
+struct Plain {
+    bytes: Vec<u8>,
+    start: usize,
+}
+
+impl Plain {
+    fn new() -> Plain {
+        Plain { bytes: Vec::with_capacity(2 * WRITE_BYTES), start: 0 }
+    }
+
+    fn clear(&mut self) {
+        self.bytes.clear();
+        self.start = self.bytes.as_ptr().align_offset(ALIGNMENT).min(ALIGNMENT);
+        self.bytes.resize(self.start, 0);
+    }
+
+    fn content(&self) -> &[u8] {
+        self.bytes.get(self.start..).unwrap_or_default()
     }
 }
 
@@ -377,47 +464,6 @@ fn open_piece(
     Ok(())
 }
 
-/// Fetches ranges and keeps what opens each pack, since every pack has a key of its own.
-struct Openers {
-    store: Store,
-    keys: Arc<Keyring>,
-    packs: Arc<PackKeys>,
-    known: Mutex<HashMap<PackId, Arc<Opener>>>,
-}
-
-impl Openers {
-    fn new(store: Store, keys: Arc<Keyring>, packs: Arc<PackKeys>) -> Openers {
-        Openers { store, keys, packs, known: Mutex::default() }
-    }
-
-    /// The range's bytes and what opens them. Widens a range near the pack's start to bring the header along.
-    async fn fetch(&self, range: &mut Range) -> Result<(Arc<Opener>, Bytes), ReadError> {
-        let key = self.packs.get(&range.pack).ok_or(ReadError::UnknownPack(range.pack))?;
-        let store = |source| ReadError::Store { what: "pack", source };
-        let known = self.known.lock().unwrap_or_else(PoisonError::into_inner).get(&range.pack).cloned();
-        if let Some(opener) = known {
-            let bytes = self.store.get_range(key, range.start..range.end).await.map_err(store)?;
-            return Ok((opener, bytes));
-        }
-        if range.start <= COALESCE_GAP {
-            range.start = 0;
-            let bytes = self.store.get_range(key, 0..range.end).await.map_err(store)?;
-            return Ok((self.learn(range.pack, &bytes)?, bytes));
-        }
-        let header = self.store.get_range(key, 0..HEADER_LEN as u64).await.map_err(store)?;
-        let opener = self.learn(range.pack, &header)?;
-        let bytes = self.store.get_range(key, range.start..range.end).await.map_err(store)?;
-        Ok((opener, bytes))
-    }
-
-    fn learn(&self, pack: PackId, header: &[u8]) -> Result<Arc<Opener>, ReadError> {
-        let opened = opener(header, &self.keys);
-        let opener = Arc::new(opened.map_err(|source| ReadError::Sealed { object: format!("pack {pack}"), source })?);
-        self.known.lock().unwrap_or_else(PoisonError::into_inner).insert(pack, opener.clone());
-        Ok(opener)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -428,7 +474,7 @@ mod tests {
         let frame = FramePlace { offset, stored_len: len, raw_len: len };
         let file = PieceFile { number: file, path: Bytes::new() };
         let place = ChunkPlace { pack: PackId([pack; 32]), frame, id: ShortId::default() };
-        Piece { file, place, goes: Goes::Whole(0) }
+        Piece { file, place, goes: Goes::Whole(0), found: Found::Nothing }
     }
 
     #[test]

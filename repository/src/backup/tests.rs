@@ -10,7 +10,7 @@ use object_store::memory::InMemory;
 use tokio_util::sync::CancellationToken;
 
 use super::commit::{BackupSession, SessionError, SessionSpec};
-use super::fetch::{FetchError, FetchOptions, FileNumber, PieceFile, PieceSink, fetch_all};
+use super::fetch::{FetchError, FetchOptions, FetchReport, FileNumber, Found, PieceFile, PieceSink, fetch_all};
 use super::file_list::{FileListWriter, PlacedContent, PlacedFile, PlacedKind};
 use super::write::{PackSession, PlacedSlot};
 use crate::cluster::OpenCluster;
@@ -169,14 +169,25 @@ async fn entries(reader: &super::read::BackupReader) -> BTreeMap<String, (FileEn
 
 #[derive(Default)]
 struct MemorySink {
+    /// What is there before.
+    before: Files,
     files: Mutex<BTreeMap<FileNumber, (String, Vec<u8>)>>,
 }
 
 impl PieceSink for MemorySink {
-    fn entry(&self, number: FileNumber, entry: &FileEntry) -> std::io::Result<()> {
-        let EntryKind::File { size, .. } = entry.kind else { return Ok(()) };
+    fn entry(&self, number: FileNumber, entry: &FileEntry) -> std::io::Result<Found> {
+        let EntryKind::File { size, .. } = entry.kind else { return Ok(Found::Nothing) };
         let path = String::from_utf8(entry.path.to_vec()).unwrap();
-        self.files.lock().unwrap().insert(number, (path, vec![0; size as usize]));
+        let mut content = self.before.get(&path).cloned().unwrap_or_default();
+        let found = if content.is_empty() { Found::Nothing } else { Found::Content };
+        content.resize(size as usize, 0);
+        self.files.lock().unwrap().insert(number, (path, content));
+        Ok(found)
+    }
+
+    fn read(&self, file: &PieceFile, offset: u64, into: &mut [u8]) -> std::io::Result<()> {
+        let files = self.files.lock().unwrap();
+        into.copy_from_slice(&files[&file.number].1[offset as usize..][..into.len()]);
         Ok(())
     }
 
@@ -189,13 +200,21 @@ impl PieceSink for MemorySink {
 }
 
 async fn bring_back(ground: &Ground, backup: &CommittedBackup) -> Result<Files, FetchError> {
+    Ok(bring_back_over(ground, backup, Files::new()).await?.0)
+}
+
+async fn bring_back_over(
+    ground: &Ground,
+    backup: &CommittedBackup,
+    before: Files,
+) -> Result<(Files, FetchReport), FetchError> {
     let log = ground.cluster.log().await.unwrap();
     let reader = Arc::new(ground.cluster.open_backup(backup, log.state()).await.unwrap());
-    let sink = Arc::new(MemorySink::default());
+    let sink = Arc::new(MemorySink { before, files: Mutex::default() });
     let options = FetchOptions { requests: 3, threads: 2 };
-    fetch_all(reader, sink.clone(), options, &CancellationToken::new()).await?;
+    let report = fetch_all(reader, sink.clone(), options, &CancellationToken::new()).await?;
     let files = std::mem::take(&mut *sink.files.lock().unwrap());
-    Ok(files.into_values().collect())
+    Ok((files.into_values().collect(), report))
 }
 
 /// Content that does not compress to nothing, different for every seed.
@@ -242,6 +261,30 @@ async fn what_goes_in_comes_out_and_a_second_backup_costs_what_changed() {
     assert!((100_000..400_000).contains(&changed), "one slot and two list parts changed, {changed} bytes were stored");
     assert_eq!(bring_back(&ground, &third).await.unwrap(), files);
     assert_eq!(bring_back(&ground, &first).await.unwrap().len(), cluster_files().len(), "the first is still whole");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_there_already_is_kept_and_only_the_rest_is_brought() {
+    let ground = ground().await;
+    let files = cluster_files();
+    let (backup, stored) = back_up(&ground, &files, None).await.unwrap();
+    let (whole, report) = bring_back_over(&ground, &backup, files.clone()).await.unwrap();
+    assert_eq!((whole == files, report.fetched_bytes), (true, 0));
+    let plain: usize = files.values().map(Vec::len).sum();
+    let zero = 8192 + 2 * SLOT_BYTES as usize;
+    assert_eq!(report.kept_bytes, (plain - zero) as u64);
+
+    let mut damaged = files.clone();
+    damaged.get_mut("base/1/large").unwrap()[3 * SLOT_BYTES as usize] ^= 1;
+    damaged.get_mut("base/1/sparse").unwrap()[2 * SLOT_BYTES as usize + 9] = 1;
+    damaged.get_mut("base/1/zero").unwrap()[8191] = 1;
+    damaged.get_mut("base/1/empty").unwrap().push(7);
+    damaged.get_mut("base/2/690").unwrap().truncate(5);
+    damaged.get_mut("base/2/691").unwrap().push(5);
+    damaged.remove("base/2/692");
+    let (whole, report) = bring_back_over(&ground, &backup, damaged).await.unwrap();
+    assert!(whole == files);
+    assert!((1..stored / 2).contains(&report.fetched_bytes), "{} of {stored} bytes were fetched", report.fetched_bytes);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -247,6 +247,18 @@ impl FileMap {
         Ok(())
     }
 
+    /// Every stretch of the file, by offset and length, that is zero since no chunk is there.
+    pub fn for_each_zero(&self, mut each: impl FnMut(u64, u64)) -> Result<(), MapError> {
+        let overlaid = self.overlaid()?;
+        let mut runs = Vec::new();
+        for (index, _) in self.slots.iter().enumerate().filter(|(_, slot)| matches!(slot, Slot::Zero)) {
+            runs.clear();
+            self.bare_runs(index, &overlaid, &mut runs);
+            runs.iter().for_each(|run| each(run.to, u64::from(run.len)));
+        }
+        Ok(())
+    }
+
     /// What of a slot's own chunk no page is laid over.
     fn bare_runs(&self, slot: usize, overlaid: &RoaringBitmap, runs: &mut Vec<Run>) {
         let (start, len) = (slot as u64 * u64::from(self.slot_bytes), self.slot_len(slot));
@@ -338,6 +350,13 @@ mod tests {
                     assert!(from_overlay || u64::from(run.from) == run.to % u64::from(map.slot_bytes));
                 }
             }).unwrap();
+            let mut written = bytes.clone();
+            map.for_each_zero(|offset, len| {
+                for at in (offset..offset + len).step_by(512) {
+                    assert_eq!(std::mem::replace(&mut written[(at / 512) as usize], 1), 0, "zero, and written");
+                }
+            }).unwrap();
+            prop_assert!(written[..map.size as usize / 512].iter().all(|cell| *cell != 0), "neither zero nor written");
             for (index, writer) in bytes.iter().enumerate().take(map.size as usize / 512) {
                 let page = (index * 512) as u32 / PAGE_BYTES;
                 let overlay = map.overlays.iter().find_map(|overlay| {

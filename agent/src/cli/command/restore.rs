@@ -35,7 +35,7 @@ pub fn restore(args: RestoreArgs) -> Result<(), Failure> {
             start: args.start,
             keep_archiving: args.keep_archiving,
             port: args.port,
-            delta: false,
+            delta: args.delta,
             standby: false,
             apply_delay: None,
             plan_only: args.plan,

@@ -1,0 +1,231 @@
+//! Writes what the repository brings below a data directory, and tells what is there already. Remembers nothing of a file
+//! but that it is open.
+//!
+//! Large pieces go to the disk past the page cache: that spares the copy, which costs more than all decoding does, and
+//! leaves the memory of a host that serves others as it was. The rest, and file systems that cannot do that, are buffered.
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+use walfleet_repository::backup::fetch::{ALIGNMENT, FileNumber, Found, PieceFile, PieceSink};
+use walfleet_repository::format::manifest::{Content, EntryKind, FileEntry};
+
+use super::write::{WriteError, io as failed, set_mode};
+use crate::progress::Progress;
+
+/// Open files kept for further pieces; large files come in many pieces, small ones in one.
+const OPEN_FILES: usize = 64;
+
+/// From here on the way to the disk and back costs less than the copy into the page cache.
+const DIRECT_BYTES: usize = 256 << 10;
+
+/// What is compared before it is written over.
+const PAGE_BYTES: usize = 8192;
+
+/// What the owner may do with a file while it is being filled.
+const OWNER_READS_AND_WRITES: u32 = 0o600;
+
+pub struct FileSink {
+    data_dir: PathBuf,
+    progress: Progress,
+    /// Whether files may be there, whose content is kept where it is right.
+    over: bool,
+    /// Whether this file system still takes direct writes.
+    direct: AtomicBool,
+    open: Mutex<Vec<(FileNumber, Arc<OpenFile>)>>,
+    /// Files that their owner may not write (a server's private key, 0400), until their content is there.
+    read_only: Mutex<Vec<(PathBuf, u32)>>,
+}
+
+struct OpenFile {
+    path: PathBuf,
+    buffered: File,
+    direct: OnceLock<Option<File>>,
+}
+
+impl FileSink {
+    /// Into a new directory.
+    pub fn new(data_dir: &Path, progress: Progress) -> FileSink {
+        FileSink {
+            data_dir: data_dir.to_owned(),
+            progress,
+            over: false,
+            direct: AtomicBool::new(true),
+            open: Mutex::default(),
+            read_only: Mutex::default(),
+        }
+    }
+
+    /// Over what is there.
+    pub fn over(data_dir: &Path, progress: Progress) -> FileSink {
+        FileSink { over: true, ..FileSink::new(data_dir, progress) }
+    }
+
+    /// Once everything is written: takes away what only the writing needed.
+    pub fn settle(&self) -> Result<(), WriteError> {
+        for (path, mode) in self.read_only.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
+            fs::set_permissions(&path, fs::Permissions::from_mode(mode))
+                .map_err(failed("set permissions of", &path))?;
+        }
+        Ok(())
+    }
+
+    fn path(&self, relative: &[u8]) -> PathBuf {
+        self.data_dir.join(std::ffi::OsStr::from_bytes(relative))
+    }
+
+    fn file(&self, piece: &PieceFile) -> io::Result<Arc<OpenFile>> {
+        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, file)) = open.iter().find(|(known, _)| *known == piece.number) {
+            return Ok(file.clone());
+        }
+        let path = self.path(&piece.path);
+        let buffered = OpenOptions::new().read(true).write(true).open(&path).map_err(|e| named("open", &path, e))?;
+        let file = Arc::new(OpenFile { path, buffered, direct: OnceLock::new() });
+        if open.len() >= OPEN_FILES {
+            open.remove(0);
+        }
+        open.push((piece.number, file.clone()));
+        Ok(file)
+    }
+
+    fn directory(&self, path: &Path, mode: u32) -> io::Result<()> {
+        match fs::DirBuilder::new().mode(mode).create(path) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            other => other.map_err(|e| named("make directory", path, e))?,
+        }
+        fs::set_permissions(path, fs::Permissions::from_mode(mode)).map_err(|e| named("set permissions of", path, e))
+    }
+
+    /// The file of this entry, open, and how long it was before.
+    fn create(&self, path: &Path, mode: u32) -> io::Result<(File, u64)> {
+        let create = || OpenOptions::new().write(true).create_new(true).mode(mode).open(path);
+        let there = match fs::symlink_metadata(path) {
+            Ok(there) if self.over => there,
+            // A directory that was empty has nothing of this name: an error says so.
+            _ => {
+                let file = create().map_err(|e| named("create", path, e))?;
+                set_mode(&file, mode).map_err(|e| named("set permissions of", path, e))?;
+                return Ok((file, 0));
+            }
+        };
+        fs::set_permissions(path, fs::Permissions::from_mode(mode))
+            .map_err(|e| named("set permissions of", path, e))?;
+        let no_follow = rustix::fs::OFlags::NOFOLLOW.bits() as i32;
+        let file = OpenOptions::new().write(true).custom_flags(no_follow).open(path);
+        Ok((file.map_err(|e| named("open", path, e))?, there.len()))
+    }
+
+    /// Writes only the pages that differ: of a slot that was brought again most are right.
+    fn write_differences(&self, file: &OpenFile, offset: u64, content: &[u8]) -> io::Result<()> {
+        let mut there = vec![0; content.len()];
+        file.buffered.read_exact_at(&mut there, offset).map_err(|e| named("read", &file.path, e))?;
+        let pages = || content.chunks(PAGE_BYTES).zip(there.chunks(PAGE_BYTES));
+        let mut from = 0;
+        let mut stretch = 0;
+        for (new, old) in pages() {
+            if new == old {
+                self.put(file, offset, content, from, stretch)?;
+                from += stretch + new.len();
+                stretch = 0;
+            } else {
+                stretch += new.len();
+            }
+        }
+        self.put(file, offset, content, from, stretch)
+    }
+
+    fn put(&self, file: &OpenFile, offset: u64, content: &[u8], from: usize, len: usize) -> io::Result<()> {
+        match content.get(from..from + len) {
+            Some(part) if !part.is_empty() => self.write_all(file, offset + from as u64, part),
+            _ => Ok(()),
+        }
+    }
+
+    fn write_all(&self, file: &OpenFile, offset: u64, content: &[u8]) -> io::Result<()> {
+        let written = self.write_direct(file, offset, content).map_err(|e| named("write", &file.path, e))?;
+        let rest = content.get(written..).unwrap_or_default();
+        file.buffered.write_all_at(rest, offset + written as u64).map_err(|e| named("write", &file.path, e))
+    }
+
+    /// How much of it went past the page cache; the rest is to be buffered.
+    fn write_direct(&self, file: &OpenFile, offset: u64, content: &[u8]) -> io::Result<usize> {
+        let aligned = (content.as_ptr().addr() | content.len()) % ALIGNMENT == 0 && offset % ALIGNMENT as u64 == 0;
+        if !aligned || content.len() < DIRECT_BYTES || !self.direct.load(Ordering::Relaxed) {
+            return Ok(0);
+        }
+        let open = || {
+            let flag = rustix::fs::OFlags::DIRECT.bits() as i32;
+            OpenOptions::new().write(true).custom_flags(flag).open(&file.path).ok()
+        };
+        let Some(direct) = file.direct.get_or_init(open) else {
+            self.direct.store(false, Ordering::Relaxed);
+            return Ok(0);
+        };
+        match direct.write_at(content, offset) {
+            // A short write ends where the next must be buffered.
+            Ok(written) => Ok(written),
+            // A file system with an alignment of its own.
+            Err(error) if error.kind() == io::ErrorKind::InvalidInput => {
+                self.direct.store(false, Ordering::Relaxed);
+                Ok(0)
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(0),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+/// Keeps the path in an error that crosses the repository's border.
+fn named(operation: &str, path: &Path, error: io::Error) -> io::Error {
+    io::Error::new(error.kind(), format!("{operation} {}: {error}", path.display()))
+}
+
+impl PieceSink for FileSink {
+    fn entry(&self, _number: FileNumber, entry: &FileEntry) -> io::Result<Found> {
+        let path = self.path(&entry.path);
+        let EntryKind::File { size, content, .. } = &entry.kind else {
+            return self.directory(&path, entry.mode).map(|()| Found::Nothing);
+        };
+        let mode = entry.mode | OWNER_READS_AND_WRITES;
+        let (file, mut before) = self.create(&path, mode)?;
+        if mode != entry.mode {
+            let mut read_only = self.read_only.lock().unwrap_or_else(PoisonError::into_inner);
+            read_only.push((path.clone(), entry.mode));
+        }
+        let extend = |len| file.set_len(len).map_err(|e| named("extend", &path, e));
+        if before > 0 && matches!(content, Content::Zero) {
+            extend(0)?;
+            before = 0;
+        }
+        // What is not written stays a hole: zero slots cost nothing.
+        if before != *size {
+            extend(*size)?;
+        }
+        Ok(if before > 0 { Found::Content } else { Found::Nothing })
+    }
+
+    fn write(&self, file: &PieceFile, offset: u64, content: &[u8]) -> io::Result<()> {
+        let open = self.file(file)?;
+        match self.over {
+            true => self.write_differences(&open, offset, content)?,
+            false => self.write_all(&open, offset, content)?,
+        }
+        self.progress.add(content.len() as u64);
+        Ok(())
+    }
+
+    fn read(&self, file: &PieceFile, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        let open = self.file(file)?;
+        open.buffered.read_exact_at(into, offset).map_err(|e| named("read", &open.path, e))
+    }
+
+    fn kept(&self, bytes: u64) {
+        self.progress.add(bytes);
+    }
+}
