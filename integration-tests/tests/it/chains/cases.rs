@@ -1,9 +1,13 @@
 //! What must not be taken from a parent, and what may be after all: pages changed past the WAL, other timelines, damage.
 
+use std::time::Duration;
+
 use serde_json::Value;
 use walfleet_integration_tests::fleet::{Place, Standalone};
 use walfleet_integration_tests::os_user::os_user;
-use walfleet_integration_tests::postgres::{PgVersion, Shutdown};
+use walfleet_integration_tests::postgres::fingerprint::Fingerprint;
+use walfleet_integration_tests::postgres::load::Load;
+use walfleet_integration_tests::postgres::{PgVersion, Shutdown, judge};
 use walfleet_integration_tests::process::run;
 use walfleet_integration_tests::scratch::{Scratch, in_scratch};
 
@@ -104,5 +108,38 @@ fn a_file_in_which_the_parent_found_damage_is_read_again() {
             assert_eq!(reads_the_file, name != "at-rest", "{name}: {report}");
         }
         Ok(())
+    });
+}
+
+/// Segments are short, so that each backup begins far behind its parent, within a record, with most of what leads there
+/// recycled; autovacuum and checkpoints come when they like.
+#[test]
+fn backups_of_a_server_that_writes_know_what_changed_and_restore_to_its_end() {
+    in_scratch(|scratch| {
+        let initdb = ["--wal-segsize=1"];
+        let mut host = Standalone::start_with(scratch, &PgVersion::of(16)?, Place::folder(scratch)?, &initdb)?;
+        let settings = [("min_wal_size", "2MB"), ("max_wal_size", "4MB"), ("autovacuum_naptime", "1s")];
+        host.server.append_settings(settings.into_iter())?;
+        host.server.restart()?;
+        let load = Load::start(scratch, &host.server, &host.dataset, 3, Some(200))?;
+        for number in 0..6 {
+            let (report, reason) = taken(&host)?;
+            assert_eq!(reason, None, "backup {number}: {report}");
+            let bytes = |name: &str| report[name].as_u64().unwrap_or_default();
+            assert!(number == 0 || bytes("read_bytes") < bytes("cluster_bytes"), "backup {number}: {report}");
+            std::thread::sleep(Duration::from_millis(600));
+        }
+        load.stop()?;
+        let expected = Fingerprint::take(&host.server.session()?)?;
+        host.archive_all()?;
+        let restored = host.restore("restored", &["--latest"])?;
+        judge::verify_backup(host.server.version(), &restored.data_dir)?;
+        let mut server = host.server_of(&restored, false)?;
+        server.start()?;
+        server.wait_until_writable()?;
+        Fingerprint::take(&server.session()?)?.must_equal(&expected)?;
+        judge::check_relations(&server)?;
+        server.stop(Shutdown::Fast)?;
+        judge::check_pages(server.version(), &restored.data_dir)
     });
 }
