@@ -6,6 +6,7 @@ Samples of the two tools alternate wherever they can, so that a slow minute of t
 
 import filecmp
 import os
+import random
 import shutil
 from pathlib import Path
 
@@ -22,7 +23,7 @@ PROCESSES = 2
 LEVEL = 3
 
 # At most so much of the peer's, by row and quantity.
-BARS = {"full": 0.8, "full_cpu": 0.9, "restore": 0.6, "unchanged": 0.5, "changed": 0.15, "changed_stored": 0.25,
+BARS = {"full": 0.8, "full_cpu": 0.9, "restore": 0.6, "unchanged": 0.5, "changed": 0.15, "changed_stored": 0.25, "delta": 0.4,
         "restore_chain": 0.6, "fortnight_stored": 0.5, "full_basebackup": 1.1, "full_zstd": 1.1, "changed_pg17": 2.0}
 
 # Peak memory of any backup or restore.
@@ -66,6 +67,7 @@ class Backup:
         full = self.alternate("full", self.full)
         self.add("full", full)
         self.add("restore", self.alternate("restore", self.restore), stored=False)
+        self.add("delta", self.alternate("delta", self.delta), stored=False)
         reference = Reference(self.place, self.cluster, PROCESSES, LEVEL)
         self.against("full_basebackup", full[self.ours.name], "pg_basebackup", self.repeat(
             "full_basebackup", reference.base_backup))
@@ -110,6 +112,18 @@ class Backup:
         tool.prepare_restore()
         timed.warm(tool.repository)
         sample = timed.timed(self.place, f"{tool.name}-{row}", tool.restore(), tool.restored)
+        compare(self.sources[tool.name], tool.restored, tool.title)
+        shutil.rmtree(tool.restored)
+        return sample
+
+    def delta(self, tool, row: str) -> Sample:
+        """A restore over a copy of which 1 % of the pages are damaged."""
+        tool.prepare_restore()
+        self.place.run(*tool.restore())
+        damage(tool.restored)
+        timed.warm(tool.repository)
+        timed.warm(tool.restored)
+        sample = timed.timed(self.place, f"{tool.name}-{row}", tool.delta_restore(), tool.restored)
         compare(self.sources[tool.name], tool.restored, tool.title)
         shutil.rmtree(tool.restored)
         return sample
@@ -206,6 +220,21 @@ class Backup:
                             bar=BARS.get(f"{row}{suffix}"))
         self.report.runs[f"backup.{row}"] = {name: [sample.document() for sample in samples]
                                              for name, samples in taken.items()}
+
+
+def damage(folder: Path):
+    """Overwrites a part of 1 % of the pages, the same ones every time, and leaves size and time of change as they were."""
+    chance = random.Random(7)
+    for parent, _, files in sorted(os.walk(folder / "base")):
+        for name in sorted(files):
+            path = Path(parent, name)
+            before = path.stat()
+            with open(path, "r+b") as file:
+                for page in range(before.st_size // 8192):
+                    if chance.random() < 0.01:
+                        file.seek(page * 8192 + 4096)
+                        file.write(b"damaged " * 16)
+            os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
 # A cache that is left out of backups (src/backend/utils/cache/relcache.c), and what every checkpoint writes.

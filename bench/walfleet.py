@@ -103,6 +103,9 @@ class Walfleet:
     def restore(self) -> list:
         return [self.agent, "restore", "--config", self.configuration, "--cluster", CLUSTER, "--data-dir", self.restored]
 
+    def delta_restore(self) -> list:
+        return [*self.restore(), "--delta"]
+
     def stored(self) -> int:
         """Bytes of backups, WAL not counted."""
         return timed.size(self.repository) - timed.size(self.repository / "clusters" / CLUSTER / "wal")
