@@ -26,6 +26,7 @@ pub mod job {
 }
 
 /// Enrolment and the agents' stream.
+#[allow(clippy::large_enum_variant, reason = "a message holds one of them, and is decoded and let go")]
 pub mod agent {
     pub mod v1 {
         tonic::include_proto!("walfleet.agent.v1");
