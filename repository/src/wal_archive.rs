@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use bytes::Bytes;
 use object_store::path::Path;
 
-use crate::format::changed_blocks::ChangedBlocks;
+use crate::format::changed_blocks::{ChangedBlocks, ChangedBlocksError};
 use crate::format::clear::ObjectKind;
 use crate::format::sealed::{Compressor, FramePlace, Header, Opener, SealedError, TRAILER_LEN, Trailer};
 use crate::format::wal_segment::{self, CommitPoint, RestorePoint, SegmentDirectory, SegmentError, SegmentUpload};
@@ -219,7 +219,7 @@ impl WalArchive {
         wal_segment::decode_commit_times(segment.start(size), &plain).map_err(named)
     }
 
-    /// The pages that a segment changes; `None`: its writer did not know.
+    /// The pages that a segment changes; `None`: its writer did not know, or told by other rules.
     pub async fn changed_blocks(
         &self,
         wal: WalBranch,
@@ -230,8 +230,11 @@ impl WalArchive {
         let (directory, opener, tail, tail_start) = self.ends(wal, segment, &key).await?;
         let Some(frame) = directory.changed_blocks else { return Ok(None) };
         let plain = self.sidecar(&key, frame, &opener, (&tail, tail_start)).await?;
-        let changes = ChangedBlocks::decode(&plain).map_err(SegmentError::from);
-        changes.map(Some).map_err(|source| ArchiveError::Segment { key: key.to_string(), source })
+        match ChangedBlocks::decode(&plain) {
+            Ok(changes) => Ok(Some(changes)),
+            Err(ChangedBlocksError::Rules(_)) => Ok(None),
+            Err(error) => Err(ArchiveError::Segment { key: key.to_string(), source: error.into() }),
+        }
     }
 
     /// A frame behind the content: from the object's end, which was read already, or by a request of its own.
