@@ -242,8 +242,8 @@ async fn what_leads_into_the_present_segment_is_read_from_the_archive() {
             let digest = digest_segment(place, None, std::time::Duration::ZERO, &bytes).ok()?;
             Some((segment, bytes, digest))
         };
-        let headless = (2..40).filter_map(read).filter(|(.., digest)| digest.headless && digest.end.is_complete());
-        let (segment, _, digest) = headless.last().expect("a segment that begins within a record");
+        let mut headless = (2..40).filter_map(read).filter(|(.., digest)| digest.headless && digest.end.is_complete());
+        let (segment, _, digest) = headless.next_back().expect("a segment that begins within a record");
         let start = segment.start(size());
         let host = Host::at(TempDir::new().unwrap(), server.data_dir.clone(), system_id);
         let begun = Lsn(start.0 + u64::from(digest.valid_bytes) / 2);
