@@ -9,6 +9,7 @@
 //! open (n threads)     decrypt, decompress, check, hand to the sink
 //! ```
 
+mod laid;
 mod openers;
 mod sift;
 
@@ -20,6 +21,7 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
+use crate::backup::fetch::laid::{Laid, LaidFile, LaidSlot};
 use crate::backup::fetch::openers::Openers;
 use crate::backup::fetch::sift::{Sifted, Window, ZeroRun};
 use crate::backup::read::{BackupReader, ReadError};
@@ -117,6 +119,10 @@ enum Goes {
     /// All of it, to here.
     Whole(u64),
     Parts(Box<[Run]>),
+    /// All of it, with pages over it.
+    Laid(Box<LaidSlot>),
+    /// Pages of it, over slots that are opened later.
+    Held(Arc<Laid>, Box<[Run]>),
 }
 
 impl Piece {
@@ -258,10 +264,10 @@ impl Plan<'_> {
                 let found = self.sink.entry(number, &entry).map_err(FetchError::Sink)?;
                 if let EntryKind::File { size, content, .. } = &entry.kind {
                     let file = PieceFile { number, path: entry.path.clone() };
-                    self.gather(file, found, *size, content, &mut window).await?;
+                    self.gather(file, found, *size, content, &mut window, &sender).await?;
                 }
                 number += 1;
-                if window.bytes >= WINDOW_BYTES || window.pieces.len() + window.zeros.len() >= WINDOW_PIECES {
+                if window.is_full() {
                     self.send(std::mem::take(&mut window), &sender).await?;
                 }
             }
@@ -271,12 +277,13 @@ impl Plan<'_> {
     }
 
     async fn gather(
-        &self,
+        &mut self,
         file: PieceFile,
         found: Found,
         size: u64,
         content: &Content,
         window: &mut Window,
+        sender: &mpsc::Sender<Range>,
     ) -> Result<(), FetchError> {
         match content {
             Content::Empty => {}
@@ -284,6 +291,13 @@ impl Plan<'_> {
             Content::Chunk(place) => window.push(Piece { file, place: *place, goes: Goes::Whole(0), found }),
             Content::Map(place) => {
                 let map = self.reader.file_map(place).await?;
+                if found == Found::Nothing && !map.overlays.is_empty() {
+                    let mut file = LaidFile::new(file, map).map_err(ReadError::Map)?;
+                    while !file.gather(window) {
+                        self.send(std::mem::take(window), sender).await?;
+                    }
+                    return Ok(());
+                }
                 let pieces =
                     map.for_each_chunk(|place, runs| window.push(Piece::new(file.clone(), found, *place, runs)));
                 pieces.map_err(ReadError::Map)?;
@@ -295,7 +309,18 @@ impl Plan<'_> {
     }
 
     /// Sends what the sink has not as ranges. If nobody listens any more, an error is already on record.
-    async fn send(&mut self, window: Window, sender: &mpsc::Sender<Range>) -> Result<(), FetchError> {
+    async fn send(&mut self, mut window: Window, sender: &mpsc::Sender<Range>) -> Result<(), FetchError> {
+        if !window.held.is_empty() {
+            let (laid, held) = (window.laid.clone(), std::mem::take(&mut window.held));
+            laid.expect(held.len());
+            for range in coalesce(held) {
+                if sender.send(range).await.is_err() {
+                    return Ok(());
+                }
+            }
+            // Meanwhile what is left of the window before is opened.
+            laid.wait().await;
+        }
         let pieces = match window.found {
             false => window.pieces,
             true => {
@@ -386,6 +411,11 @@ fn open_ranges(
             open_piece(first, &range, &bytes, &opener, &mut stored, &mut plain.bytes, &mut zstd, domain)?;
             let offset = match &first.goes {
                 Goes::Whole(offset) => *offset,
+                Goes::Laid(slot) => slot.offset,
+                Goes::Held(laid, runs) => {
+                    laid.put(first.file.number, runs, plain.content()).ok_or_else(|| content_error(&range))?;
+                    continue;
+                }
                 Goes::Parts(runs) => {
                     for run in runs {
                         let part = plain.content().get(run.from as usize..run.from as usize + run.len as usize);
@@ -398,7 +428,11 @@ fn open_ranges(
             // Frames that follow each other in pack and file go down in one write.
             while let Some(next) = pieces.peek() {
                 let end = offset + plain.content().len() as u64;
-                let follows = matches!(next.goes, Goes::Whole(next) if next == end);
+                let follows = match &next.goes {
+                    Goes::Whole(offset) => *offset == end,
+                    Goes::Laid(slot) => slot.offset == end,
+                    Goes::Parts(_) | Goes::Held(..) => false,
+                };
                 if next.file.number != first.file.number || !follows || plain.content().len() >= WRITE_BYTES {
                     break;
                 }
@@ -460,6 +494,10 @@ fn open_piece(
     let opened = plain.get(from..).unwrap_or_default();
     if domain.chunk_id(opened).0[..16] != piece.place.id.0 {
         return Err(content_error(range).into());
+    }
+    if let Goes::Laid(slot) = &piece.goes {
+        let opened = plain.get_mut(from..).unwrap_or_default();
+        slot.lay(piece.file.number, opened).ok_or_else(|| content_error(range))?;
     }
     Ok(())
 }

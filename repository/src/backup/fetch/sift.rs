@@ -3,11 +3,13 @@
 //! A piece is kept only if that proves it. Of a slot with pages laid over it the whole chunk is not in the file any more,
 //! so it is brought again; of a chunk of gathered pages all of whose pages are in use it is.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use tokio_util::sync::CancellationToken;
 
-use super::{FetchError, Found, Goes, Piece, PieceFile, PieceSink};
+use super::laid::{HELD_BYTES, Laid};
+use super::{FetchError, Found, Goes, Piece, PieceFile, PieceSink, WINDOW_BYTES, WINDOW_PIECES};
 use crate::crypto::DomainKey;
 
 /// What a thread takes at a time: neighbours, so that it reads on where it was.
@@ -29,6 +31,10 @@ pub(super) struct Window {
     pub pieces: Vec<Piece>,
     /// Only of files found with content: in a new file what is not written is zero.
     pub zeros: Vec<ZeroRun>,
+    /// What is to be brought before them: pages laid over their slots.
+    pub held: Vec<Piece>,
+    pub laid: Arc<Laid>,
+    pub held_bytes: u64,
     /// Of plain content.
     pub bytes: u64,
     /// Whether any of it may be there already.
@@ -36,6 +42,12 @@ pub(super) struct Window {
 }
 
 impl Window {
+    pub fn is_full(&self) -> bool {
+        self.bytes >= WINDOW_BYTES
+            || self.pieces.len() + self.zeros.len() >= WINDOW_PIECES
+            || self.held_bytes >= HELD_BYTES
+    }
+
     pub fn push(&mut self, piece: Piece) {
         self.bytes += u64::from(piece.place.frame.raw_len);
         self.found |= piece.found == Found::Content;
@@ -128,6 +140,8 @@ fn has_piece(piece: &Piece, sink: &dyn PieceSink, domain: &DomainKey, buffer: &m
     buffer.resize(len, 0);
     match &piece.goes {
         Goes::Whole(offset) => sink.read(&piece.file, *offset, buffer).map_err(FetchError::Sink)?,
+        // Only for files that are not there.
+        Goes::Laid(_) | Goes::Held(..) => return Ok(0),
         Goes::Parts(runs) => {
             // No byte of a chunk goes to two places: if the sum is the whole, nothing of it is missing in the file.
             if runs.iter().map(|run| run.len as usize).sum::<usize>() != len {
