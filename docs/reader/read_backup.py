@@ -3,7 +3,7 @@
 
 Needs the packages cryptography, blake3 and zstandard. Numbers in comments are sections of docs/format.md.
 """
-import os, struct, sys, zstandard
+import itertools, os, struct, sys, zstandard
 from blake3 import blake3
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -44,6 +44,10 @@ def packed(data, at=0):
     while at < len(data):
         value, at = varint(data, at)
         yield value
+
+def ascending(data):
+    """Numbers of which each stands as how many lie between it and the one before."""
+    return [total + i for i, total in enumerate(itertools.accumulate(packed(data)))]
 
 class Repository:
     def __init__(self, folder, key_file):
@@ -159,7 +163,7 @@ class Cluster:
                 home = (text(place, 2) or self.name, self.moved.get(pack, text(place, 1)), pack.hex())
                 packs[pack] = "clusters/%s/packs/%s/%s" % home
         manifest = message(Sealed(self, key, 17).directory)
-        check(not raw(manifest, 3), "the manifest needs a newer reader")
+        check(set(packed(raw(manifest, 3))) <= {1}, "the manifest needs a newer reader")
         return manifest, Packs(self, packs)
 
 class Sealed:  # 8
@@ -204,14 +208,20 @@ class Packs:  # 9, 10
             return self.place(table, entry[7][0]) if 7 in entry else bytes(number(entry, 3))
         file_map = message(self.place(table, entry[8][0]))
         slots, size, table = message(raw(file_map, 4)), number(file_map, 2), file_map.get(3, [])
-        check(5 not in file_map, "a map that needs a newer reader")
         places, start, content = zip(*(packed(raw(slots, n)) for n in (1, 2, 3))), 0, []
         for i, (pack, offset, stored) in enumerate(places):
             length, short = min(number(file_map, 1), size - start), raw(slots, 4)[16 * i:16 * i + 16]
             content.append(self.chunk(table[pack - 1], offset, stored, length, short) if pack else bytes(length))
             start += length
         check(start == size == number(entry, 3), "a file of another size")
-        return b"".join(content)
+        content, laid = bytearray(b"".join(content)), set()
+        for overlay in map(message, file_map.get(5, [])):
+            chunk, (pages, positions) = self.place(table, raw(overlay, 1)), (ascending(raw(overlay, n)) for n in (2, 3))
+            for page, position in zip(pages, positions or range(len(pages)), strict=True):
+                check(page * 8192 + 8192 <= size and position * 8192 + 8192 <= len(chunk), "a page that is not there")
+                check(page not in laid and not laid.add(page), "a page laid over twice")
+                content[page * 8192:page * 8192 + 8192] = chunk[position * 8192:position * 8192 + 8192]
+        return bytes(content)
 
     def files(self, manifest):
         for place in manifest.get(31, []):
