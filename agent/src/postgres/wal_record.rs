@@ -5,6 +5,8 @@
 //! out. Nothing here reads files or knows a server.
 
 mod changes;
+#[cfg(test)]
+mod changes_tests;
 mod decoder;
 mod digest;
 mod meaning;

@@ -4,9 +4,17 @@
 //! Left out, with reasons:
 //! - free space and visibility maps: not fully logged, or only by implication; whoever copies reads them
 //! - relations dropped at the end of a transaction (SummarizeXactRecord): a file that takes the name later begins with
-//!   a record of its creation, which cuts the fork to nothing
+//!   a record of its creation, which cuts the fork to nothing, as log_smgrcreate is called for each permanent fork and
+//!   each init fork (src/backend/catalog/storage.c); until then there is no file, or an empty one (mdunlinkfork,
+//!   src/backend/storage/smgr/md.c)
+//! - pages of zeros that a file is extended by ahead of their use (RelationAddBlocks, src/backend/access/heap/hio.c)
+//!   are logged by nobody: what lies behind the former end of a file is to be read
 //!
-//! Replay with `wal_level = minimal` logs less than all changes; a change of the level is told apart ([`Changes::is_whole`]).
+//! Which pages of an SP-GiST index had room last is kept on its first page and logged by nobody (SpGistUpdateMetaPage,
+//! src/backend/access/spgist/spgutils.c), so that page is named with any other of the index. A vacuum that finds nothing
+//! may change it all the same: a hint that may be old, as after a crash.
+//!
+//! Replay with `wal_level = minimal` logs less than all changes; a change of the level is told apart ([`Changes::finish`]).
 
 use walfleet_repository::format::changed_blocks::{ChangedBlocks, ForkName};
 
@@ -36,11 +44,37 @@ mod dbase {
     pub const DROP: u8 = 0x20;
 }
 
+/// SPGIST_METAPAGE_BLKNO (src/include/access/spgist_private.h).
+const SPGIST_METAPAGE: u32 = 0;
+
 /// Gathers the changes of the records it is shown.
 #[derive(Debug, Default)]
 pub struct Changes {
     blocks: ChangedBlocks,
+    recent: Recent,
     incomplete: bool,
+}
+
+/// Pages that were noted lately, each in the place that its name falls on. Most records change a page that another one
+/// did shortly before; and what was noted once, a later cut covers.
+#[derive(Debug)]
+struct Recent(Vec<Option<(ForkName, u32)>>);
+
+impl Recent {
+    const BITS: u32 = 10;
+
+    /// Whether the page is among them; it is from now on.
+    fn knows(&mut self, name: ForkName, block: u32) -> bool {
+        let mixed = name.relation.wrapping_mul(0x9E37_79B1).wrapping_add(block).wrapping_mul(0x85EB_CA6B);
+        let Some(place) = self.0.get_mut((mixed >> (32 - Recent::BITS)) as usize) else { return false };
+        place.replace((name, block)) == Some((name, block))
+    }
+}
+
+impl Default for Recent {
+    fn default() -> Recent {
+        Recent(vec![None; 1 << Recent::BITS])
+    }
 }
 
 impl Changes {
@@ -72,6 +106,7 @@ impl Changes {
             rmgr::DBASE => self.note_database(record)?,
             _ => {}
         }
+        let is_spgist = record.rmgr == rmgr::SPGIST;
         record.for_each_block(|block| {
             if is_tracked(block.fork) {
                 let name = ForkName {
@@ -80,7 +115,12 @@ impl Changes {
                     relation: block.relation,
                     fork: block.fork,
                 };
-                self.blocks.change(name, block.block);
+                if is_spgist && !self.recent.knows(name, SPGIST_METAPAGE) {
+                    self.blocks.change(name, SPGIST_METAPAGE);
+                }
+                if !self.recent.knows(name, block.block) {
+                    self.blocks.change(name, block.block);
+                }
             }
         })
     }

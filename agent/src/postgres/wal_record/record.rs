@@ -21,6 +21,7 @@ pub mod rmgr {
     pub const DBASE: u8 = 4;
     pub const TBLSPC: u8 = 5;
     pub const RELMAP: u8 = 7;
+    pub const SPGIST: u8 = 16;
     /// RM_LOGICALMSG_ID, the last built-in one.
     pub const LAST_BUILTIN: u8 = 21;
     /// RM_MIN_CUSTOM_ID, since 15.
