@@ -154,3 +154,89 @@ fn push_page(runs: &mut Vec<Run>, from: u32, to: u64) {
         _ => runs.push(Run { from, len: PAGE_BYTES, to }),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+    use crate::format::file_map::{ChunkPlace, SLOT_BYTES, ShortId};
+    use crate::format::sealed::FramePlace;
+    use crate::ids::PackId;
+
+    fn chunk(number: u32, raw_len: u32) -> ChunkPlace {
+        let mut id = ShortId::default();
+        id.0[..4].copy_from_slice(&number.to_le_bytes());
+        ChunkPlace { pack: PackId([1; 32]), frame: FramePlace { offset: 0, stored_len: 9, raw_len }, id }
+    }
+
+    /// A gigabyte, every slot and some holes, of which two overlays take every third page in chunks of 16, the last slot
+    /// whole.
+    fn large() -> FileMap {
+        let (slots, pages) = (8192u32, 131_072u32);
+        let slot = |n| if n % 10 == 3 { Slot::Zero } else { Slot::Chunk(chunk(n, SLOT_BYTES)) };
+        let over: Vec<u32> = (0..pages).filter(|page| page % 3 == 0 || *page >= pages - 16).collect();
+        let overlays = over
+            .chunks(16)
+            .zip(slots..)
+            .map(|(pages, n)| Overlay::of_chunk(chunk(n, pages.len() as u32 * PAGE_BYTES), pages.iter().copied()));
+        FileMap {
+            slot_bytes: SLOT_BYTES,
+            size: u64::from(slots) * u64::from(SLOT_BYTES),
+            slots: (0..slots).map(slot).collect(),
+            overlays: overlays.collect(),
+        }
+    }
+
+    #[test]
+    fn a_window_holds_exactly_the_pages_of_its_slots_and_no_more_than_memory_allows() {
+        let map = large();
+        let file = PieceFile { number: 7, path: bytes::Bytes::new() };
+        let mut laid_file = LaidFile::new(file, map.clone()).unwrap();
+        // Who writes each page, as many times as somebody does.
+        let mut written: BTreeMap<u32, u32> = BTreeMap::new();
+        let mut windows = 0;
+        loop {
+            let mut window = Window::default();
+            let done = laid_file.gather(&mut window);
+            windows += 1;
+            assert!(window.held_bytes <= HELD_BYTES + u64::from(SLOT_BYTES));
+            window.laid.expect(window.held.len());
+            for piece in &window.held {
+                let Goes::Held(laid, runs) = &piece.goes else { panic!("held and not to be held") };
+                let mut content = vec![0; piece.place.frame.raw_len as usize];
+                for run in runs.iter() {
+                    content[run.from as usize..][..run.len as usize].fill(1);
+                }
+                laid.put(7, runs, &content).unwrap();
+            }
+            assert_eq!(window.laid.left.load(Ordering::Relaxed), 0);
+            for piece in &window.pieces {
+                let runs = match &piece.goes {
+                    Goes::Whole(offset) => vec![Run { from: 0, len: SLOT_BYTES, to: *offset }],
+                    Goes::Laid(slot) => {
+                        slot.lay(7, &mut vec![0; SLOT_BYTES as usize]).expect("all its pages are held");
+                        vec![Run { from: 0, len: SLOT_BYTES, to: slot.offset }]
+                    }
+                    Goes::Parts(runs) => runs.to_vec(),
+                    Goes::Held(..) => panic!("held, and not among the held"),
+                };
+                for run in runs {
+                    for page in (run.to..run.to + u64::from(run.len)).step_by(PAGE_BYTES as usize) {
+                        *written.entry((page / u64::from(PAGE_BYTES)) as u32).or_default() += 1;
+                    }
+                }
+            }
+            assert!(window.laid.pages.lock().unwrap().is_empty(), "pages are held that no slot asks for");
+            if done {
+                break;
+            }
+        }
+        assert!(windows > 3, "{windows} windows");
+        let (zero, overlaid) = (|page: u32| page / 16 % 10 == 3, map.overlaid().unwrap());
+        for page in 0..131_072 {
+            let expected = u32::from(!zero(page) || overlaid.contains(page));
+            assert_eq!(written.get(&page).copied().unwrap_or(0), expected, "page {page}");
+        }
+    }
+}
