@@ -14,10 +14,10 @@ use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use serde_json::{Value, json};
 use walfleet_integration_tests::fleet::standalone::{CLUSTER, Restored};
-use walfleet_integration_tests::fleet::{Place, Standalone};
+use walfleet_integration_tests::fleet::{Agent, Place, Standalone};
 use walfleet_integration_tests::output::Output;
 use walfleet_integration_tests::postgres::fingerprint::Fingerprint;
-use walfleet_integration_tests::postgres::{PgVersion, judge};
+use walfleet_integration_tests::postgres::{PgServer, PgVersion, judge};
 use walfleet_integration_tests::scratch::in_scratch;
 
 use changes::Writer;
@@ -101,9 +101,12 @@ impl Links {
             Round::Crash => self.writer.crash()?,
             Round::Restart => self.writer.host.server.restart()?,
         }
+        // Now and then all is read, and held against what the parent and the WAL say.
+        let proof: &[&str] = if round == Round::Busy && number % 3 == 1 { &["--read-all"] } else { &[] };
         let host = &self.writer.host;
-        let (report, reason) = taken(host)?;
+        let (report, reason) = taken(&host.agent, proof)?;
         anyhow::ensure!(reason.is_none(), "the changes are not known: {reason:?}");
+        anyhow::ensure!(report["unexplained_slots"] == 0, "content changed past the WAL: {report}");
         let bytes = |name: &str| report[name].as_u64().unwrap_or_default();
         let (read, all) = (bytes("read_bytes"), bytes("cluster_bytes"));
         eprintln!("round {number}: {round:?}, read {read} of {all} bytes, stored {}", bytes("stored_bytes"));
@@ -112,7 +115,7 @@ impl Links {
         anyhow::ensure!(number == 0 || round == Round::Busy || read < all / 4, "little is spared: {report}");
         let id = report["id"].as_str().unwrap_or_default().to_owned();
         let restored = host.restore(&format!("restored-{number}"), &["--latest", "--backup", &id])?;
-        must_equal_the_source(host, &report, &restored)?;
+        must_equal_the_source(&host.server, &report, &restored)?;
         match self.last.replace(restored) {
             Some(link) if self.kept.is_none() && number > 1 => self.kept = Some((previous_of(&report)?, link)),
             Some(link) => remove(&link)?,
@@ -148,9 +151,9 @@ impl Links {
 }
 
 /// Takes a backup; its report, and what the log says if everything was read for want of proof.
-fn taken(host: &Standalone) -> anyhow::Result<(Value, Option<String>)> {
-    let mut backup = host.agent.command(&["backup", "--cluster", CLUSTER, "--fast", "-o", "json"]);
-    backup.arg("--config").arg(host.agent.config()).env("WALFLEET_LOG", "walfleet_agent=info");
+fn taken(agent: &Agent, options: &[&str]) -> anyhow::Result<(Value, Option<String>)> {
+    let mut backup = agent.command(&["backup", "--cluster", CLUSTER, "--fast", "-o", "json"]);
+    backup.args(options).arg("--config").arg(agent.config()).env("WALFLEET_LOG", "walfleet_agent=info");
     let output = Output::of(backup, Duration::from_secs(60))?.ok()?;
     let is_known = output.stderr.contains("only what changed is read") || output.json()?["parents"] == json!([]);
     let line = output.stderr.lines().find(|line| line.contains("everything is read"));
@@ -159,10 +162,10 @@ fn taken(host: &Standalone) -> anyhow::Result<(Value, Option<String>)> {
 }
 
 /// The server is idle since the backup's own checkpoint: its files on disk are what was backed up.
-fn must_equal_the_source(host: &Standalone, report: &Value, restored: &Restored) -> anyhow::Result<()> {
+fn must_equal_the_source(server: &PgServer, report: &Value, restored: &Restored) -> anyhow::Result<()> {
     let start = report["start_lsn"].as_str().unwrap_or_default().parse()?;
-    let checksums = host.server.session()?.value("SHOW data_checksums")? == "on";
-    must_be_the_same(host.server.data_dir(), &restored.data_dir, start, checksums)
+    let checksums = server.session()?.value("SHOW data_checksums")? == "on";
+    must_be_the_same(server.data_dir(), &restored.data_dir, start, checksums)
 }
 
 fn previous_of(report: &Value) -> anyhow::Result<String> {

@@ -24,10 +24,10 @@ fn host(scratch: &Scratch) -> anyhow::Result<Standalone> {
 
 /// Takes a backup and restores it to what the server has; its report, and why everything was read if it was.
 fn proven(host: &Standalone, name: &str) -> anyhow::Result<(Value, Option<String>)> {
-    let (report, reason) = taken(host)?;
+    let (report, reason) = taken(&host.agent, &[])?;
     let id = report["id"].as_str().unwrap_or_default();
     let restored = host.restore(name, &["--latest", "--backup", id])?;
-    must_equal_the_source(host, &report, &restored)?;
+    must_equal_the_source(&host.server, &report, &restored)?;
     Ok((report, reason))
 }
 
@@ -123,7 +123,7 @@ fn backups_of_a_server_that_writes_know_what_changed_and_restore_to_its_end() {
         host.server.restart()?;
         let load = Load::start(scratch, &host.server, &host.dataset, 3, Some(200))?;
         for number in 0..6 {
-            let (report, reason) = taken(&host)?;
+            let (report, reason) = taken(&host.agent, &[])?;
             assert_eq!(reason, None, "backup {number}: {report}");
             let bytes = |name: &str| report[name].as_u64().unwrap_or_default();
             assert!(number == 0 || bytes("read_bytes") < bytes("cluster_bytes"), "backup {number}: {report}");
