@@ -40,6 +40,8 @@ pub enum Unproven {
     ParentAhead { stop: Lsn, start: Lsn },
     #[error("the parent backup's timeline {0} is not in this server's history, or was left before the backup's end")]
     OtherHistory(Timeline),
+    #[error("WAL segment {segment} was archived by {member} with other records than this server's")]
+    Foreign { segment: String, member: String },
     #[error("the changes of WAL segment {0} are not known")]
     Segment(String),
     #[error(transparent)]
@@ -125,17 +127,34 @@ pub async fn since(parent: &Manifest, now: &Beginning<'_>) -> Result<ChangedBloc
         }
     });
     let mut answers = answers.buffered(REQUESTS);
+    let mut newest = None;
     while let Some((wal, segment, changes)) = answers.try_next().await? {
         match changes {
-            Some(changes) => total.absorb(&changes),
+            Some(changes) => {
+                total.absorb(&changes);
+                newest = Some((wal, segment));
+            }
             None => unnoted.push((wal, segment)),
         }
     }
+    drop(answers);
+    refuse_foreign(newest, now).await?;
     let mut reader = Unnoted::new(now, &lineage);
     for (wal, segment) in unnoted {
         total.absorb(&reader.changes(wal, segment).await?);
     }
     Ok(total)
+}
+
+/// What a twin of this server archived under the same timeline says nothing of this one's pages. From where they parted on
+/// every segment differs, so the newest tells; of a server whose own WAL is refused it still lies in `pg_wal`.
+async fn refuse_foreign(newest: Option<(WalBranch, Segment)>, now: &Beginning<'_>) -> Result<(), Unproven> {
+    let Some((wal, segment)) = newest.filter(|(wal, _)| *wal == now.wal) else { return Ok(()) };
+    let archived = now.archive.directory(wal, segment, now.segment_size).await?;
+    match now.shipper.agrees(segment, archived.content_id).await? {
+        Some(false) => Err(Unproven::Foreign { segment: segment.file_name(now.segment_size), member: archived.member }),
+        Some(true) | None => Ok(()),
+    }
 }
 
 /// The timelines from the parent's to the present one, each with where it begins.

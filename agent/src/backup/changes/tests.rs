@@ -264,3 +264,36 @@ async fn what_leads_into_the_present_segment_is_read_from_the_archive() {
         assert!(whole.block_count() > 10, "{}", whole.block_count());
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_twin_archived_under_the_same_names_is_no_proof() {
+    let installation = oldest_and_newest().pop().unwrap();
+    let settings = "archive_mode=on\narchive_command='false'\nautovacuum=off\nmin_wal_size=32MB";
+    let server = TestServer::start(&installation, &["--wal-segsize=1"], settings);
+    for number in 0..4 {
+        server.sql(&[&format!("CREATE TABLE t{number} AS SELECT 1"), "SELECT pg_switch_wal()"]).await;
+    }
+    server.stop("fast");
+    let system_id = ControlFile::read(&server.data_dir).unwrap().system_id;
+    let wal = WalBranch { system_id, ..first() };
+    let ready = crate::wal::ship::ready_segments(&server.data_dir, size());
+    // The first may begin within a record that a checkpoint's end left behind.
+    let (from, to) = (ready[1].number, ready[2].number);
+    assert_eq!(to, from + 1);
+    let parent = manifest(wal, from * SIZE + 40, from * SIZE + 200);
+    let beginning = (to + 1) * SIZE + 40;
+    let noted = Some(ChangedBlocks::default());
+
+    let twin = Host::at(TempDir::new().unwrap(), server.data_dir.clone(), system_id);
+    let own = Host::at(TempDir::new().unwrap(), server.data_dir.clone(), system_id);
+    for number in from..=to {
+        twin.put(wal, number, vec![7; SIZE as usize], noted.clone()).await;
+    }
+    for segment in &ready[..3] {
+        own.shipper.ship(&segment.file_name(size())).await.unwrap();
+    }
+    let known = since(&parent, &own.beginning(&server.data_dir, wal, beginning)).await;
+    assert!(known.is_ok(), "{known:?}");
+    let foreign = since(&parent, &twin.beginning(&server.data_dir, wal, beginning)).await;
+    assert!(matches!(&foreign, Err(Unproven::Foreign { member, .. }) if member == "db1"), "{foreign:?}");
+}
