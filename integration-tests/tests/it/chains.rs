@@ -115,7 +115,7 @@ impl Links {
         anyhow::ensure!(number == 0 || round == Round::Busy || read < all / 4, "little is spared: {report}");
         let id = report["id"].as_str().unwrap_or_default().to_owned();
         let restored = host.restore(&format!("restored-{number}"), &["--latest", "--backup", &id])?;
-        must_equal_the_source(&host.server, &report, &restored)?;
+        must_equal_the_source(&host.server, &report, &restored, true)?;
         match self.last.replace(restored) {
             Some(link) if self.kept.is_none() && number > 1 => self.kept = Some((previous_of(&report)?, link)),
             Some(link) => remove(&link)?,
@@ -162,10 +162,11 @@ fn taken(agent: &Agent, options: &[&str]) -> anyhow::Result<(Value, Option<Strin
 }
 
 /// The server is idle since the backup's own checkpoint: its files on disk are what was backed up.
-fn must_equal_the_source(server: &PgServer, report: &Value, restored: &Restored) -> anyhow::Result<()> {
+/// Hint bits count if `hints` says so and checksums put them into the WAL.
+fn must_equal_the_source(server: &PgServer, report: &Value, restored: &Restored, hints: bool) -> anyhow::Result<()> {
     let start = report["start_lsn"].as_str().unwrap_or_default().parse()?;
-    let checksums = server.session()?.value("SHOW data_checksums")? == "on";
-    must_be_the_same(server.data_dir(), &restored.data_dir, start, checksums)
+    let hints = hints && server.session()?.value("SHOW data_checksums")? == "on";
+    must_be_the_same(server.data_dir(), &restored.data_dir, start, hints)
 }
 
 fn previous_of(report: &Value) -> anyhow::Result<String> {

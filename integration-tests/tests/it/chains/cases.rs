@@ -3,15 +3,16 @@
 use std::time::Duration;
 
 use serde_json::Value;
-use walfleet_integration_tests::fleet::{Place, Standalone};
+use walfleet_integration_tests::fleet::{Agent, Place, Standalone};
 use walfleet_integration_tests::os_user::os_user;
 use walfleet_integration_tests::postgres::fingerprint::Fingerprint;
 use walfleet_integration_tests::postgres::load::Load;
-use walfleet_integration_tests::postgres::{PgVersion, Shutdown, judge};
+use walfleet_integration_tests::postgres::{PgServer, PgVersion, Shutdown, judge};
 use walfleet_integration_tests::process::run;
 use walfleet_integration_tests::scratch::{Scratch, in_scratch};
+use walfleet_integration_tests::wait_for;
 
-use super::{must_equal_the_source, taken};
+use super::{CLUSTER, must_equal_the_source, taken};
 
 fn host(scratch: &Scratch) -> anyhow::Result<Standalone> {
     let host = Standalone::start(scratch, &PgVersion::newest()?, Place::folder(scratch)?)?;
@@ -24,10 +25,21 @@ fn host(scratch: &Scratch) -> anyhow::Result<Standalone> {
 
 /// Takes a backup and restores it to what the server has; its report, and why everything was read if it was.
 fn proven(host: &Standalone, name: &str) -> anyhow::Result<(Value, Option<String>)> {
-    let (report, reason) = taken(&host.agent, &[])?;
+    proven_by(host, (&host.agent, &host.server), name)
+}
+
+/// The same by another member of the cluster.
+fn proven_by(
+    host: &Standalone,
+    (agent, server): (&Agent, &PgServer),
+    name: &str,
+) -> anyhow::Result<(Value, Option<String>)> {
+    let (report, reason) = taken(agent, &[])?;
     let id = report["id"].as_str().unwrap_or_default();
     let restored = host.restore(name, &["--latest", "--backup", id])?;
-    must_equal_the_source(&host.server, &report, &restored)?;
+    // A standby learns of hint bits only with the first image of a page after a checkpoint, and sets none of its own.
+    let has_standby = host.server.session()?.number("SELECT count(*) FROM pg_stat_replication")? > 0;
+    must_equal_the_source(server, &report, &restored, !has_standby)?;
     Ok((report, reason))
 }
 
@@ -106,6 +118,45 @@ fn a_file_in_which_the_parent_found_damage_is_read_again() {
             let read = report["read_bytes"].as_u64().unwrap_or_default();
             let reads_the_file = read > sound.len() as u64;
             assert_eq!(reads_the_file, name != "at-rest", "{name}: {report}");
+        }
+        Ok(())
+    });
+}
+
+#[test]
+fn primary_and_standby_take_turns_in_one_chain() {
+    in_scratch(|scratch| {
+        let mut host = host(scratch)?;
+        // The stop position of a standby's backup lies in a segment that only the primary finishes.
+        host.server.reload_with("archive_timeout", "1s")?;
+        let mapping = format!("--tablespace-mapping={}={}", host.tablespace, scratch.join("standby.fast").display());
+        let standby = PgServer::builder(scratch, "standby", host.server.version()).basebackup_option(&mapping);
+        let standby = standby.create_standby_of(&host.server)?;
+        host.tablespace = standby.session()?.value("SELECT oid FROM pg_tablespace WHERE spcname = 'fast'")?;
+        let agent = Agent::builder(scratch, "host2").instance(CLUSTER, &standby);
+        let mut second = agent.repository(&host.place, &host.key_file).postgres(standby.version()).build()?;
+        second.start()?;
+        let primary = host.server.session()?;
+        for turn in 0..6 {
+            primary.execute(&format!("UPDATE pgbench_accounts SET abalance = {turn} WHERE aid % 5000 = {turn}"))?;
+            primary.execute(&format!("CREATE TABLE turn_{turn} AS SELECT generate_series(1, 9000) n"))?;
+            primary.execute(&format!("DELETE FROM turn_{} WHERE n > 4000", turn / 2 * 2))?;
+            primary.execute(&format!("VACUUM turn_{}", turn / 2 * 2))?;
+            let (report, reason) = match turn % 3 {
+                0 => proven(&host, &format!("turn-{turn}"))?,
+                _ => {
+                    primary.execute("CHECKPOINT")?;
+                    let end = primary.value("SELECT pg_current_wal_flush_lsn()")?;
+                    let caught_up = format!("SELECT pg_last_wal_replay_lsn() >= '{end}'");
+                    let session = standby.session()?;
+                    wait_for("the standby", Duration::from_secs(30), || {
+                        Ok(session.is_true(&caught_up)?.then_some(()))
+                    })?;
+                    proven_by(&host, (&second, &standby), &format!("turn-{turn}"))?
+                }
+            };
+            assert_eq!(report["member"], if turn % 3 == 0 { "host1" } else { "host2" });
+            assert_eq!(reason, None, "{report}");
         }
         Ok(())
     });

@@ -13,9 +13,9 @@ const DATA: [&str; 7] = ["base", "global", "pg_xact", "pg_multixact", "pg_commit
 
 /// A restored directory against the one that was backed up, whose server is idle.
 ///
-/// What a page has from after the backup's `start` is for replay to bring. Without `checksums` hint bits are not in the
-/// WAL, and a page that only they changed may be the parent's.
-pub fn must_be_the_same(source: &Path, restored: &Path, start: Lsn, checksums: bool) -> anyhow::Result<()> {
+/// What a page has from after the backup's `start` is for replay to bring. Unless `hints` count, a page that only hint bits
+/// changed may be the parent's.
+pub fn must_be_the_same(source: &Path, restored: &Path, start: Lsn, hints: bool) -> anyhow::Result<()> {
     let (expected, found) = (listed(source)?, listed(restored)?);
     let names = |of: &BTreeMap<String, PathBuf>| of.keys().cloned().collect::<Vec<_>>();
     let without = |from: &BTreeMap<String, PathBuf>, other: &BTreeMap<String, PathBuf>| {
@@ -37,7 +37,7 @@ pub fn must_be_the_same(source: &Path, restored: &Path, start: Lsn, checksums: b
             if live == copy || lsn(live) >= start {
                 continue;
             }
-            if !checksums && live.len() == PAGE {
+            if !hints && live.len() == PAGE {
                 without_hints(live);
                 without_hints(copy);
             }
@@ -122,9 +122,13 @@ fn lsn(page: &[u8]) -> Lsn {
 /// on rows, and in what index pages say of themselves at their end.
 fn without_hints(page: &mut [u8]) {
     let (lower, special) = (usize::from(u16_at(page, 12)).min(PAGE), usize::from(u16_at(page, 16)));
-    // PD_HAS_FREE_LINES, PD_PAGE_FULL; pd_prune_xid.
+    // The checksum over all this; PD_HAS_FREE_LINES, PD_PAGE_FULL; pd_prune_xid.
+    page[8..10].fill(0);
     page[10] &= !0x03;
     page[20..24].fill(0);
+    // An image leaves out the hole, where rows that were removed may still be seen.
+    let upper = usize::from(u16_at(page, 14)).min(PAGE);
+    page[lower.min(upper)..upper].fill(0);
     for at in (24..lower).step_by(4).take_while(|at| at + 4 <= PAGE) {
         let pointer = u32_at(page, at);
         let (offset, kind) = ((pointer & 0x7FFF) as usize, pointer >> 15 & 3);
@@ -132,8 +136,9 @@ fn without_hints(page: &mut [u8]) {
         if kind == 3 {
             page[at..at + 4].copy_from_slice(&(pointer & !(3 << 15) | 1 << 15).to_le_bytes());
         }
-        // A heap page has no special space; t_infomask's bits for known outcomes.
+        // A heap page has no special space; t_cid, which replay does not bring, and t_infomask's bits for known outcomes.
         if special == PAGE && kind == 1 && offset + 23 <= PAGE {
+            page[offset + 8..offset + 12].fill(0);
             page[offset + 21] &= !0x0F;
         }
     }
