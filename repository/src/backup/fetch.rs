@@ -41,6 +41,10 @@ const COALESCE_GAP: u64 = 256 << 10;
 /// Plain bytes gathered before they are sorted by pack: the more, the fewer and larger the ranges.
 const WINDOW_BYTES: u64 = 1 << 30;
 
+/// The first window is so much smaller, and each twice the one before: making files takes its time, and meanwhile there
+/// is something to fetch and open.
+const FIRST_WINDOW_BYTES: u64 = 32 << 20;
+
 /// Pieces gathered at most, whatever their size: bounds memory with many small files.
 const WINDOW_PIECES: usize = 64 << 10;
 
@@ -212,7 +216,14 @@ pub async fn fetch_all(
     }
     drop(fetched);
 
-    let mut plan = Plan { reader: &reader, sink: &sink, threads: options.threads, stop: &stop, kept_bytes: 0 };
+    let mut plan = Plan {
+        reader: &reader,
+        sink: &sink,
+        threads: options.threads,
+        stop: &stop,
+        window_bytes: FIRST_WINDOW_BYTES,
+        kept_bytes: 0,
+    };
     let files = tokio::select! {
         // Dropping the plan loses nothing that was not already handed on.
         () = stop.cancelled() => Ok(0),
@@ -251,6 +262,8 @@ struct Plan<'a> {
     sink: &'a Arc<dyn PieceSink>,
     threads: usize,
     stop: &'a CancellationToken,
+    /// Of the present window.
+    window_bytes: u64,
     kept_bytes: u64,
 }
 
@@ -258,7 +271,7 @@ impl Plan<'_> {
     /// Announces every entry to the sink and sends ranges; returns the number of entries.
     async fn ranges(&mut self, sender: mpsc::Sender<Range>) -> Result<u64, FetchError> {
         let mut number: FileNumber = 0;
-        let mut window = Window::default();
+        let mut window = Window::new(self.window_bytes);
         for part in &self.reader.manifest.file_list {
             for entry in self.reader.file_list_part(part).await? {
                 let found = self.sink.entry(number, &entry).map_err(FetchError::Sink)?;
@@ -268,7 +281,8 @@ impl Plan<'_> {
                 }
                 number += 1;
                 if window.is_full() {
-                    self.send(std::mem::take(&mut window), &sender).await?;
+                    let filled = self.filled(&mut window);
+                    self.send(filled, &sender).await?;
                 }
             }
         }
@@ -294,7 +308,8 @@ impl Plan<'_> {
                 if found == Found::Nothing && !map.overlays.is_empty() {
                     let mut file = LaidFile::new(file, map).map_err(ReadError::Map)?;
                     while !file.gather(window) {
-                        self.send(std::mem::take(window), sender).await?;
+                        let filled = self.filled(window);
+                        self.send(filled, sender).await?;
                     }
                     return Ok(());
                 }
@@ -306,6 +321,12 @@ impl Plan<'_> {
             }
         }
         Ok(())
+    }
+
+    /// The window, and a larger one in its place.
+    fn filled(&mut self, window: &mut Window) -> Window {
+        self.window_bytes = (2 * self.window_bytes).min(WINDOW_BYTES);
+        std::mem::replace(window, Window::new(self.window_bytes))
     }
 
     /// Sends what the sink has not as ranges. If nobody listens any more, an error is already on record.

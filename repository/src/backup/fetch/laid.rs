@@ -197,7 +197,7 @@ mod tests {
         let mut written: BTreeMap<u32, u32> = BTreeMap::new();
         let mut windows = 0;
         loop {
-            let mut window = Window::default();
+            let mut window = Window::new(1 << 30);
             let done = laid_file.gather(&mut window);
             windows += 1;
             assert!(window.held_bytes <= HELD_BYTES + u64::from(SLOT_BYTES));

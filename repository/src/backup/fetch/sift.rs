@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use tokio_util::sync::CancellationToken;
 
 use super::laid::{HELD_BYTES, Laid};
-use super::{FetchError, Found, Goes, Piece, PieceFile, PieceSink, WINDOW_BYTES, WINDOW_PIECES};
+use super::{FetchError, Found, Goes, Piece, PieceFile, PieceSink, WINDOW_PIECES};
 use crate::crypto::DomainKey;
 
 /// What a thread takes at a time: neighbours, so that it reads on where it was.
@@ -26,8 +26,9 @@ pub(super) struct ZeroRun {
 }
 
 /// Pieces gathered before they are sorted by pack.
-#[derive(Default)]
 pub(super) struct Window {
+    /// Plain bytes that fill it.
+    limit: u64,
     pub pieces: Vec<Piece>,
     /// Only of files found with content: in a new file what is not written is zero.
     pub zeros: Vec<ZeroRun>,
@@ -42,8 +43,21 @@ pub(super) struct Window {
 }
 
 impl Window {
+    pub fn new(limit: u64) -> Window {
+        Window {
+            limit,
+            pieces: Vec::new(),
+            zeros: Vec::new(),
+            held: Vec::new(),
+            laid: Arc::default(),
+            held_bytes: 0,
+            bytes: 0,
+            found: false,
+        }
+    }
+
     pub fn is_full(&self) -> bool {
-        self.bytes >= WINDOW_BYTES
+        self.bytes >= self.limit
             || self.pieces.len() + self.zeros.len() >= WINDOW_PIECES
             || self.held_bytes >= HELD_BYTES
     }
