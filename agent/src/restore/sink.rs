@@ -155,7 +155,8 @@ impl FileSink {
 
     /// How much of it went past the page cache; the rest is to be buffered.
     fn write_direct(&self, file: &OpenFile, offset: u64, content: &[u8]) -> io::Result<usize> {
-        let aligned = (content.as_ptr().addr() | content.len()) % ALIGNMENT == 0 && offset % ALIGNMENT as u64 == 0;
+        let aligned = (content.as_ptr().addr() | content.len()).is_multiple_of(ALIGNMENT)
+            && offset.is_multiple_of(ALIGNMENT as u64);
         if !aligned || content.len() < DIRECT_BYTES || !self.direct.load(Ordering::Relaxed) {
             return Ok(0);
         }

@@ -17,10 +17,13 @@ use crate::format::overlay::{Overlay, PAGE_BYTES};
 /// Of pages that a window holds. Two windows are under way at a time.
 pub(super) const HELD_BYTES: u64 = 48 << 20;
 
+/// Content by file and page.
+type Pages = HashMap<(FileNumber, u32), Box<[u8]>>;
+
 /// The pages of one window.
 #[derive(Default)]
 pub(super) struct Laid {
-    pages: Mutex<HashMap<(FileNumber, u32), Box<[u8]>>>,
+    pages: Mutex<Pages>,
     /// Pieces that are still to bring some.
     left: AtomicUsize,
     all: Notify,
