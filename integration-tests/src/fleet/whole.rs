@@ -155,6 +155,8 @@ impl Fleet {
     /// PostgreSQL would ask three times and then rest for a minute (pgarch.c).
     pub fn wait_until_bound(&self, agent: &Agent, server: &PgServer) -> anyhow::Result<()> {
         self.scratch.allow_log("belongs to no cluster of this agent");
+        // Known to the agent a moment before the keeper has made it.
+        self.scratch.allow_log("holds no repository");
         let session = server.session()?;
         let segment = session.value("SELECT pg_walfile_name(pg_switch_wal())")?;
         let path = server.data_dir().join("pg_wal").join(segment).display().to_string();
