@@ -9,20 +9,21 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use walfleet_repository::cluster::{ClusterError, OpenCluster};
-use walfleet_repository::cluster_log::Author;
 use walfleet_repository::ids::ClusterName;
 use walfleet_repository::key_file::{KeyFile, KeyFileError};
 use walfleet_repository::open::{Repository, RepositoryError};
 use walfleet_repository::signature::{Certificate, PublicKey, SignatureError, Signer};
 use walfleet_repository::store::{Store, StoreError, StoreOptions};
 
-use crate::config::{Config, RepositoryConfig};
+use crate::config::{Config, Lineage, RepositoryConfig};
 use crate::desired::{Desired, DesiredCluster, Recipient};
 use crate::failure::{ExitCode, Failure, Remedy};
 use crate::identity::Identity;
+use lineage::Relatives;
 
 pub mod grant;
 pub mod instance;
+pub mod lineage;
 
 /// How the repository of a host without a controller is called where orders name one.
 pub const OWN_REPOSITORY: &str = "own";
@@ -66,6 +67,7 @@ pub struct ClusterAccess {
     pub recipients: Vec<Recipient>,
     pub compression_level: i32,
     pub processes: u32,
+    pub relatives: Relatives,
 }
 
 /// All of it, at one moment.
@@ -94,6 +96,8 @@ pub enum AccessError {
     UnknownRepository { name: String },
     #[error("repository {name}: {source}")]
     Store { name: String, source: StoreError },
+    #[error("whose copy cluster {cluster} may be is not known yet: {problem}")]
+    Lineage { cluster: ClusterName, problem: String },
     #[error(transparent)]
     Repository(#[from] RepositoryError),
     #[error(transparent)]
@@ -130,6 +134,10 @@ impl Access {
                 recipients: Vec::new(),
                 compression_level: config.backup.compression_level,
                 processes: config.backup.processes,
+                relatives: match instance.lineage {
+                    Lineage::Shared => Relatives::Any,
+                    Lineage::Separate => Relatives::None,
+                },
             };
             (cluster.name.clone(), cluster)
         });
@@ -206,18 +214,6 @@ impl Access {
         let repository = repository.open().await?;
         Ok(OpenCluster::open(repository, cluster, &self.key.file.recipient).await?)
     }
-
-    /// Opens a cluster for writing; the first to do so makes its keys.
-    pub async fn open_or_begin(
-        &self,
-        repository: &RepositoryAccess,
-        cluster: ClusterName,
-    ) -> Result<OpenCluster, AccessError> {
-        let signer = self.key.signer()?;
-        let repository = repository.open().await?;
-        let author = Author::host(&signer);
-        Ok(OpenCluster::open_or_begin(repository, cluster, &self.key.file.recipient, author, &self.member).await?)
-    }
 }
 
 /// A cluster of the desired state and the instance of it on this host. The configuration's word on where it lies and how
@@ -239,6 +235,11 @@ fn bind(config: &Config, cluster: &DesiredCluster, repository: Arc<RepositoryAcc
         recipients: cluster.recipients.clone(),
         compression_level: cluster.compression_level.unwrap_or(config.backup.compression_level),
         processes: cluster.processes.unwrap_or(config.backup.processes),
+        relatives: match (configured.map(|instance| instance.lineage), &cluster.relatives) {
+            (Some(Lineage::Separate), _) => Relatives::None,
+            (_, Some(names)) => Relatives::Named(names.clone()),
+            (_, None) => Relatives::NotKnownYet,
+        },
     }
 }
 
@@ -260,6 +261,7 @@ impl From<AccessError> for Failure {
             AccessError::Certificate(_) => ("identity.certificates", ExitCode::Failed, false),
             AccessError::UnknownCluster { .. } => ("cluster.unknown", ExitCode::NotFound, false),
             AccessError::UnknownRepository { .. } => ("repository.unknown", ExitCode::NotFound, false),
+            AccessError::Lineage { .. } => ("cluster.lineage", ExitCode::Failed, true),
             AccessError::Store { source, .. } => ("repository.store", ExitCode::Failed, source.is_retryable()),
             AccessError::Repository(error) => return repository_failure(error),
             AccessError::Cluster(error) => return cluster_failure(error),

@@ -70,7 +70,7 @@ impl Archiving {
         identity: ClusterIdentity,
         data_dir: &Path,
     ) -> Result<Slot, String> {
-        let open = access.open_or_begin(&cluster.repository, cluster.name.clone()).await;
+        let open = access.open_or_begin(&cluster).await;
         let archive = open.map_err(|error| error.to_string())?.wal_archive(cluster.compression_level);
         let source = ShipSource {
             data_dir: data_dir.to_owned(),

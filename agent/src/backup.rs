@@ -5,8 +5,10 @@
 //! pack, [`manifest_json`] writes PostgreSQL's own backup_manifest on restore.
 
 pub mod changes;
+pub mod compare;
 pub mod copy;
 pub mod damage;
+mod loan;
 pub mod manifest_json;
 #[cfg(test)]
 mod many_files_tests;
@@ -31,6 +33,7 @@ use walfleet_repository::backup::write::{PackSession, WriteError};
 use walfleet_repository::cluster::{ClusterError, OpenCluster};
 use walfleet_repository::format::manifest::{Counters, FileEntry, Manifest, Tablespace};
 use walfleet_repository::ids::BackupId;
+use walfleet_repository::lineage::Kin;
 use walfleet_repository::postgres::{Lsn, SystemId, WalBranch};
 use walfleet_repository::signature::Signer;
 
@@ -55,6 +58,8 @@ const PLAUSIBLE_WAL: u64 = 16 << 30;
 pub struct BackupRequest {
     pub cluster: OpenCluster,
     pub signer: Arc<Signer>,
+    /// Whose copy the cluster may be; `None`: nobody's.
+    pub kin: Option<Kin>,
     /// This agent's name.
     pub member: String,
     pub data_dir: PathBuf,
@@ -168,6 +173,7 @@ pub async fn run(
         own_dead::tidy(&request.cluster, &request.signer, &own).await;
         run = Some(named);
     }
+    loan::arrange(&request.cluster, &request.signer, request.kin.as_ref(), cancel).await;
     let cluster_bytes = server.cluster_bytes().await.ok().flatten().unwrap_or(0);
     let label = format!("walfleet {}", request.cluster.name());
     let starting = tokio::select! {
@@ -335,6 +341,7 @@ async fn copy_files(
                 data_checksums: facts.data_checksums,
                 read_all: request.read_all,
                 member: &request.member,
+                cluster: request.cluster.name(),
             };
             changes::known(parent, &beginning, blocks_per_segment).await
         }

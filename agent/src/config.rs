@@ -9,8 +9,8 @@ use config::{Environment, File, FileFormat};
 mod section;
 
 pub use section::{
-    BackupConfig, Config, ControllerConfig, InstanceConfig, LogFormat, MetricsConfig, PostgresConfig, RepositoryConfig,
-    TelemetryConfig, WalConfig, default_socket, hostname,
+    BackupConfig, Config, ControllerConfig, InstanceConfig, Lineage, LogFormat, MetricsConfig, PostgresConfig,
+    RepositoryConfig, TelemetryConfig, WalConfig, default_socket, hostname,
 };
 
 /// Where `run` and the host's own commands look when `--config` is not given.

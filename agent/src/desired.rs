@@ -50,6 +50,9 @@ pub struct DesiredCluster {
     pub processes: Option<u32>,
     /// Whether an instance of this cluster lives here; else only the right to restore it.
     pub member: bool,
+    /// Other clusters of the repository with its system identifier; `None`: the controller does not know that yet.
+    #[serde(default)]
+    pub relatives: Option<Vec<ClusterName>>,
 }
 
 /// Whom the cluster's domain key must be wrapped for, beside the recovery key.

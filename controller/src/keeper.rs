@@ -1,9 +1,10 @@
 //! What the controller does in repositories with the keeper's key: makes those that are declared, ends what agents left
-//! open, and asks the logs how attempts that nobody can tell of have ended.
+//! open, lends backups to copies, and asks the logs how attempts that nobody can tell of have ended.
 //!
 //! It never deletes an object. (Expiry, collection and replication will live here.) It is slow where a store is slow, so
 //! it runs apart from the reconciler and only hands it events.
 
+mod lending;
 mod lost;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -104,8 +105,14 @@ impl Keeper {
         };
         let names: BTreeSet<&String> = catalog.repositories.keys().collect();
         self.troubles.lock().unwrap_or_else(PoisonError::into_inner).retain(|name, _| names.contains(name));
+        let newcomers = self.newcomers(now).await;
         for (name, spec) in &catalog.repositories {
-            let result = match tokio::time::timeout(DEADLINE, self.open(name, spec, now)).await {
+            let turn = async {
+                let repository = self.open(name, spec, now).await?;
+                self.lend(name, &repository, &newcomers).await;
+                Ok(())
+            };
+            let result = match tokio::time::timeout(DEADLINE, turn).await {
                 Ok(result) => result,
                 Err(_) => Err(KeeperError::Timeout { name: name.clone() }),
             };

@@ -1,5 +1,7 @@
 //! One cluster's place in a repository, opened with a key: its log, its WAL archive, its backups.
 
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::sync::Arc;
 
 use crate::backup::read::{BackupReader, PackKeys};
@@ -7,9 +9,10 @@ use crate::cluster_log::{AppendError, Author, ClusterLog, ClusterState, Decision
 use crate::crypto::{CryptoError, DomainKey, RecipientSecret};
 use crate::format::log_entry::Action;
 use crate::format::manifest::{Manifest, ManifestError};
-use crate::ids::{BackupId, ClusterName, Digest};
+use crate::ids::{BackupId, ClusterName, Digest, DomainId};
 use crate::keyring::{self, Keyring, KeyringError};
 use crate::layout;
+use crate::lineage::Kin;
 use crate::open::{CommittedBackup, Repository, RepositoryError};
 use crate::store::StoreError;
 use crate::wal_archive::WalArchive;
@@ -73,20 +76,33 @@ impl OpenCluster {
         OpenCluster::with_domain(repository, name, recipient, domain).await
     }
 
-    /// Opens a cluster, and makes its domain first if nobody has: a new key, wrapped for this recipient and for the
-    /// recovery key before the log names it, so that there is no moment in which data could be sealed for nobody.
+    /// Opens a cluster, and begins its log first if nobody has.
+    ///
+    /// A copy of a cluster whose key opens for the recipient joins that one's domain. Otherwise a new key is made, wrapped
+    /// for the recipient and for the recovery key before the log names it, so that there is no moment in which data could
+    /// be sealed for nobody. `kin`: whose copy it may be; `None`: nobody's.
     pub async fn open_or_begin(
         repository: Repository,
         name: ClusterName,
         recipient: &RecipientSecret,
         author: Author<'_>,
-        label: &str,
+        (label, kin): (&str, Option<&Kin>),
     ) -> Result<OpenCluster, ClusterError> {
         let mut log = repository.cluster_log(&name);
         let known = log.refresh().await?.keys().cloned();
         let domain = match known {
             Some(domain) => domain,
-            None => begin(&repository, &name, &mut log, recipient, author, label).await?,
+            None => {
+                let shared = match kin {
+                    Some(kin) => kin.domain(&repository, &name, recipient).await?,
+                    None => None,
+                };
+                let fresh = match shared {
+                    Some(domain) => Beginning::of(&domain).ok_or_else(|| ClusterError::Unknown(name.clone()))?,
+                    None => make_key(&repository, &name, recipient, label).await?,
+                };
+                begin(&name, &mut log, author, fresh).await?
+            }
         };
         OpenCluster::with_domain(repository, name, recipient, domain).await
     }
@@ -151,33 +167,56 @@ impl OpenCluster {
             .map_err(|source| named(source.into()))?;
         let domain = self.keys.version(header.key_version).unwrap_or(self.keys.newest());
         let manifest = Manifest::open(bytes, domain, key.as_ref()).map_err(named)?;
-        Ok(BackupReader::new(manifest, store.clone(), self.keys.clone(), self.pack_keys(backup, state)))
+        let packs = self.pack_keys(backup, state).await?;
+        Ok(BackupReader::new(manifest, store.clone(), self.keys.clone(), packs))
     }
 
-    /// Where each pack of the backup lies now.
-    pub fn pack_keys(&self, backup: &CommittedBackup, state: &ClusterState) -> PackKeys {
-        let sessions = backup.reference.sessions.iter();
-        let packs = sessions.flat_map(|session| session.packs.iter().map(move |used| (session, used.pack)));
-        packs
-            .map(|(session, pack)| {
-                let cluster = session.cluster.as_ref().unwrap_or(&self.name);
-                let home = state.moved(&pack).unwrap_or(&session.session);
-                (pack, layout::pack(cluster, home, pack))
-            })
-            .collect()
+    /// Where each pack of the backup lies now. What was borrowed is where the lender's log says.
+    pub async fn pack_keys(&self, backup: &CommittedBackup, state: &ClusterState) -> Result<PackKeys, ClusterError> {
+        let mut lenders: HashMap<&ClusterName, ClusterLog> = HashMap::new();
+        for lender in backup.reference.sessions.iter().filter_map(|session| session.cluster.as_ref()) {
+            if let Entry::Vacant(entry) = lenders.entry(lender) {
+                let mut log = self.repository.cluster_log(lender);
+                log.refresh().await?;
+                entry.insert(log);
+            }
+        }
+        let mut keys = PackKeys::new();
+        for (cluster, session, used) in backup.reference.packs() {
+            let state = lenders.get(cluster).map_or(state, ClusterLog::state);
+            let home = state.moved(&used.pack).unwrap_or(session);
+            keys.insert(used.pack, layout::pack(cluster, home, used.pack));
+        }
+        Ok(keys)
+    }
+
+    /// Another cluster of the same domain; `None`: it is of another, and its content does not open with these keys.
+    pub fn relative(&self, log: &ClusterLog) -> Option<OpenCluster> {
+        let shares = log.state().keys() == Some(&self.domain);
+        shares.then(|| OpenCluster { name: log.cluster().clone(), ..self.clone() })
     }
 }
 
-/// Makes the cluster's domain, unless someone else does so at the same time: then theirs is the cluster's, and the key
-/// made here seals nothing.
-async fn begin(
+/// What a log begins with.
+struct Beginning {
+    domain: DomainId,
+    key_commitment: [u8; 32],
+}
+
+impl Beginning {
+    /// Of a domain that is there.
+    fn of(domain: &DomainKeys) -> Option<Beginning> {
+        Some(Beginning { domain: domain.domain, key_commitment: *domain.commitments.get(&1)? })
+    }
+}
+
+/// Makes a key that nothing is sealed with yet, for the recipient and the recovery key.
+async fn make_key(
     repository: &Repository,
     name: &ClusterName,
-    log: &mut ClusterLog,
     recipient: &RecipientSecret,
-    author: Author<'_>,
     label: &str,
-) -> Result<DomainKeys, ClusterError> {
+) -> Result<Beginning, ClusterError> {
     let key = DomainKey::generate()?;
     let named = |source| ClusterError::Key { cluster: name.clone(), source };
     let recovery = repository.root().recovery_recipient;
@@ -185,7 +224,17 @@ async fn begin(
     if recipient.id() != recovery {
         keyring::store_wrapped(repository.store(), &key, recipient.id(), label).await.map_err(named)?;
     }
-    let begin = Action::Begin { domain: key.domain, key_commitment: key.commitment() };
+    Ok(Beginning { domain: key.domain, key_commitment: key.commitment() })
+}
+
+/// Begins the cluster's log, unless someone else does so at the same time: then their domain is the cluster's.
+async fn begin(
+    name: &ClusterName,
+    log: &mut ClusterLog,
+    author: Author<'_>,
+    fresh: Beginning,
+) -> Result<DomainKeys, ClusterError> {
+    let begin = Action::Begin { domain: fresh.domain, key_commitment: fresh.key_commitment };
     let appended = log.append::<std::convert::Infallible>(author, |state| match state.keys() {
         None => Decision::Append(begin.clone()),
         Some(_) => Decision::Nothing,

@@ -85,6 +85,15 @@ prefixed_id!(
     HoldId, "hold_", "a hold id"
 );
 
+impl HoldId {
+    /// The hold under which one cluster keeps a backup for another: the same whoever makes it, so that making it again
+    /// changes nothing.
+    pub fn lent(backup: &BackupId, borrower: &ClusterName) -> HoldId {
+        let hash = blake3::hash(format!("{backup} {borrower}").as_bytes()).to_hex();
+        HoldId(format!("hold_{}", hash.get(..20).unwrap_or_default()))
+    }
+}
+
 /// 20 characters of Crockford's base 32: 48 bits of milliseconds, then 50 random bits; sorts by time.
 fn time_ordered() -> String {
     const ALPHABET: &[u8; 32] = b"0123456789abcdefghjkmnpqrstvwxyz";

@@ -115,7 +115,7 @@ async fn check_all(
     for backup in &backups {
         check_lists(cluster, backup, &log, spec.depth, &mut report).await;
     }
-    let mut objects = packs(cluster, &backups, &log);
+    let mut objects = packs(cluster, &backups, &log).await?;
     objects.extend(segments(cluster, &backups, &mut report).await);
     let keys = cluster.keys().clone();
     let store = cluster.repository().store().clone();
@@ -186,14 +186,18 @@ async fn check_lists(
 }
 
 /// Every pack that the backups need, once.
-fn packs(cluster: &OpenCluster, backups: &[CommittedBackup], log: &ClusterLog) -> Vec<Object> {
+async fn packs(
+    cluster: &OpenCluster,
+    backups: &[CommittedBackup],
+    log: &ClusterLog,
+) -> Result<Vec<Object>, ClusterError> {
     let mut needed: BTreeMap<PackId, (Path, Vec<BackupId>)> = BTreeMap::new();
     for backup in backups {
-        for (pack, key) in cluster.pack_keys(backup, log.state()) {
+        for (pack, key) in cluster.pack_keys(backup, log.state()).await? {
             needed.entry(pack).or_insert_with(|| (key, Vec::new())).1.push(backup.reference.backup.clone());
         }
     }
-    needed.into_iter().map(|(pack, (key, backups))| Object { key, what: What::Pack(pack), backups }).collect()
+    Ok(needed.into_iter().map(|(pack, (key, backups))| Object { key, what: What::Pack(pack), backups }).collect())
 }
 
 /// The WAL that makes each backup consistent must be there; all other WAL that is there must be good.

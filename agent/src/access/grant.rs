@@ -63,7 +63,7 @@ fn missing(cluster: &ClusterAccess, own: RecipientId, granted: &Granted) -> Vec<
 }
 
 async fn grant(access: &Access, cluster: &ClusterAccess, missing: &[([u8; 32], String)]) -> Result<(), AccessError> {
-    let open = access.open_or_begin(&cluster.repository, cluster.name.clone()).await?;
+    let open = access.open_or_begin(cluster).await?;
     for (recipient, label) in missing {
         let granting = open.keys().grant(open.repository().store(), RecipientId(*recipient), label).await;
         granting.map_err(|source| walfleet_repository::cluster::ClusterError::Key {

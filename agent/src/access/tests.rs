@@ -15,6 +15,7 @@ fn desired_cluster(name: &str, member: bool) -> DesiredCluster {
         compression_level: Some(7),
         processes: None,
         member,
+        relatives: Some(Vec::new()),
     }
 }
 
@@ -27,6 +28,7 @@ fn instance(cluster: &str) -> InstanceConfig {
         cluster: cluster.parse().unwrap(),
         data_dir: "/from/config".into(),
         connection: Some("port=1".into()),
+        lineage: Lineage::Shared,
     }
 }
 

@@ -15,6 +15,7 @@ use futures::stream::{self, StreamExt, TryStreamExt};
 use walfleet_repository::backup::commit::Parent;
 use walfleet_repository::format::changed_blocks::ChangedBlocks;
 use walfleet_repository::format::manifest::Manifest;
+use walfleet_repository::ids::ClusterName;
 use walfleet_repository::postgres::{HistoryError, Lsn, Segment, SegmentSize, Timeline, TimelineHistory, WalBranch};
 use walfleet_repository::wal_archive::{ArchiveError, WalArchive};
 
@@ -67,13 +68,18 @@ pub struct Beginning<'a> {
     pub data_checksums: bool,
     /// Every file is due for proof.
     pub read_all: bool,
-    /// Who takes it.
+    /// Who takes it, of which cluster.
     pub member: &'a str,
+    pub cluster: &'a ClusterName,
 }
 
 /// What a backup may take from its parent unread; `None`, with the reason in the log: nothing.
 pub async fn known(parent: &Parent, now: &Beginning<'_>, blocks_per_segment: u32) -> Option<Known> {
     let (manifest, reference) = (&parent.reader.manifest, &parent.backup.reference);
+    if reference.cluster != *now.cluster {
+        tracing::info!(parent = %reference.backup, of = %reference.cluster, "everything is read: the parent is a backup of the cluster that this one is a copy of");
+        return None;
+    }
     let named: usize = manifest.damaged_pages.iter().map(|damaged| damaged.blocks.len()).sum();
     if reference.damaged_page_count > named as u64 {
         tracing::info!(parent = %reference.backup, "everything is read: the parent found more damaged pages than it names");

@@ -14,6 +14,8 @@ mod compose;
 mod proof;
 mod walk;
 
+pub(in crate::backup) use compose::adopt_overlays;
+
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{self, Receiver};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -153,7 +155,7 @@ fn read_all(
     progress: &Progress,
     cancel: &CancellationToken,
 ) {
-    let mut reader = stretch::Reader::new(session.writer(), pages, progress, counters, cancel);
+    let mut reader = stretch::Reader::new(session, pages, progress, counters, cancel);
     let mut run = || -> Result<(), CopyError> {
         loop {
             let next = work.lock().unwrap_or_else(PoisonError::into_inner).recv();

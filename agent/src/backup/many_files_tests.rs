@@ -17,7 +17,9 @@ use walfleet_repository::backup::write::PackSession;
 use walfleet_repository::cluster::OpenCluster;
 use walfleet_repository::cluster_log::Author;
 use walfleet_repository::crypto::RecipientSecret;
+use walfleet_repository::format::log_entry::Action;
 use walfleet_repository::format::manifest::{Content, Counters, EntryKind, FileEntry, Manifest};
+use walfleet_repository::lineage::Kin;
 use walfleet_repository::open::{CommittedBackup, Repository, RepositorySpec};
 use walfleet_repository::postgres::{Branch, Lsn, SegmentSize, SystemId, Timeline, WalBranch};
 use walfleet_repository::signature::Signer;
@@ -34,6 +36,7 @@ use crate::restore::sink::FileSink;
 struct Ground {
     folder: tempfile::TempDir,
     cluster: OpenCluster,
+    secret: RecipientSecret,
     signer: Arc<Signer>,
 }
 
@@ -47,8 +50,9 @@ async fn ground() -> Ground {
     let store = Store::open(&url, &StoreOptions::default()).unwrap();
     let (repository, _) = Repository::init(store, spec).await.unwrap();
     let name = "orders".parse().unwrap();
-    let cluster = OpenCluster::open_or_begin(repository, name, &secret, Author::host(&signer), "x").await.unwrap();
-    Ground { folder, cluster, signer: Arc::new(signer) }
+    let cluster =
+        OpenCluster::open_or_begin(repository, name, &secret, Author::host(&signer), ("x", None)).await.unwrap();
+    Ground { folder, cluster, secret, signer: Arc::new(signer) }
 }
 
 /// Bytes that do not compress, different for every seed.
@@ -199,6 +203,112 @@ async fn a_changed_file_among_many_costs_itself_and_all_come_back() {
     let manifest: serde_json::Value = serde_json::from_slice(&manifest).unwrap();
     assert_eq!(manifest["Files"].as_array().unwrap().len(), source.len() + 2, "and backup_label and pg_control");
     assert!(restored == source, "the restored files are not the source's");
+}
+
+/// Changes, cuts and extends a relation's file at random, some pages to zeros.
+fn change(pages: &mut Vec<u8>, random: &mut impl rand::RngExt) -> usize {
+    let mut changed = 0;
+    match random.random_range(0..4) {
+        0 => pages.truncate(pages.len() - random.random_range(0..40) * 8192),
+        1 => pages.extend(noise(random.random(), random.random_range(0..40) * 8192)),
+        _ => {}
+    }
+    let count = pages.len() / 8192;
+    for _ in 0..random.random_range(0..40) {
+        let page = random.random_range(0..count);
+        let content = if random.random_bool(0.1) { vec![0; 8192] } else { noise(random.random(), 8192) };
+        pages[page * 8192..][..8192].copy_from_slice(&content);
+        changed += 1;
+    }
+    if random.random_bool(0.2) {
+        let from = random.random_range(0..count - 32) * 8192;
+        pages[from..][..32 * 8192].fill(0);
+    }
+    changed
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_any_wal_a_file_is_compared_with_its_parent_by_page_and_comes_back() {
+    let seed: u64 = rand::random();
+    println!("seed {seed}");
+    let mut random = <rand::rngs::StdRng as rand::SeedableRng>::seed_from_u64(seed);
+    let ground = ground().await;
+    let data_dir = ground.folder.path().join("data");
+    make_cluster(&data_dir, 4);
+    let path = data_dir.join("base/1/20001");
+    let mut pages = noise(seed, 16 << 20);
+    fs::write(&path, &pages).unwrap();
+    let (first, _) = back_up(&ground, &data_dir).await;
+    assert!(first.reference.counters.new_bytes > 16 << 20);
+    for page in [3, 700, 701, 1500] {
+        pages[page * 8192] ^= 1;
+    }
+    fs::write(&path, &pages).unwrap();
+    let (second, report) = back_up(&ground, &data_dir).await;
+    assert!(report.has_overlays);
+    let new_bytes = second.reference.counters.new_bytes;
+    assert!((4 * 8192..4 * 8192 + 40_000).contains(&new_bytes), "four pages, a map and a list: {new_bytes}");
+    for round in 0..12 {
+        let changed = change(&mut pages, &mut random);
+        fs::write(&path, &pages).unwrap();
+        let (backup, _) = back_up(&ground, &data_dir).await;
+        println!("round {round}: {changed} pages, {} new bytes", backup.reference.counters.new_bytes);
+        let to = ground.folder.path().join(format!("restored{round}"));
+        restore(&ground, &backup, &to).await;
+        assert!(fs::read(to.join("base/1/20001")).unwrap() == pages, "seed {seed}, round {round}");
+    }
+}
+
+/// A copy under a name of its own shares the original's key and content, if its host holds the key.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_first_backup_of_a_copy_stores_what_differs_and_is_whole_by_itself() {
+    let ground = ground().await;
+    let data_dir = ground.folder.path().join("data");
+    make_cluster(&data_dir, 100);
+    let path = data_dir.join("base/1/20001");
+    let mut pages = noise(1, 4 << 20);
+    fs::write(&path, &pages).unwrap();
+    let (original, _) = back_up(&ground, &data_dir).await;
+    let repository = ground.cluster.repository().clone();
+    let kin = Kin { system_id: SystemId(1), clusters: None };
+    let begin = async |name: &str, secret: &RecipientSecret, kin| {
+        let (repository, name) = (repository.clone(), name.parse().unwrap());
+        let opened = OpenCluster::open_or_begin(repository, name, secret, Author::host(&ground.signer), ("x", kin));
+        opened.await.unwrap()
+    };
+    let stranger = begin("stranger", &RecipientSecret::generate().unwrap(), Some(&kin)).await;
+    assert_ne!(stranger.domain(), ground.cluster.domain(), "whoever does not hold the key gets one of his own");
+    let apart = begin("apart", &ground.secret, None).await;
+    assert_ne!(apart.domain(), ground.cluster.domain());
+    let clone = begin("clone", &ground.secret, Some(&kin)).await;
+    assert_eq!(clone.domain(), ground.cluster.domain());
+
+    pages[8192 * 100] ^= 1;
+    fs::write(&path, &pages).unwrap();
+    let copy = Ground { cluster: clone, signer: ground.signer.clone(), ..self::ground().await };
+    super::loan::arrange(&copy.cluster, &copy.signer, Some(&kin), &CancellationToken::new()).await;
+    let (first, _) = back_up(&copy, &data_dir).await;
+    assert_eq!(first.reference.parents, [original.reference.backup.clone()]);
+    let new_bytes = first.reference.counters.new_bytes;
+    assert!((8192..60_000).contains(&new_bytes), "a page, a map and a list: {new_bytes}");
+    // Its parent is its own now, and what was borrowed stays where it is.
+    super::loan::arrange(&copy.cluster, &copy.signer, Some(&kin), &CancellationToken::new()).await;
+    let (second, _) = back_up(&copy, &data_dir).await;
+    assert_eq!(second.reference.parents, [first.reference.backup.clone()]);
+    assert!(second.reference.counters.new_bytes < 60_000);
+    let lender = Some(ground.cluster.name().clone());
+    assert!(second.reference.sessions.iter().any(|session| session.cluster == lender));
+    let to = ground.folder.path().join("restored");
+    restore(&copy, &second, &to).await;
+    assert!(fs::read(to.join("base/1/20001")).unwrap() == pages);
+
+    let mut log = ground.cluster.log().await.unwrap();
+    assert!(log.state().is_held(&original.reference.backup));
+    let expire = Action::Expire { backup: original.reference.backup.clone(), reason: String::new() };
+    let expired = log.append::<std::convert::Infallible>(Author::host(&ground.signer), |_| {
+        walfleet_repository::cluster_log::Decision::Append(expire.clone())
+    });
+    assert!(expired.await.unwrap_err().to_string().contains("is held"));
 }
 
 /// One wrong byte, a whole bad disk, and a page from a future that is none.

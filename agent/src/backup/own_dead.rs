@@ -128,7 +128,8 @@ mod tests {
         let spec = RepositorySpec { root_public_key: signer.public_key(), recovery_recipient: secret.id() };
         let (repository, _) = Repository::init(Store::in_memory(), spec).await.unwrap();
         let name = "orders".parse().unwrap();
-        let cluster = OpenCluster::open_or_begin(repository, name, &secret, Author::host(&signer), "x").await.unwrap();
+        let cluster =
+            OpenCluster::open_or_begin(repository, name, &secret, Author::host(&signer), ("x", None)).await.unwrap();
         let signer = Arc::new(signer);
         let (own, running) = name_run(&cluster, &signer, "job_a").unwrap();
         let killed = ProcessMark { started: own.started - 1, ..own.clone() };

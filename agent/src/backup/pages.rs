@@ -16,7 +16,7 @@ use crate::backup::stretch::{Reader, StretchError};
 
 /// Pages of one gathered chunk, half a megabyte: measured, a twentieth smaller than chunks of a slot's size, and four times
 /// as much gives no more than that again.
-const GATHERED: usize = 64;
+pub(super) const GATHERED: usize = 64;
 
 /// How many bytes of what is read next the kernel is told of: scattered pages come from a disk many at a time then.
 const AHEAD_BYTES: u64 = 4 << 20;

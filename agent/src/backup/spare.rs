@@ -19,7 +19,7 @@ use crate::postgres::relation::Fork;
 /// dead, and a restore reads less than twice what the cluster has. Measured over a
 /// fortnight of 3 % random changes a day, this and the large gathered chunks ([`pages`](super::pages)) store a tenth less
 /// than a limit of one in two and chunks of a slot's size.
-const MOST_OVERLAID: (u32, u32) = (3, 4);
+pub(super) const MOST_OVERLAID: (u32, u32) = (3, 4);
 
 /// Everything that changed between the parent's start and this backup's.
 #[derive(Clone, Debug)]

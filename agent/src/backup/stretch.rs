@@ -8,9 +8,10 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
-use walfleet_repository::backup::write::{ChunkWriter, PlacedSlot, WriteError};
+use walfleet_repository::backup::write::{ChunkWriter, PackSession, PlacedSlot, WriteError};
 use walfleet_repository::format::file_map::{ChunkPlace, SLOT_BYTES, Slot};
 
+use crate::backup::compare::{self, Compared, Former, Worth};
 use crate::backup::damage::BadPages;
 use crate::backup::scan::{ScannedFile, ScannedKind};
 use crate::postgres::page::{Damage, PageRules, SuspiciousPage, first_block_of_segment};
@@ -60,13 +61,17 @@ pub struct StretchJob {
     pub slots: usize,
     /// The parent's slots at the same places, as far as it has them.
     pub parent: Vec<Slot>,
+    /// Set: what differs from the parent's slots is compared with them by page.
+    pub former: Option<Former>,
 }
 
 /// What a stretch became.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct StretchResult {
     pub part: usize,
     pub slots: Vec<PlacedSlot>,
+    /// Of a stretch that was compared.
+    pub compared: Compared,
     pub bytes: u64,
     /// Of the stretch alone.
     pub crc32c: u32,
@@ -75,11 +80,12 @@ pub struct StretchResult {
 
 /// One thread's reader.
 pub struct Reader<'a> {
+    pub(super) session: &'a Arc<PackSession>,
     pub(super) writer: ChunkWriter,
     pages: &'a PageCheck,
     progress: &'a Progress,
     counters: &'a ReadCounters,
-    cancel: &'a CancellationToken,
+    pub(super) cancel: &'a CancellationToken,
     pub(super) buffer: Vec<u8>,
 }
 
@@ -98,19 +104,21 @@ impl Default for ReadCounters {
 
 impl<'a> Reader<'a> {
     pub fn new(
-        writer: ChunkWriter,
+        session: &'a Arc<PackSession>,
         pages: &'a PageCheck,
         progress: &'a Progress,
         counters: &'a ReadCounters,
         cancel: &'a CancellationToken,
     ) -> Reader<'a> {
-        Reader { writer, pages, progress, counters, cancel, buffer: vec![0; READ_BYTES] }
+        let writer = session.writer();
+        Reader { session, writer, pages, progress, counters, cancel, buffer: vec![0; READ_BYTES] }
     }
 
     pub fn stretch(&mut self, job: &StretchJob) -> Result<StretchResult, StretchError> {
         let mut result = StretchResult {
             part: job.part,
             slots: Vec::with_capacity(job.slots),
+            compared: Compared::default(),
             bytes: 0,
             crc32c: 0,
             bad_pages: BadPages::default(),
@@ -118,25 +126,44 @@ impl<'a> Reader<'a> {
         let start = job.first_slot as u64 * u64::from(SLOT_BYTES);
         let end = (start + job.slots as u64 * u64::from(SLOT_BYTES)).min(job.size);
         let mut buffer = std::mem::take(&mut self.buffer);
+        let mut worth = Worth::default();
+        let batch = if job.former.is_some() { compare::BATCH_BYTES } else { READ_BYTES };
+        buffer.resize(batch.max(READ_BYTES), 0);
         let mut offset = start;
         while offset < end {
             self.stop_if_cancelled()?;
-            let len = (end - offset).min(READ_BYTES as u64) as usize;
+            let len = (end - offset).min(batch as u64) as usize;
             let Some(content) = buffer.get_mut(..len) else { break };
             self.read(&job.file, &job.path, job.kind, offset, content, &mut result.bad_pages)?;
             result.crc32c = crc32c::crc32c_append(result.crc32c, content);
-            for slot in content.chunks(SLOT_BYTES as usize) {
-                let parent = match job.parent.get(result.slots.len()) {
-                    Some(Slot::Chunk(place)) => Some(place),
-                    _ => None,
-                };
-                result.slots.push(self.writer.store_slot(slot, parent)?);
+            match &job.former {
+                Some(former) => {
+                    let first = (job.first_slot + result.slots.len()) as u32;
+                    self.compare(job, former, first, content, (&mut worth, &mut result))?;
+                }
+                None => self.store_slots(job, content, &mut result)?,
             }
             result.bytes += len as u64;
             offset += len as u64;
         }
         self.buffer = buffer;
         Ok(result)
+    }
+
+    fn store_slots(
+        &mut self,
+        job: &StretchJob,
+        content: &[u8],
+        result: &mut StretchResult,
+    ) -> Result<(), StretchError> {
+        for slot in content.chunks(SLOT_BYTES as usize) {
+            let parent = match job.parent.get(result.slots.len()) {
+                Some(Slot::Chunk(place)) => Some(place),
+                _ => None,
+            };
+            result.slots.push(self.writer.store_slot(slot, parent)?);
+        }
+        Ok(())
     }
 
     /// A file of at most one slot; `None` if it is gone.
@@ -146,8 +173,7 @@ impl<'a> Reader<'a> {
         parent: Option<&ChunkPlace>,
     ) -> Result<Option<StretchResult>, StretchError> {
         self.stop_if_cancelled()?;
-        let mut result =
-            StretchResult { part: 0, slots: Vec::new(), bytes: file.size, crc32c: 0, bad_pages: BadPages::default() };
+        let mut result = StretchResult { bytes: file.size, ..StretchResult::default() };
         let open = match File::open(&file.absolute) {
             Ok(open) => open,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),

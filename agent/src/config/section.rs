@@ -46,6 +46,20 @@ pub struct InstanceConfig {
     /// libpq-like: "host=/var/run/postgresql port=5432 user=walfleet". From postmaster.pid if absent.
     #[serde(default)]
     pub connection: Option<String>,
+    #[serde(default)]
+    pub lineage: Lineage,
+}
+
+/// Whether a cluster that is a copy of another shares that one's key and content. It is decided when the cluster is first
+/// archived or backed up, and never changes.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Lineage {
+    /// Its first backup stores only what differs. Who may restore the copy can then read the other one's content, too.
+    #[default]
+    Shared,
+    /// A key of its own, everything stored anew.
+    Separate,
 }
 
 /// For hosts without a controller, which else names the repositories.
@@ -248,6 +262,7 @@ impl Config {
                 cluster: "orders".parse().unwrap(),
                 data_dir: "/data".into(),
                 connection: Some("port=5432".into()),
+                lineage: Lineage::Separate,
             }],
             repository: Some(RepositoryConfig {
                 url: "file:///srv/walfleet".into(),

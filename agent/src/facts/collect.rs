@@ -191,8 +191,12 @@ mod tests {
 
     #[test]
     fn a_configured_instance_is_looked_at_before_the_controller_knows_of_it() {
-        let instance =
-            InstanceConfig { cluster: "orders".parse().unwrap(), data_dir: "/data".into(), connection: None };
+        let instance = InstanceConfig {
+            cluster: "orders".parse().unwrap(),
+            data_dir: "/data".into(),
+            connection: None,
+            lineage: crate::config::Lineage::Shared,
+        };
         let config = Config { instances: vec![instance], ..Config::default() };
         let members = members(&config, None);
         assert_eq!(members.into_keys().map(|name| name.to_string()).collect::<Vec<_>>(), ["orders"]);

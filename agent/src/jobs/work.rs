@@ -67,7 +67,8 @@ impl HostWork {
         let shipper = self.archiving.shipper(&instance.data_dir).await;
         let archiving = |message| Failure::new("backup.archiving", ExitCode::Failed, Remedy::Retry, message);
         let request = BackupRequest {
-            cluster: access.open_or_begin(&cluster.repository, cluster.name.clone()).await?,
+            cluster: access.open_or_begin(cluster).await?,
+            kin: cluster.kin()?,
             signer: Arc::new(access.key.signer().map_err(AccessError::from)?),
             member: access.member.clone(),
             data_dir: instance.data_dir.clone(),

@@ -138,6 +138,8 @@ fn desired(desired: proto::Desired) -> Result<Desired, WireError> {
         Ok(Recipient { label: recipient.label, public_key })
     };
     let cluster = |cluster: proto::DesiredCluster| {
+        let relatives = cluster.relatives.iter().map(|name| DESIRED.parse("clusters.relatives", name));
+        let relatives = relatives.collect::<Result<_, WireError>>()?;
         Ok(DesiredCluster {
             name: DESIRED.parse("clusters.name", &cluster.name)?,
             repository: DESIRED.text("clusters.repository", cluster.repository)?,
@@ -146,6 +148,7 @@ fn desired(desired: proto::Desired) -> Result<Desired, WireError> {
             compression_level: Some(cluster.compression_level).filter(|level| (1..=19).contains(level)),
             processes: Some(cluster.processes).filter(|processes| *processes != 0),
             member: cluster.member,
+            relatives: (cluster.system_identifier != 0).then_some(relatives),
         })
     };
     Ok(Desired {

@@ -44,6 +44,12 @@ pub struct DesiredCluster {
     pub compression_level: Option<i32>,
     pub processes: Option<u32>,
     pub standing: Standing,
+    /// Absent: no instance was seen yet.
+    #[serde(default)]
+    pub system_identifier: Option<u64>,
+    /// What it may be a copy of.
+    #[serde(default)]
+    pub relatives: Vec<ClusterName>,
 }
 
 /// What the cluster is to the agent.
@@ -116,6 +122,7 @@ pub fn plan(
                 Some(Recipient { label: name.clone(), key: seen.observed.hello.as_ref()?.recipient })
             })
             .collect();
+        let relatives: Vec<ClusterName> = relatives(cluster, assembly).map(|relative| relative.name.clone()).collect();
         for name in &holders {
             // Listed in a document, but never joined.
             let Some(content) = desired.get_mut(name) else { continue };
@@ -127,6 +134,8 @@ pub fn plan(
                 compression_level: cluster.policy.and_then(|policy| policy.backup.compression_level),
                 processes: cluster.policy.and_then(|policy| policy.backup.processes),
                 standing: if members.contains_key(name) { Standing::Member } else { Standing::RestoreHost },
+                system_identifier: cluster.system_identifier,
+                relatives: relatives.clone(),
             });
         }
     }
@@ -134,6 +143,19 @@ pub fn plan(
         content.repositories = repositories(content, catalog);
     }
     desired
+}
+
+/// The other clusters with the same system identifier in the same repository.
+pub fn relatives<'a>(
+    cluster: &'a ClusterSeen<'_>,
+    assembly: &'a Assembly<'_>,
+) -> impl Iterator<Item = &'a ClusterSeen<'a>> {
+    assembly.clusters.values().filter(|other| {
+        other.name != cluster.name
+            && other.system_identifier.is_some()
+            && other.system_identifier == cluster.system_identifier
+            && other.repository == cluster.repository
+    })
 }
 
 fn restoring(cluster: &ClusterSeen<'_>, jobs: &[Job]) -> BTreeSet<String> {

@@ -29,6 +29,8 @@ pub fn desired_out(spec: &DesiredSpec, root_public_key: [u8; 32]) -> pb::Control
         compression_level: cluster.compression_level.unwrap_or_default(),
         processes: cluster.processes.unwrap_or_default(),
         member: cluster.standing == Standing::Member,
+        system_identifier: cluster.system_identifier.unwrap_or_default(),
+        relatives: cluster.relatives.iter().map(ToString::to_string).collect(),
     });
     pb::ControllerMessage {
         message: Some(pb::controller_message::Message::Desired(pb::Desired {

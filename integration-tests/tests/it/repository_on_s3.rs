@@ -63,9 +63,14 @@ fn hosts_that_append_at_once_over_a_bad_line_lose_nothing_and_repeat_nothing() {
                     let member = format!("host{host}");
                     let repository = Repository::open(store?, Some(signer.public_key())).await?;
                     let name = "orders".parse()?;
-                    let cluster =
-                        OpenCluster::open_or_begin(repository, name, &key.recipient, Author::host(&signer), &member)
-                            .await?;
+                    let cluster = OpenCluster::open_or_begin(
+                        repository,
+                        name,
+                        &key.recipient,
+                        Author::host(&signer),
+                        (&member, None),
+                    )
+                    .await?;
                     for run in 0..RUNS {
                         let spec = SessionSpec { run: Some(format!("{member}-{run}")), wal: WAL, wal_floor: Lsn(0) };
                         let (session, _) = BackupSession::open(cluster.clone(), signer.clone(), &member, spec).await?;
@@ -99,8 +104,13 @@ fn a_segment_stored_over_a_bad_line_is_stored_once_and_comes_back_whole() {
         let signer = Signer::from_seed(&key.signing_seed);
         let repository = block_on(make(&server, &key))?;
         let name = "orders".parse()?;
-        let cluster =
-            block_on(OpenCluster::open_or_begin(repository, name, &key.recipient, Author::host(&signer), "host1"))?;
+        let cluster = block_on(OpenCluster::open_or_begin(
+            repository,
+            name,
+            &key.recipient,
+            Author::host(&signer),
+            ("host1", None),
+        ))?;
         let archive = cluster.wal_archive(1);
         let size = SegmentSize::new(1 << 20)?;
         let upload = |number: u64, fill: u8, member: &str| OwnedSegment {

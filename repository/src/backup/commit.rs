@@ -6,14 +6,14 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use crate::backup::read::BackupReader;
-use crate::backup::write::{ParentPack, UsedPack};
+use crate::backup::write::{PackHome, ParentPack, UsedPack};
 use crate::cluster::{ClusterError, OpenCluster};
-use crate::cluster_log::{AppendError, Author, ClusterLog, Decision, LogError, SessionState};
+use crate::cluster_log::{AppendError, Author, Borrowed, ClusterLog, ClusterState, Decision, LogError, SessionState};
 use crate::format::log_entry::{Action, Open};
 use crate::format::manifest::Manifest;
 use crate::format::reference::{PackUse, ReferencePart, SessionPacks};
 use crate::format::sealed::{Compressor, SealedError};
-use crate::ids::{BackupId, Digest, PackId};
+use crate::ids::{BackupId, ClusterName, Digest, PackId};
 use crate::layout;
 use crate::open::CommittedBackup;
 use crate::postgres::{Lsn, WalBranch};
@@ -82,7 +82,8 @@ pub struct BackupSession {
 }
 
 impl BackupSession {
-    /// Opens a session whose parent is the newest live backup of the same system, if there is one that reads.
+    /// Opens a session whose parent is the newest live backup of the same system, or for want of one a borrowed backup,
+    /// if there is one that reads.
     ///
     /// An open session of the same run and the same writer is a dead attempt of its own and is aborted first.
     pub async fn open(
@@ -113,7 +114,7 @@ impl BackupSession {
                 return Decision::Refuse(error);
             }
             // A parent that expired meanwhile is left out; the backup is then whole by itself.
-            named = parents.iter().filter(|id| state.session(id).is_some_and(|s| s.is_live())).cloned().collect();
+            named = parents.iter().filter(|id| may_be_parent(state, id)).cloned().collect();
             Decision::Append(open(&named))
         });
         appended.await.map_err(unwrap_append)?;
@@ -201,33 +202,42 @@ impl BackupSession {
     }
 }
 
-/// The parent's packs that a listing shows with the size they should have.
+/// Whether the log lets a session name it now.
+fn may_be_parent(state: &ClusterState, id: &BackupId) -> bool {
+    match state.session(id) {
+        Some(session) => session.is_live(),
+        None => state.borrowed().any(|(borrowed, _)| borrowed.backup == *id),
+    }
+}
+
+/// The packs of a parent that lies in `home`'s log, as far as a listing shows them with the size they should have.
 ///
 /// A pack that is missing there, or cut short, is left out, and what lies in it is stored anew: a listing that shows too
 /// little costs space, never correctness.
 async fn present_packs(
-    cluster: &OpenCluster,
-    log: &ClusterLog,
+    own: &OpenCluster,
+    home: &ClusterLog,
     backup: &CommittedBackup,
 ) -> Result<Vec<ParentPack>, StoreError> {
-    let mut wanted: BTreeMap<BackupId, Vec<PackUse>> = BTreeMap::new();
-    for session in backup.reference.sessions.iter().filter(|session| session.cluster.is_none()) {
-        for used in &session.packs {
-            let home = log.state().moved(&used.pack).unwrap_or(&session.session);
-            wanted.entry(home.clone()).or_default().push(*used);
-        }
+    let mut wanted: BTreeMap<(&ClusterName, &BackupId), Vec<PackUse>> = BTreeMap::new();
+    for (cluster, session, used) in backup.reference.packs() {
+        // Where a lender's own lender repaired a pack is not looked up: what is not found is stored anew.
+        let moved = home.state().moved(&used.pack).filter(|_| cluster == home.cluster());
+        wanted.entry((cluster, moved.unwrap_or(session))).or_default().push(*used);
     }
     let mut present = Vec::new();
-    for (session, packs) in wanted {
-        let listed = cluster.repository().store().list(&layout::session_packs(cluster.name(), &session)).await?;
+    for ((cluster, session), packs) in wanted {
+        let listed = own.repository().store().list(&layout::session_packs(cluster, session)).await?;
         let sizes: HashMap<PackId, u64> = listed
             .iter()
-            .filter_map(|object| Some((layout::parse_pack(cluster.name(), &object.key)?.1, object.size)))
+            .filter_map(|object| Some((layout::parse_pack(cluster, &object.key)?.1, object.size)))
             .collect();
+        let lender = (cluster != own.name()).then(|| cluster.clone());
+        let home = PackHome { cluster: lender, session: session.clone() };
         for used in packs {
             if sizes.get(&used.pack) == Some(&used.stored_bytes) {
                 let (pack, stored_bytes) = (used.pack, used.stored_bytes);
-                present.push(ParentPack { pack, session: session.clone(), stored_bytes });
+                present.push(ParentPack { pack, home: home.clone(), stored_bytes });
             } else {
                 let parent = &backup.reference.backup;
                 tracing::error!(pack = %used.pack, backup = %parent, "a pack that a committed backup needs is missing or damaged; what lies in it is stored anew");
@@ -238,43 +248,69 @@ async fn present_packs(
 }
 
 fn by_session(packs: Vec<UsedPack>) -> Vec<SessionPacks> {
-    let mut sessions: BTreeMap<BackupId, Vec<PackUse>> = BTreeMap::new();
+    let mut sessions: BTreeMap<PackHome, Vec<PackUse>> = BTreeMap::new();
     for pack in packs {
         let used = PackUse { pack: pack.pack, stored_bytes: pack.stored_bytes, used_bytes: pack.used_bytes };
-        sessions.entry(pack.session).or_default().push(used);
+        sessions.entry(pack.home).or_default().push(used);
     }
     sessions
         .into_iter()
-        .map(|(session, mut packs)| {
+        .map(|(home, mut packs)| {
             packs.sort_by_key(|used| used.pack);
-            SessionPacks { session, cluster: None, packs }
+            SessionPacks { session: home.session, cluster: home.cluster, packs }
         })
         .collect()
 }
 
-/// The newest live backup of the system that can be opened. One that cannot is passed over: the next one, or none,
-/// costs space, never correctness.
+/// The newest live backup of the system that can be opened, or else a borrowed one. One that cannot is passed over: the
+/// next one, or none, costs space, never correctness.
 async fn newest_parent(cluster: &OpenCluster, log: &ClusterLog, wal: WalBranch) -> Option<Parent> {
     for session in log.state().live_parents_for(wal.system_id) {
-        let committed = session.committed()?;
-        let read = cluster.repository().reference(cluster.name(), session.id(), committed).await;
-        let opened = match read {
-            Ok((reference, writer)) => {
-                let life = crate::open::BackupLife::Live;
-                let backup = CommittedBackup { reference, commit: committed.clone(), life, writer };
-                let reader = cluster.open_backup(&backup, log.state()).await;
-                let packs = present_packs(cluster, log, &backup).await;
-                let packs = packs.map_err(|source| ClusterError::Store { backup: session.id().clone(), source });
-                reader.and_then(|reader| Ok(Parent { backup, reader: Arc::new(reader), packs: packs? }))
-            }
-            Err(error) => Err(error.into()),
-        };
-        match opened {
-            Ok(parent) => return Some(parent),
+        match open_parent(cluster, cluster, log, session.id()).await {
+            Ok(Some(parent)) => return Some(parent),
+            Ok(None) => {}
             Err(error) => tracing::warn!(backup = %session.id(), "cannot serve as a parent: {error}"),
         }
     }
+    let borrowed: Vec<Borrowed> = log.state().borrowed().map(|(borrowed, _)| borrowed.clone()).collect();
+    for Borrowed { cluster: lender, backup } in borrowed {
+        match open_borrowed(cluster, &lender, &backup).await {
+            Ok(Some(parent)) if parent.backup.reference.wal.system_id == wal.system_id => return Some(parent),
+            Ok(_) => {}
+            Err(error) => tracing::warn!(%backup, %lender, "cannot serve as a parent: {error}"),
+        }
+    }
     None
+}
+
+async fn open_borrowed(
+    own: &OpenCluster,
+    lender: &ClusterName,
+    backup: &BackupId,
+) -> Result<Option<Parent>, ClusterError> {
+    let mut log = own.repository().cluster_log(lender);
+    log.refresh().await?;
+    match own.relative(&log) {
+        Some(lender) => open_parent(own, &lender, &log, backup).await,
+        None => Ok(None),
+    }
+}
+
+/// A backup of `home`, whose log is `log`, as a parent for one of `own`; `None`: it is no backup any more.
+async fn open_parent(
+    own: &OpenCluster,
+    home: &OpenCluster,
+    log: &ClusterLog,
+    id: &BackupId,
+) -> Result<Option<Parent>, ClusterError> {
+    let Some(committed) = log.state().session(id).and_then(|session| session.committed()) else { return Ok(None) };
+    let (reference, writer) = home.repository().reference(home.name(), id, committed).await?;
+    let life = crate::open::BackupLife::Live;
+    let backup = CommittedBackup { reference, commit: committed.clone(), life, writer };
+    let reader = Arc::new(home.open_backup(&backup, log.state()).await?);
+    let packs = present_packs(own, log, &backup).await;
+    let packs = packs.map_err(|source| ClusterError::Store { backup: id.clone(), source })?;
+    Ok(Some(Parent { backup, reader, packs }))
 }
 
 /// Who serves the run in this state. With `own`, that writer's open session does not count.

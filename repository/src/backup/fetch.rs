@@ -9,6 +9,7 @@
 //! open (n threads)     decrypt, decompress, check, hand to the sink
 //! ```
 
+pub mod chunks;
 mod laid;
 mod openers;
 mod sift;

@@ -40,7 +40,8 @@ async fn ground() -> Ground {
     let store = Store::wrap(objects.clone(), "memory:///", RetryPolicy::default());
     let (repository, _) = Repository::init(store, spec).await.unwrap();
     let name = "orders".parse().unwrap();
-    let cluster = OpenCluster::open_or_begin(repository, name, &secret, Author::host(&signer), "x").await.unwrap();
+    let cluster =
+        OpenCluster::open_or_begin(repository, name, &secret, Author::host(&signer), ("x", None)).await.unwrap();
     Ground { cluster, signer: Arc::new(signer), objects }
 }
 
@@ -308,7 +309,7 @@ async fn a_parents_pack_that_is_gone_is_not_referred_to_and_its_content_is_store
     // The largest pack holds the data.
     let packs = first.reference.sessions.iter().flat_map(|session| &session.packs);
     let largest = packs.max_by_key(|used| used.stored_bytes).unwrap().pack;
-    let key = ground.cluster.pack_keys(&first, log.state())[&largest].clone();
+    let key = ground.cluster.pack_keys(&first, log.state()).await.unwrap()[&largest].clone();
     ground.objects.delete(&key).await.unwrap();
     assert!(bring_back(&ground, &first).await.is_err());
     let (second, again) = back_up(&ground, &cluster_files(), None).await.unwrap();
@@ -321,8 +322,14 @@ async fn a_damaged_pack_is_named_with_the_backups_it_costs_and_never_restored_fr
     let ground = ground().await;
     let (backup, _) = back_up(&ground, &cluster_files(), None).await.unwrap();
     let log = ground.cluster.log().await.unwrap();
-    let (_, key) =
-        ground.cluster.pack_keys(&backup, log.state()).into_iter().max_by_key(|(_, key)| key.to_string()).unwrap();
+    let (_, key) = ground
+        .cluster
+        .pack_keys(&backup, log.state())
+        .await
+        .unwrap()
+        .into_iter()
+        .max_by_key(|(_, key)| key.to_string())
+        .unwrap();
     let store = ground.cluster.repository().store();
     let mut bytes = store.get(&key).await.unwrap().to_vec();
     let middle = bytes.len() / 2;

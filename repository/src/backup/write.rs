@@ -57,11 +57,20 @@ pub enum PlacedSlot {
     Chunk(Placed),
 }
 
+/// The session that a pack lies under.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct PackHome {
+    /// `None`: a session of the backup's own cluster. Otherwise of the one it was borrowed from.
+    pub cluster: Option<ClusterName>,
+    pub session: BackupId,
+}
+
 /// A pack that a parent brings along.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct ParentPack {
     pub pack: PackId,
-    pub session: BackupId,
+    /// Where it lies.
+    pub home: PackHome,
     pub stored_bytes: u64,
 }
 
@@ -70,14 +79,14 @@ pub struct ParentPack {
 pub struct UsedPack {
     pub pack: PackId,
     /// Where it lies.
-    pub session: BackupId,
+    pub home: PackHome,
     pub stored_bytes: u64,
     pub used_bytes: u64,
 }
 
 struct PackRow {
     id: Option<PackId>,
-    session: BackupId,
+    home: PackHome,
     stored_bytes: u64,
     used_bytes: u64,
 }
@@ -91,10 +100,10 @@ struct PackRows {
 /// What all writing threads of a session share.
 pub struct PackSession {
     domain: Arc<DomainKey>,
-    session: BackupId,
+    home: PackHome,
     level: i32,
     packs: Mutex<PackRows>,
-    parent_packs: HashMap<PackId, (BackupId, u64)>,
+    parent_packs: HashMap<PackId, (PackHome, u64)>,
     uploads: Mutex<Option<mpsc::Sender<FinishedPack>>>,
     uploader: Mutex<Option<JoinHandle<()>>>,
     failure: Arc<OnceLock<WriteError>>,
@@ -122,10 +131,10 @@ impl PackSession {
         let uploader = tokio::spawn(upload.in_current_span());
         Arc::new(PackSession {
             domain,
-            session,
+            home: PackHome { cluster: None, session },
             level,
             packs: Mutex::default(),
-            parent_packs: parents.into_iter().map(|p| (p.pack, (p.session, p.stored_bytes))).collect(),
+            parent_packs: parents.into_iter().map(|p| (p.pack, (p.home, p.stored_bytes))).collect(),
             uploads: Mutex::new(Some(sender)),
             uploader: Mutex::new(Some(uploader)),
             failure,
@@ -182,7 +191,7 @@ impl PackSession {
 
     fn open_pack(&self) -> PackNumber {
         let mut packs = self.rows();
-        packs.rows.push(PackRow { id: None, session: self.session.clone(), stored_bytes: 0, used_bytes: 0 });
+        packs.rows.push(PackRow { id: None, home: self.home.clone(), stored_bytes: 0, used_bytes: 0 });
         PackNumber((packs.rows.len() - 1) as u32)
     }
 
@@ -192,8 +201,8 @@ impl PackSession {
         if let Some(number) = packs.parents.get(pack) {
             return Some(*number);
         }
-        let (session, stored_bytes) = self.parent_packs.get(pack)?.clone();
-        packs.rows.push(PackRow { id: Some(*pack), session, stored_bytes, used_bytes: 0 });
+        let (home, stored_bytes) = self.parent_packs.get(pack)?.clone();
+        packs.rows.push(PackRow { id: Some(*pack), home, stored_bytes, used_bytes: 0 });
         let number = PackNumber((packs.rows.len() - 1) as u32);
         packs.parents.insert(*pack, number);
         Some(number)
@@ -202,6 +211,11 @@ impl PackSession {
     /// A parent's chunk as this session refers to it; `None` if its pack is not a parent's.
     pub fn adopt(&self, place: &ChunkPlace) -> Option<Placed> {
         self.parent_pack(&place.pack).map(|pack| Placed { pack, frame: place.frame, id: place.id })
+    }
+
+    /// Whether this is the content of the chunk that lies there.
+    pub fn is_content_of(&self, place: &ChunkPlace, plain: &[u8]) -> bool {
+        place.id == ShortId::from(&self.domain.chunk_id(plain))
     }
 
     /// The chunk's final place; `None` while its pack is still open.
@@ -248,7 +262,7 @@ impl PackSession {
         used.map(|row| {
             Ok(UsedPack {
                 pack: row.id.ok_or(WriteError::UnfinishedPack)?,
-                session: row.session.clone(),
+                home: row.home.clone(),
                 stored_bytes: row.stored_bytes,
                 used_bytes: row.used_bytes,
             })

@@ -70,6 +70,7 @@ fn manifest(wal: WalBranch, start: u64, stop: u64) -> Manifest {
 
 /// A host with an archive; its `pg_wal` has what a test puts there.
 struct Host {
+    cluster: ClusterName,
     dir: TempDir,
     archive: WalArchive,
     shipper: Arc<Shipper>,
@@ -85,11 +86,12 @@ impl Host {
 
     fn at(dir: TempDir, data_dir: PathBuf, system_id: SystemId) -> Host {
         let keys = Arc::new(Keyring::of(DomainKey::generate().unwrap()));
-        let archive = WalArchive::new(Store::in_memory(), "orders".parse().unwrap(), keys, 3);
+        let cluster: ClusterName = "orders".parse().unwrap();
+        let archive = WalArchive::new(Store::in_memory(), cluster.clone(), keys, 3);
         let member = "db1".to_owned();
         let source = ShipSource { data_dir, system_id, segment_size: size(), archive: archive.clone(), member };
         let shipper = Shipper::new(source, ShipOptions { parallel: 1, read_ahead: 0 });
-        Host { dir, archive, shipper }
+        Host { cluster, dir, archive, shipper }
     }
 
     async fn put(&self, wal: WalBranch, number: u64, content: Vec<u8>, changed_blocks: Option<ChangedBlocks>) {
@@ -126,6 +128,7 @@ impl Host {
             data_checksums: true,
             read_all: false,
             member: "db1",
+            cluster: &self.cluster,
         }
     }
 

@@ -3,9 +3,26 @@
 use walfleet_repository::backup::file_list::{PlacedContent, PlacedOverlay};
 use walfleet_repository::backup::write::{PackSession, PlacedSlot, WriteError};
 use walfleet_repository::format::file_map::{ChunkPlace, FileMap, Slot};
+use walfleet_repository::format::overlay::Overlay;
 
 use crate::backup::pages::PagesResult;
 use crate::backup::spare::ReadPlan;
+
+fn lost() -> WriteError {
+    WriteError::Parent("a chunk that was at hand is not any more".to_owned())
+}
+
+/// The parent's overlays as this session refers to them.
+pub(in crate::backup) fn adopt_overlays(
+    session: &PackSession,
+    kept: Vec<Overlay>,
+) -> Result<Vec<PlacedOverlay>, WriteError> {
+    let adopted = kept.into_iter().map(|overlay| {
+        let chunk = session.adopt(&overlay.chunk).ok_or_else(lost)?;
+        Ok(PlacedOverlay { chunk, pages: overlay.pages })
+    });
+    adopted.collect()
+}
 
 /// The content of a file of `size` bytes. `read` is all that `plan` asked for; the rest is the parent's, whose map lies at
 /// the place given with it.
@@ -16,7 +33,6 @@ pub(super) fn compose(
     size: u64,
     read: PagesResult,
 ) -> Result<PlacedContent, WriteError> {
-    let lost = || WriteError::Parent("a chunk that was at hand is not any more".to_owned());
     let count = size.div_ceil(u64::from(parent.slot_bytes)) as usize;
     let mut anew = read.slots.into_iter().peekable();
     let mut slots = Vec::with_capacity(count);
@@ -29,11 +45,7 @@ pub(super) fn compose(
         };
         slots.push(slot);
     }
-    let kept = plan.kept_overlays(parent, size).into_iter().map(|overlay| {
-        let chunk = session.adopt(&overlay.chunk).ok_or_else(lost)?;
-        Ok(PlacedOverlay { chunk, pages: overlay.pages })
-    });
-    let mut overlays = kept.collect::<Result<Vec<_>, WriteError>>()?;
+    let mut overlays = adopt_overlays(session, plan.kept_overlays(parent, size))?;
     overlays.extend(read.overlays);
     Ok(PlacedContent::Slots { slot_bytes: parent.slot_bytes, slots, overlays, parent: Some(place) })
 }

@@ -8,6 +8,7 @@ use std::sync::mpsc::{Receiver, SyncSender};
 use bytes::Bytes;
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
+use walfleet_repository::backup::fetch::chunks::ChunkReader;
 use walfleet_repository::backup::file_list::{FileListWriter, PlacedContent, PlacedFile, PlacedKind};
 use walfleet_repository::backup::read::{BackupReader, ParentFiles};
 use walfleet_repository::backup::write::PackSession;
@@ -17,10 +18,12 @@ use walfleet_repository::format::manifest::{Content, EntryKind, FileEntry};
 use super::compose::compose;
 use super::proof::Expected;
 use super::{CopyError, CopyReport, CopySpec, Done, FileJob, Work, small_content};
+use crate::backup::compare::{Compared, Former};
 use crate::backup::pages::{PagesJob, PagesResult};
-use crate::backup::scan::{Omitted, OmittedReason, Scan, Scanned, ScannedFile, ScannedKind};
+use crate::backup::scan::{Omitted, OmittedReason, RelationSegment, Scan, Scanned, ScannedFile, ScannedKind};
 use crate::backup::spare::{FileChanges, Known, ReadPlan};
 use crate::backup::stretch::{StretchError, StretchJob, StretchResult};
+use crate::postgres::relation::Fork;
 use crate::progress::Progress;
 
 /// Slots of one stretch: 32 MiB, the unit that threads share. Small enough that the last one does not leave a thread
@@ -58,6 +61,8 @@ enum FileState {
         parts: Vec<Option<StretchResult>>,
         missing: usize,
         parent: Option<ChunkPlace>,
+        /// Set if it is compared with its parent by page.
+        former: Option<Arc<FileMap>>,
         proof: Option<Expected>,
     },
     /// The parent has most of it, in the map that lies at this place.
@@ -88,6 +93,8 @@ pub(super) struct Walk<'a> {
     progress: &'a Progress,
     parent_files: Option<ParentFiles>,
     parent: Option<Arc<BackupReader>>,
+    /// Brings the parent's content where it has to be compared.
+    chunks: Option<Arc<ChunkReader>>,
     list: FileListWriter,
     runtime: &'a Handle,
     done: Receiver<Done>,
@@ -117,6 +124,7 @@ impl<'a> Walk<'a> {
             list: FileListWriter::new(session.clone(), parent_parts),
             parent_files: spec.parent.clone().map(ParentFiles::new),
             parent: spec.parent.clone(),
+            chunks: spec.parent.as_ref().map(|parent| Arc::new(ChunkReader::new(parent))),
             runtime,
             done,
             under_way: VecDeque::new(),
@@ -174,6 +182,10 @@ impl<'a> Walk<'a> {
         let parent = self.parent_entry(&file);
         let known = parent.as_ref().and_then(|parent| self.changes(&file, parent));
         let proof = self.known.map(|known| known.proof).filter(|proof| proof.is_due(&file.path));
+        // Where the WAL names what changed, and that is most of it, a comparison would be in vain.
+        let is_main = |relation: &RelationSegment| matches!(relation.file.fork, Fork::Main | Fork::Init);
+        let is_relation = matches!(&file.kind, ScannedKind::Relation(relation) if is_main(relation));
+        let is_unknown = is_relation && (known.is_none() || proof.is_some());
         let (file, changes) = match (known, proof) {
             (Some(known), Some(proof)) => (file, proof.compares.then_some(known.changes)),
             (Some(known), None) => match self.hand_out_changes(number, file, known, work)? {
@@ -203,14 +215,14 @@ impl<'a> Walk<'a> {
             Some(Content::Map(place)) => Some(place),
             _ => None,
         };
-        self.hand_out_stretches(number, file, (parent, changes), work)
+        self.hand_out_stretches(number, file, (parent, changes, is_unknown), work)
     }
 
     fn hand_out_stretches(
         &mut self,
         number: u64,
         file: ScannedFile,
-        (parent, changes): (Option<ChunkPlace>, Option<FileChanges>),
+        (parent, changes, is_unknown): (Option<ChunkPlace>, Option<FileChanges>, bool),
         work: &SyncSender<Work>,
     ) -> Result<(), CopyError> {
         let Some(open) = self.open(&file)? else {
@@ -220,8 +232,16 @@ impl<'a> Walk<'a> {
         let map = parent.as_ref().and_then(|place| self.parent_map(&file, place));
         let slots = file.size.div_ceil(u64::from(SLOT_BYTES)) as usize;
         let count = slots.div_ceil(STRETCH_SLOTS);
-        let proof = map.clone().zip(changes).map(|(map, changes)| Expected { map, changes });
-        let state = FileState::Stretches { parts: (0..count).map(|_| None).collect(), missing: count, parent, proof };
+        let map = map.map(Arc::new);
+        let former = map.clone().filter(|_| is_unknown).zip(self.chunks.clone());
+        let former = former.map(|(map, chunks)| Former { map, chunks, runtime: self.runtime.clone() });
+        let state = FileState::Stretches {
+            parts: (0..count).map(|_| None).collect(),
+            missing: count,
+            parent,
+            former: former.as_ref().map(|former| former.map.clone()),
+            proof: map.clone().zip(changes).map(|(map, changes)| Expected { map, changes }),
+        };
         self.under_way.push_back(UnderWay { file: file.clone(), state });
         for part in 0..count {
             let from = part * STRETCH_SLOTS;
@@ -236,6 +256,7 @@ impl<'a> Walk<'a> {
                 first_slot: from,
                 slots: to - from,
                 parent: known.map_or_else(Vec::new, <[Slot]>::to_vec),
+                former: former.clone(),
             };
             self.send(Work::Stretch { number, job }, work)?;
         }
@@ -448,19 +469,24 @@ impl<'a> Walk<'a> {
                 self.report.damage.add(&file.path, &result.bad_pages);
                 small_content(&file, &result)
             }
-            FileState::Stretches { parts, parent, proof, .. } => {
-                let (mut slots, mut crc32c) = (Vec::new(), 0);
+            FileState::Stretches { parts, parent, former, proof, .. } => {
+                let (mut slots, mut crc32c, mut compared) = (Vec::new(), 0, Compared::default());
                 for result in parts {
                     let result = result.ok_or(CopyError::ThreadLost)?;
                     self.report.damage.add(&file.path, &result.bad_pages);
                     crc32c = crc32c::crc32c_combine(crc32c, result.crc32c, result.bytes as usize);
                     slots.extend(result.slots);
+                    compared.absorb(result.compared);
                 }
                 if let Some(expected) = proof {
-                    self.note_strayed(&file, &expected.strayed(file.size, &slots, self.session));
+                    self.note_strayed(&file, &expected.strayed(file.size, (&slots, &compared), self.session));
                 }
-                let content = PlacedContent::Slots { slot_bytes: SLOT_BYTES, slots, overlays: Vec::new(), parent };
-                PlacedKind::File { size: file.size, crc32c: Some(crc32c), content }
+                let overlays = match former {
+                    Some(map) => compared.into_overlays(self.session, &map, file.size)?,
+                    None => Vec::new(),
+                };
+                let content = PlacedContent::Slots { slot_bytes: SLOT_BYTES, slots, overlays, parent };
+                self.of_parent(file.size, Some(crc32c), content)
             }
         };
         if let PlacedKind::File { size, .. } = kind {

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use tokio::sync::watch;
 use walfleet_repository::ids::ClusterName;
 
+use crate::access::lineage::Relatives;
 use crate::access::{Access, ClusterAccess, HostKey, InstanceAccess, OWN_REPOSITORY};
 use crate::archiving::Archiving;
 use crate::cli::{RepositoryArgs, usage};
@@ -84,6 +85,7 @@ impl Opened {
                 recipients: Vec::new(),
                 compression_level: self.config.backup.compression_level,
                 processes: self.config.backup.processes,
+                relatives: Relatives::Any,
             };
             return Ok(self.access.clusters.entry(name.clone()).or_insert(fresh));
         }
