@@ -6,7 +6,7 @@
 help:
 	@echo 'make demo [KEEP=1]        the main job end to end on this machine; KEEP=1 leaves it running'
 	@echo 'make test                 every test, those with real PostgreSQL 13 to 18 and S3 included'
-	@echo 'make bench [AREA=…] [QUICK=1]   benchmarks, peers beside us; writes target/bench/report.json'
+	@echo 'make bench [AREA=…] [ROWS=…] [PEERS=…] [QUICK=1]   benchmarks, peers beside us; writes target/bench/report.json'
 	@echo 'make lint                 formatting and clippy, warnings refused'
 
 prepare:
@@ -25,7 +25,7 @@ test: build
 	@cargo test --workspace --no-fail-fast
 
 bench: prepare
-	@AREA=$(AREA) QUICK=$(QUICK) scripts/bench.sh
+	@AREA=$(AREA) QUICK=$(QUICK) ROWS=$(ROWS) PEERS=$(PEERS) scripts/bench.sh
 
 lint:
 	@cargo fmt --all --check

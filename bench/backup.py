@@ -1,30 +1,28 @@
 """The area `backup`: full backup and full restore; further backups after nothing and after 1 % of the pages changed;
-restores after twenty of those; and what a fortnight of daily backups takes.
+restores after twenty of those; what a fortnight of daily backups and nine clones take; further peers; an object store.
 
 Samples of the two tools alternate wherever they can, so that a slow minute of the machine hits both.
 """
 
-import filecmp
-import os
-import random
 import shutil
-from pathlib import Path
 
-import timed
+import clones
+import further_peers
+import s3
 from cluster import Cluster
+from fingerprint import fingerprint
 from pgbackrest import PgBackRest
-from place import BenchError, Place, say
+from place import Place, say
+from programs import Programs
 from reference import Reference
-from report import Measured, Report
+from report import Report
+from rows import Rows
+from samples import BARS, Samples, one
 from timed import Sample
 from walfleet import Walfleet
 
 PROCESSES = 2
 LEVEL = 3
-
-# At most so much of the peer's, by row and quantity.
-BARS = {"full": 0.8, "full_cpu": 0.9, "restore": 0.6, "unchanged": 0.5, "changed": 0.15, "changed_stored": 0.25, "delta": 0.4,
-        "restore_chain": 0.6, "fortnight_stored": 0.5, "full_basebackup": 1.1, "full_zstd": 1.1, "changed_pg17": 2.0}
 
 # Peak memory of any backup or restore.
 MEMORY_LIMIT = 256 << 20
@@ -36,122 +34,125 @@ CHAIN = 20
 FORTNIGHT, DAILY_PERCENT, WEEK = 14, 3, 7
 
 
-def run(place: Place, report: Report, pgbackrest: Path):
-    cluster = Cluster(place)
-    ours, peer = Walfleet(place, PROCESSES, LEVEL), PgBackRest(place, pgbackrest, PROCESSES, LEVEL)
+def run(place: Place, report: Report, programs: Programs, rows: Rows):
+    cluster = Cluster(place, place.sizes)
+    ours, peer = Walfleet(place, PROCESSES, LEVEL), PgBackRest(place, programs.pgbackrest, PROCESSES, LEVEL)
+    store = programs.store(place)
+    others = further_peers.of(place, programs, PROCESSES, LEVEL, report)
     ours.end()  # what a killed run may have left
+    if store:
+        store.end()
     try:
         cluster.make()
-        report.versions.update({ours.name: ours.version(), peer.name: peer.version(), "postgres": cluster.version})
+        report.versions.update({tool.name: tool.version() for tool in (ours, peer, *others, *([store] if store else []))})
+        report.versions["postgres"] = cluster.version
         report.settings.update({"pgbench_scale": place.sizes.scale, "documents": place.sizes.documents,
                                 "cluster_bytes": cluster.bytes(), "checksums": True, "repository": "local folder",
-                                ours.name: ours.settings(), peer.name: peer.settings()})
-        Backup(place, report, cluster, ours, peer).measure()
+                                **{tool.name: tool.settings() for tool in (ours, peer, *others)}})
+        if not rows.all():
+            report.merge()
+        samples = Samples(place, report, rows, cluster)
+        Backup(samples, ours, peer).measure()
+        further_peers.measure(samples, others)
+        clones.measure(samples, ours, peer, others)
+        if store:
+            s3.measure(samples, Walfleet(place, PROCESSES, LEVEL, store))
+        memory(samples, ours)
     finally:
         cluster.stop()
         ours.end()
-        leftovers = [place.folder / f"data-{tool.name}" for tool in (ours, peer)]
-        for folder in (cluster.data, ours.restored, peer.restored, *leftovers):
+        if store:
+            store.end()
+        leftovers = [cluster.data, ours.restored, peer.restored, *place.folder.glob("repositories/*")]
+        for folder in leftovers:
             shutil.rmtree(folder, ignore_errors=True)
 
 
 class Backup:
-    def __init__(self, place: Place, report: Report, cluster: Cluster, ours: Walfleet, peer: PgBackRest):
-        self.place, self.report, self.cluster, self.ours, self.peer = place, report, cluster, ours, peer
-        self.tools = [ours, peer]
-        # What a restore of each tool has to be like.
-        self.sources = {tool.name: cluster.data for tool in self.tools}
+    def __init__(self, samples: Samples, ours: Walfleet, peer: PgBackRest):
+        self.samples, self.ours, self.peer, self.tools = samples, ours, peer, [ours, peer]
+        self.place, self.report, self.cluster, self.wants = samples.place, samples.report, samples.cluster, samples.rows.wants
+        self.reference = Reference(self.place, self.cluster, PROCESSES, LEVEL)
 
     def measure(self):
-        self.cluster.renew()
-        full = self.alternate("full", self.full)
-        self.add("full", full)
-        self.add("restore", self.alternate("restore", self.restore), stored=False)
-        self.add("delta", self.alternate("delta", self.delta), stored=False)
-        reference = Reference(self.place, self.cluster, PROCESSES, LEVEL)
-        self.against("full_basebackup", full[self.ours.name], "pg_basebackup", self.repeat(
-            "full_basebackup", reference.base_backup))
-        self.against("full_zstd", full[self.ours.name], f"zstd -T{PROCESSES} -{LEVEL}", self.repeat(
-            "full_zstd", reference.zstd))
+        self.fulls()
+        changed = {}
+        if self.wants("unchanged", "changed", "restore_chain", "changed_pg17"):
+            changed = self.furthers()
+        if self.wants("changed_pg17") and self.ours.name in changed:
+            with self.samples.attempt("backup.changed_pg17"):
+                self.samples.against("changed_pg17", changed[self.ours.name], "pg_basebackup --incremental",
+                                     self.reference.incremental(self.salts()))
+        if self.wants("fortnight_stored"):
+            self.fortnight()
+
+    def fulls(self):
+        """Full backups and what restores them."""
+        full: dict[str, list[Sample]] = {}
+        if self.wants("full", "restore", "delta", "full_basebackup", "full_zstd"):
+            self.cluster.renew()
+        if self.wants("full", "full_basebackup", "full_zstd"):
+            full = self.samples.alternate("full", self.tools, self.samples.full)
+            self.samples.add("full", full, self.ours, self.peer)
+        elif self.wants("restore", "delta"):
+            for tool in self.tools:
+                with self.samples.attempt(f"a full backup of {tool.title}"):
+                    full[tool.name] = [self.samples.full(tool, "first")]
+        for row, name, once in [("full_basebackup", "pg_basebackup", self.reference.base_backup),
+                                ("full_zstd", f"zstd -T{PROCESSES} -{LEVEL}", self.reference.zstd)]:
+            if self.wants(row) and self.ours.name in full:
+                with self.samples.attempt(f"backup.{row}"):
+                    taken = [once() for _ in range(1 + self.place.sizes.samples)][1:]  # the first is a warm-up
+                    self.samples.against(row, full[self.ours.name], name, taken)
+        if self.wants("restore", "delta"):
+            source = fingerprint(self.cluster.data)
+            self.samples.sources.update({tool.name: source for tool in self.tools})
+            self.cluster.remove()  # restores need its room
+        able = [tool for tool in self.tools if tool.name in full]
+        for row, once in [("restore", self.samples.restore), ("delta", self.samples.delta)]:
+            if self.wants(row):
+                self.samples.add(row, self.samples.alternate(row, able, once), self.ours, self.peer, stored=False)
+
+    def furthers(self) -> dict[str, list[Sample]]:
         unchanged, changed = {}, {}
         for tool in self.tools:
-            unchanged[tool.name], changed[tool.name] = self.further(tool)
-        self.add("unchanged", unchanged)
-        self.add("changed", changed)
-        self.against("changed_pg17", changed[self.ours.name], "pg_basebackup --incremental",
-                     reference.incremental(self.salts()))
-        chain = self.alternate("restore_chain", self.restore)
-        self.add("restore_chain", chain, stored=False)
-        self.fortnight()
-        peaks = [sample["memory"] for samples in self.report.runs.values()
-                 for sample in samples.get(self.ours.name, [])]
-        self.report.add("backup.memory", *(Measured([value / 1e6], [True]) for value in (max(peaks), MEMORY_LIMIT)),
-                        "limit", "MB", bar=1.0)
+            with self.samples.attempt(f"backup.unchanged, changed and restore_chain of {tool.title}"):
+                self.further(tool, unchanged, changed)
+        for row, taken in [("unchanged", unchanged), ("changed", changed)]:
+            if taken:
+                self.samples.add(row, taken, self.ours, self.peer)
+        if self.wants("restore_chain"):
+            able = [tool for tool in self.tools if tool.name in self.samples.sources]
+            self.samples.add("restore_chain", self.samples.alternate("restore_chain", able, self.samples.restore),
+                             self.ours, self.peer, stored=False)
+        return changed
 
-    def alternate(self, row: str, once) -> dict[str, list[Sample]]:
-        """One warm-up and then samples of either tool in turn, until enough are undisturbed or it was tried enough."""
-        sizes = self.place.sizes
-        taken: dict[str, list[Sample]] = {tool.name: [] for tool in self.tools}
-        for round_number in range(1 + sizes.samples + sizes.more_samples):
-            order = self.tools if round_number % 2 else self.tools[::-1]
-            for tool in order:
-                samples = taken[tool.name]
-                if round_number == 0:
-                    self.note(row, tool, once(tool, row), "warm-up")
-                elif sum(sample.clean for sample in samples) < sizes.samples:
-                    samples.append(self.note(row, tool, once(tool, row), f"sample {len(samples) + 1}"))
-        return taken
-
-    def full(self, tool, row: str) -> Sample:
-        self.serve(tool)
-        sample = self.backup(tool, row, tool.full_backup())
-        self.unserve(tool)
-        return sample
-
-    def restore(self, tool, row: str) -> Sample:
-        tool.prepare_restore()
-        timed.warm(tool.repository)
-        sample = timed.timed(self.place, f"{tool.name}-{row}", tool.restore(), tool.restored)
-        compare(self.sources[tool.name], tool.restored, tool.title)
-        shutil.rmtree(tool.restored)
-        return sample
-
-    def delta(self, tool, row: str) -> Sample:
-        """A restore over a copy of which 1 % of the pages are damaged."""
-        tool.prepare_restore()
-        self.place.run(*tool.restore())
-        damage(tool.restored)
-        timed.warm(tool.repository)
-        timed.warm(tool.restored)
-        sample = timed.timed(self.place, f"{tool.name}-{row}", tool.delta_restore(), tool.restored)
-        compare(self.sources[tool.name], tool.restored, tool.title)
-        shutil.rmtree(tool.restored)
-        return sample
-
-    def further(self, tool) -> tuple[list[Sample], list[Sample]]:
+    def further(self, tool, unchanged: dict, changed: dict):
         """After an unmeasured full backup, some with nothing changed, and some each after a change of its own."""
+        self.samples.sources.pop(tool.name, None)
         self.cluster.renew()
-        self.serve(tool)
-        self.backup(tool, "first", tool.full_backup())
-        unchanged, changed = [], []
-        for number in range(1, self.place.sizes.samples + 1):
-            sample = self.backup(tool, "unchanged", tool.next_backup())
-            unchanged.append(self.note("unchanged", tool, sample, f"sample {number}"))
-        for salt in self.salts():
-            share = self.cluster.measured_change(salt)
-            self.report.settings["changed_pages_percent"] = round(share * 100, 2)
-            sample = self.backup(tool, "changed", tool.next_backup())
-            changed.append(self.note("changed", tool, sample, f"sample {salt}"))
-        for salt in range(len(changed) + 1, CHAIN + 1):
-            self.cluster.change(salt)
-            self.place.run(*tool.next_backup())
-        self.unserve(tool)
-        # The data that its last backup has stay for the restores.
-        source = self.place.folder / f"data-{tool.name}"
-        shutil.rmtree(source, ignore_errors=True)
-        self.cluster.data.rename(source)
-        self.sources[tool.name] = source
-        return unchanged, changed
+        self.samples.serve(tool)
+        self.samples.backup(tool, "first", tool.full_backup())
+        if self.wants("unchanged"):
+            for number in range(1, self.place.sizes.samples + 1):
+                sample = self.samples.backup(tool, "unchanged", tool.next_backup())
+                unchanged.setdefault(tool.name, []).extend(self.samples.note("unchanged", tool, sample, number))
+        done = 0
+        if self.wants("changed", "changed_pg17"):
+            for salt in self.salts():
+                share = self.cluster.measured_change(salt)
+                self.report.settings["changed_pages_percent"] = round(share * 100, 2)
+                sample = self.samples.backup(tool, "changed", tool.next_backup())
+                changed.setdefault(tool.name, []).extend(self.samples.note("changed", tool, sample, salt))
+            done = len(self.salts())
+        if self.wants("restore_chain"):
+            for salt in range(done + 1, CHAIN + 1):
+                self.cluster.change(salt)
+                self.place.run(*tool.next_backup())
+        self.samples.unserve()
+        if self.wants("restore_chain"):
+            self.samples.sources[tool.name] = fingerprint(self.cluster.data)
+        self.cluster.remove()
 
     def salts(self) -> list[int]:
         return list(range(1, self.place.sizes.samples + 1))
@@ -160,93 +161,24 @@ class Backup:
         """What is stored after daily backups of a cluster of which some percent change every day."""
         stored = {}
         for tool in self.tools:
-            self.cluster.renew()
-            self.serve(tool)
-            for day in range(FORTNIGHT):
-                if day:
-                    self.cluster.change(100 + day, DAILY_PERCENT)
-                self.place.run(*(tool.full_backup() if day % WEEK == 0 else tool.next_backup()))
-            stored[tool.name] = tool.stored()
-            say(f"  backup.fortnight  {tool.title:<11} stored {stored[tool.name] / 1e6:7.1f} MB after {FORTNIGHT} days")
-            self.unserve(tool)
-        ours, peer = (Measured([stored[tool.name] / 1e6], [True]) for tool in self.tools)
-        self.report.add("backup.fortnight_stored", ours, peer, self.peer.title, "MB", bar=BARS["fortnight_stored"])
-
-    def backup(self, tool, row: str, command: list) -> Sample:
-        timed.warm(self.cluster.data)
-        before = tool.stored()
-        sample = timed.timed(self.place, f"{tool.name}-{row}", command, tool.repository, service=tool.pid(),
-                             server=self.cluster.pid())
-        sample.stored = tool.stored() - before
-        return sample
-
-    def serve(self, tool):
-        tool.begin(self.cluster.data, self.cluster.connection)
-        self.cluster.start(archive_command=tool.archive_command())
-        self.cluster.await_archiving()
-
-    def unserve(self, tool):
-        self.cluster.stop()
-        tool.end()
-
-    def note(self, row: str, tool, sample: Sample, what: str) -> Sample:
-        say(f"  backup.{row:<10} {tool.title:<11} {what:<9} {sample.wall:7.2f} s  cpu {sample.cpu:6.2f} s  "
-            f"memory {sample.memory / 1e6:5.0f} MB  stored {sample.stored / 1e6:7.1f} MB  "
-            f"others {sample.foreign:4.0%}  waited {sample.waited:3.0f} s")
-        return sample
-
-    def repeat(self, row: str, once) -> list[Sample]:
-        """Samples of something that is measured alone; the first is a warm-up."""
-        samples = [once() for _ in range(1 + self.place.sizes.samples)][1:]
-        for number, sample in enumerate(samples, 1):
-            say(f"  backup.{row:<16} sample {number} {sample.wall:7.2f} s  cpu {sample.cpu:6.2f} s")
-        return samples
-
-    def against(self, row: str, ours: list[Sample], reference_name: str, reference: list[Sample]):
-        """Wall time of something measured already, beside something that is no peer."""
-        measured = (Measured([sample.wall for sample in samples], [sample.clean for sample in samples])
-                    for samples in (ours, reference))
-        self.report.add(f"backup.{row}", *measured, reference_name, "s", bar=BARS.get(row))
-        self.report.runs[f"backup.{row}"] = {"reference": [sample.document() for sample in reference]}
-
-    def add(self, row: str, taken: dict[str, list[Sample]], stored: bool = True):
-        quantities = [("", "s", "wall", 1), ("_cpu", "s", "cpu", 1), ("_memory", "MB", "memory", 1e6)]
-        if stored:
-            quantities.append(("_stored", "MB", "stored", 1e6))
-        for suffix, unit, field, divisor in quantities:
-            ours, peer = (Measured([getattr(sample, field) / divisor for sample in taken[tool.name]],
-                                   [sample.clean for sample in taken[tool.name]]) for tool in self.tools)
-            self.report.add(f"backup.{row}{suffix}", ours, peer, self.peer.title, unit,
-                            bar=BARS.get(f"{row}{suffix}"))
-        self.report.runs[f"backup.{row}"] = {name: [sample.document() for sample in samples]
-                                             for name, samples in taken.items()}
+            with self.samples.attempt(f"backup.fortnight_stored of {tool.title}"):
+                self.cluster.renew()
+                self.samples.serve(tool)
+                for day in range(FORTNIGHT):
+                    if day:
+                        self.cluster.change(100 + day, DAILY_PERCENT)
+                    self.place.run(*(tool.full_backup() if day % WEEK == 0 else tool.next_backup()))
+                stored[tool.name] = one(tool.stored() / 1e6)
+                say(f"  backup.fortnight     {tool.title:<12} stored {tool.stored() / 1e6:7.1f} MB after {FORTNIGHT} days")
+                self.samples.unserve()
+        if self.ours.name in stored:
+            self.report.add("backup.fortnight_stored", stored[self.ours.name], stored.get(self.peer.name), self.peer.title,
+                            "MB", BARS["fortnight_stored"])
 
 
-def damage(folder: Path):
-    """Overwrites a part of 1 % of the pages, the same ones every time, and leaves size and time of change as they were."""
-    chance = random.Random(7)
-    for parent, _, files in sorted(os.walk(folder / "base")):
-        for name in sorted(files):
-            path = Path(parent, name)
-            before = path.stat()
-            with open(path, "r+b") as file:
-                for page in range(before.st_size // 8192):
-                    if chance.random() < 0.01:
-                        file.seek(page * 8192 + 4096)
-                        file.write(b"damaged " * 16)
-            os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-
-
-# A cache that is left out of backups (src/backend/utils/cache/relcache.c), and what every checkpoint writes.
-NOT_COMPARED = {"pg_internal.init", "pg_control"}
-
-
-def compare(source: Path, restored: Path, title: str):
-    """A restore counts only if every relation's bytes are back: the server has written nothing since the backup."""
-    for folder in ("base", "global"):
-        for parent, _, files in os.walk(source / folder):
-            for name in set(files) - NOT_COMPARED:
-                path = Path(parent, name)
-                copy = restored / path.relative_to(source)
-                if not copy.exists() or not filecmp.cmp(path, copy, shallow=False):
-                    raise BenchError(f"{title} restored {copy} otherwise than it was")
+def memory(samples: Samples, ours: Walfleet):
+    """The highest peak of ours in any row that is in the report."""
+    peaks = [sample["memory"] for runs in samples.report.runs.values() for name, taken in runs.items()
+             if name.startswith(ours.name) for sample in taken]
+    if samples.rows.wants("memory") and peaks:
+        samples.report.add("backup.memory", one(max(peaks) / 1e6), one(MEMORY_LIMIT / 1e6), "limit", "MB", 1.0)

@@ -12,7 +12,7 @@ import subprocess
 from pathlib import Path
 
 import timed
-from place import BenchError, Place, say
+from place import LIMIT_SECONDS, BenchError, Place, Sizes, say
 
 PAGE = 8192
 
@@ -44,29 +44,31 @@ CHECKPOINT;
 
 
 class Cluster:
-    """Only its sockets tell servers apart, so they can all have the same port."""
+    """Made at the place's sockets; where it serves later is a matter of `start`."""
 
-    def __init__(self, place: Place):
-        self.place = place
+    def __init__(self, place: Place, sizes: Sizes):
+        self.place, self.sizes = place, sizes
         # Another scale or another version is another template.
         version = place.run(place.postgres / "postgres", "--version").split()[2]
-        self.template = place.folder / f"template-{version}-{place.sizes.scale}-{place.sizes.documents}"
+        self.template = place.folder / f"template-{version}-{sizes.scale}-{sizes.documents}"
         self.version = version
         self.data = place.folder / "data"
+        self.sockets, self.port = place.sockets, 5432
         self.log = place.logs / "postgres.log"
 
     @property
     def connection(self) -> str:
-        return f"host={self.place.sockets} port=5432 user=postgres"
+        return f"host={self.sockets} port={self.port} user=postgres"
 
     def make(self):
         """Makes the template unless it is there."""
         self.stop()
         if (self.template / "complete").exists():
             return
-        say(f"making a cluster of pgbench scale {self.place.sizes.scale} and {self.place.sizes.documents} documents")
+        say(f"making a cluster of pgbench scale {self.sizes.scale} and {self.sizes.documents} documents")
         for old in self.place.folder.glob("template-*"):
-            shutil.rmtree(old)
+            if not (old / "complete").exists() or not old.name.startswith(f"template-{self.version}-"):
+                shutil.rmtree(old)
         programs, place = self.place.postgres, self.place
         place.fresh(self.data)
         place.run(programs / "initdb", "-D", self.data, "-U", "postgres", "-A", "trust", "--data-checksums",
@@ -75,7 +77,7 @@ class Cluster:
             conf.write(SETTINGS.format(sockets=place.sockets))
         self.start(settings="max_wal_size = 8GB\n")
         place.run(programs / "pgbench", "-h", place.sockets, "-U", "postgres", "-i", "-q", "-I", "dtGvp", "-F", "90",
-                  "-s", str(place.sizes.scale), "postgres")
+                  "-s", str(self.sizes.scale), "postgres")
         self.query("CREATE TABLE documents (id bigint, title text, body text, meta jsonb)")
         self.load_documents()
         self.query("ALTER TABLE documents ADD PRIMARY KEY (id)")
@@ -90,10 +92,10 @@ class Cluster:
         options = {**self.place.as_user(), "stdin": subprocess.PIPE}
         command = [*self.psql(), "-c", "COPY documents FROM STDIN"]
         with subprocess.Popen(command, text=True, stdout=subprocess.DEVNULL, **options) as copy:
-            for row in documents(self.place.sizes.documents):
+            for row in documents(self.sizes.documents):
                 copy.stdin.write(row)
             copy.stdin.close()
-            if copy.wait():
+            if copy.wait(LIMIT_SECONDS):
                 raise BenchError("COPY documents failed")
 
     def drop_spare_wal(self):
@@ -108,14 +110,18 @@ class Cluster:
 
     def renew(self):
         """The data directory as the template has it."""
-        self.stop()
-        shutil.rmtree(self.data, ignore_errors=True)
+        self.remove()
         subprocess.run(["cp", "-a", "--reflink=auto", self.template, self.data], check=True)
         (self.data / "complete").unlink()
 
+    def remove(self):
+        self.stop()
+        shutil.rmtree(self.data, ignore_errors=True)
+
     def start(self, archive_command: str = "true", settings: str = ""):
         conf = self.data / "bench.conf"
-        conf.write_text(f"{settings}archive_command = '{archive_command}'\n", encoding="utf-8")
+        conf.write_text(f"{settings}unix_socket_directories = '{self.sockets}'\nport = {self.port}\n"
+                        f"archive_command = '{archive_command}'\n", encoding="utf-8")
         self.place.give(conf)
         self.place.run(self.place.postgres / "pg_ctl", "-D", self.data, "-l", self.log, "-w", "-t", "600", "start")
 
@@ -133,8 +139,8 @@ class Cluster:
         return pid if running else None
 
     def psql(self) -> list:
-        return [str(self.place.postgres / "psql"), "-h", str(self.place.sockets), "-U", "postgres", "-d", "postgres",
-                "-XAtq", "-v", "ON_ERROR_STOP=1"]
+        return [str(self.place.postgres / "psql"), "-h", str(self.sockets), "-p", str(self.port), "-U", "postgres",
+                "-d", "postgres", "-XAtq", "-v", "ON_ERROR_STOP=1"]
 
     def query(self, sql: str) -> str:
         return self.place.run(*self.psql(), text_in=sql)

@@ -1,6 +1,5 @@
 """The peer: pgBackRest as its guide recommends it for speed and size, with the settings that ours has."""
 
-import json
 from pathlib import Path
 
 import timed
@@ -23,11 +22,13 @@ log-level-console=warn
 log-level-file=off
 lock-path={folder}/tmp/pgbackrest-lock
 spool-path={folder}/tmp/pgbackrest-spool
+"""
 
-[bench]
+STANZA = """
+[{stanza}]
 pg1-path={data}
 pg1-socket-path={sockets}
-pg1-port=5432
+pg1-port={port}
 pg1-user=postgres
 pg1-database=postgres
 """
@@ -42,6 +43,7 @@ class PgBackRest:
         self.repository = place.folder / "repositories" / self.name
         self.restored = place.folder / "restored" / self.name
         self.configuration = place.folder / "etc" / "pgbackrest.conf"
+        self.stanza = "bench"
 
     def version(self) -> str:
         return self.place.run(self.program, "version").split()[-1]
@@ -56,7 +58,14 @@ class PgBackRest:
         self.place.fresh(self.repository)
         self.configuration.write_text(CONFIGURATION.format(
             repository=self.repository, level=self.level, processes=self.processes, logs=self.place.logs,
-            folder=self.place.folder, data=data, sockets=self.place.sockets))
+            folder=self.place.folder))
+        self.add_stanza("bench", data, self.place.sockets, 5432)
+
+    def add_stanza(self, stanza: str, data: Path, sockets: Path, port: int):
+        """One more cluster in the same repository; the commands that follow are about it."""
+        self.stanza = stanza
+        with open(self.configuration, "a", encoding="utf-8") as file:
+            file.write(STANZA.format(stanza=stanza, data=data, sockets=sockets, port=port))
         self.place.run(*self.command("stanza-create", "--no-online"))
 
     def pid(self) -> None:
@@ -66,7 +75,7 @@ class PgBackRest:
         pass
 
     def command(self, *arguments) -> list:
-        return [self.program, f"--config={self.configuration}", "--stanza=bench", *arguments]
+        return [self.program, f"--config={self.configuration}", f"--stanza={self.stanza}", *arguments]
 
     def archive_command(self) -> str:
         return " ".join(str(part) for part in self.command("archive-push", "%p"))
@@ -90,7 +99,3 @@ class PgBackRest:
     def stored(self) -> int:
         """Bytes of backups, WAL not counted."""
         return timed.size(self.repository / "backup")
-
-    def labels(self) -> list[str]:
-        stanza = json.loads(self.place.run(*self.command("info", "--output=json")))[0]
-        return [backup["label"] for backup in stanza["backup"]]

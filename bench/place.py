@@ -27,10 +27,17 @@ class Sizes:
     samples: int
     more_samples: int  # at most so many again if a sample was disturbed by foreign load
     patience_seconds: float  # to wait for a quiet machine before each sample
+    further_samples: int  # of the peers that are shown for information, and of object stores
 
 
-FULL = Sizes(scale=250, documents=700_000, samples=3, more_samples=3, patience_seconds=180)
-QUICK = Sizes(scale=40, documents=70_000, samples=3, more_samples=0, patience_seconds=6)
+FULL = Sizes(scale=250, documents=700_000, samples=3, more_samples=3, patience_seconds=180, further_samples=2)
+QUICK = Sizes(scale=40, documents=70_000, samples=3, more_samples=0, patience_seconds=6, further_samples=1)
+
+# Nothing that is run here takes nearly so long: what does hangs.
+LIMIT_SECONDS = 1800
+
+# What a run needs at its peak, with what it keeps from run to run.
+PEAK_BYTES = {"quick": 5 << 30, "full": 18 << 30}
 
 
 class Place:
@@ -45,6 +52,7 @@ class Place:
         self.sockets = self.folder / "run"
         self.logs = self.folder / "logs"
         self.agent = self.folder / "bin" / "walfleet-agent"
+        self.environment: dict[str, str] = {}  # what commands get beside the clean one
         self.report = Path(os.environ.get("CARGO_TARGET_DIR", PROJECT / "target")) / "bench"
 
     def make(self, agent: Path):
@@ -58,7 +66,8 @@ class Place:
         self.agent.unlink(missing_ok=True)
         shutil.copy(agent, self.agent)
         self.agent.chmod(0o755)
-        free, wanted = shutil.disk_usage(self.folder).free, (4 << 30) if self.quick else (30 << 30)
+        held = sum(path.lstat().st_size for path in self.folder.rglob("*") if not path.is_dir())
+        free, wanted = shutil.disk_usage(self.folder).free, PEAK_BYTES["quick" if self.quick else "full"] - held
         if free < wanted:
             raise BenchError(f"{self.folder} has {free >> 30} GiB free, and {wanted >> 30} GiB are needed\n"
                              "HINT: set WALFLEET_BENCH to a folder with room, or QUICK=1.")
@@ -80,7 +89,7 @@ class Place:
     def as_user(self) -> dict:
         """Arguments for subprocess.Popen: the unprivileged user and an environment without settings of the caller."""
         clean = {"HOME": str(self.folder / "home"), "LC_ALL": "C", "PATH": "/usr/local/bin:/usr/bin:/bin",
-                 "TZ": "UTC", "TMPDIR": str(self.folder / "tmp")}
+                 "TZ": "UTC", "TMPDIR": str(self.folder / "tmp"), **self.environment}
         who = {"user": self.user, "group": self.user_group(), "extra_groups": []} if self.user else {}
         return {"env": clean, "cwd": str(self.folder), "stdin": subprocess.DEVNULL, **who}
 
@@ -89,7 +98,11 @@ class Place:
         options = self.as_user()
         if text_in is not None:
             del options["stdin"]
-        done = subprocess.run([str(part) for part in command], input=text_in, capture_output=True, text=True, **options)
+        try:
+            done = subprocess.run([str(part) for part in command], input=text_in, capture_output=True, text=True,
+                                  timeout=LIMIT_SECONDS, **options)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise BenchError(str(error)) from None
         if done.returncode:
             raise BenchError(f"{' '.join(str(part) for part in command)}: exit code {done.returncode}\n"
                              + (done.stderr or done.stdout).strip()[-2000:])

@@ -9,6 +9,12 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from place import say
+from rows import position
+
+# Settings that are results, not choices: two runs with other ones are comparable.
+RESULTS = {"changed_pages_percent", "took_seconds"}
+
 
 @dataclass
 class Measured:
@@ -22,12 +28,19 @@ class Measured:
         return statistics.median(undisturbed if len(undisturbed) >= 2 else self.values)
 
     def disturbed(self) -> bool:
-        return sum(self.clean) < 2
+        return sum(self.clean) < min(2, len(self.clean))
+
+    def rounded(self) -> list[float]:
+        return [round(value, 3) for value in self.values]
+
+
+def ratio(part: Measured, whole: Measured | None) -> float | None:
+    return round(part.median() / whole.median(), 3) if whole and whole.median() else None
 
 
 @dataclass
 class Report:
-    """Written anew with each row, so that a run that is stopped has told what it saw."""
+    """Written anew with each sample, so that a run that is stopped has told what it saw."""
 
     machine: dict
     folder: Path
@@ -35,43 +48,113 @@ class Report:
     versions: dict = field(default_factory=dict)
     rows: list[dict] = field(default_factory=list)
     runs: dict = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    unmeasured: list[str] = field(default_factory=list)  # of what this run should have told
+    begun: set = field(default_factory=set)  # rows and tools that this run took samples of
 
-    def add(self, name: str, ours: Measured, peer: Measured, peer_name: str, unit: str, bar: float | None):
-        """A row; `bar` is what the ratio of ours to the peer's may be at most, `None` if it is only told."""
-        ratio = ours.median() / peer.median() if peer.median() else None
-        met = None if bar is None else ratio is not None and ratio <= bar
-        self.rows.append({
-            "name": name, "ours": round(ours.median(), 3), "peer": round(peer.median(), 3), "peer_name": peer_name,
-            "unit": unit, "ratio": None if ratio is None else round(ratio, 3), "bar": bar, "met": met,
-            "samples": {"ours": [round(value, 3) for value in ours.values],
-                        "peer": [round(value, 3) for value in peer.values]},
-            "disturbed": ours.disturbed() or peer.disturbed()})
+    def add(self, name: str, ours: Measured, peer: Measured | None, peer_name: str, unit: str, bar: float | None = None):
+        """A row; `bar` is what the ratio of ours to the peer's may be at most, `None` if it is only told.
+
+        Without a peer, because it has no such quantity or because it failed, a row tells ours."""
+        share = ratio(ours, peer)
+        row = {"name": name, "ours": round(ours.median(), 3), "peer": round(peer.median(), 3) if peer else None,
+               "peer_name": peer_name, "unit": unit, "ratio": share, "bar": bar,
+               "met": None if bar is None or share is None else share <= bar,
+               "samples": {"ours": ours.rounded(), "peer": peer.rounded() if peer else []},
+               "disturbed": ours.disturbed() or bool(peer and peer.disturbed())}
+        if bar is not None and share is None:
+            self.unmeasured.append(name)
+        old = self.row(name)
+        if old:
+            row["others"] = old.get("others", {})
+            self.rows[self.rows.index(old)] = row
+        else:
+            self.rows.append(row)
+            self.rows.sort(key=lambda row: position(row["name"]))
         self.write()
+
+    def add_other(self, name: str, tool: str, measured: Measured):
+        """The figure of a further peer beside those of a row, for information."""
+        row = self.row(name)
+        if row:
+            row.setdefault("others", {})[tool] = {"value": round(measured.median(), 3), "samples": measured.rounded(),
+                                                  "disturbed": measured.disturbed()}
+            self.write()
+
+    def row(self, name: str) -> dict | None:
+        return next((row for row in self.rows if row["name"] == name), None)
+
+    def record(self, row: str, tool: str, sample: dict):
+        samples = self.runs.setdefault(row, {}).setdefault(tool, [])
+        if (row, tool) not in self.begun:
+            self.begun.add((row, tool))
+            samples.clear()
+        samples.append(sample)
+        self.write()
+
+    def fail(self, what: str, error: BaseException, needed: bool):
+        """Something could not be measured; the rest goes on."""
+        text = f"{what}: {str(error) or type(error).__name__}"
+        say(f"bench: not measured: {text}")
+        self.notes.append(f"not measured: {text.splitlines()[0]}")
+        if needed:
+            self.unmeasured.append(what)
+        self.write()
+
+    def note(self, text: str):
+        say(f"bench: {text}")
+        self.notes.append(text)
+
+    def merge(self):
+        """Keeps the rows of the report that is there, if it is of the same program, settings and data."""
+        try:
+            old = json.loads((self.folder / "report.json").read_text())
+            differing = [key for part, mine in (("versions", self.versions), ("settings", self.settings),
+                                                ("machine", self.machine))
+                         for key in old[part].keys() & mine.keys() - RESULTS if old[part][key] != mine[key]]
+            if differing:
+                return say(f"bench: the report that is there differs in {', '.join(sorted(differing))}: begun anew")
+            self.rows, self.runs = old["rows"], old["runs"]
+            self.versions, self.settings = old["versions"] | self.versions, old["settings"] | self.settings
+            self.notes = list(dict.fromkeys(old.get("notes", []) + self.notes))
+        except (OSError, ValueError, KeyError, AttributeError):
+            return
+        say(f"bench: added to the {len(self.rows)} rows that are there")
 
     def missed(self) -> list[str]:
         return [row["name"] for row in self.rows if row["met"] is False]
 
+    def document(self) -> dict:
+        return {"rows": self.rows, "machine": self.machine, "versions": self.versions, "settings": self.settings,
+                "notes": self.notes, "runs": self.runs,
+                "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+
     def write(self) -> Path:
         path = self.folder / "report.json"
-        document = {"rows": self.rows, "machine": self.machine, "versions": self.versions, "settings": self.settings,
-                    "runs": self.runs, "finished_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-        path.write_text(json.dumps(document, indent=2) + "\n")
+        new = path.with_suffix(".new")
+        new.write_text(json.dumps(self.document(), indent=2) + "\n")
+        new.rename(path)
         return path
 
     def table(self) -> str:
         """Markdown, so that it can be pasted into docs/performance.md as it is."""
-        lines = ["| row | walfleet | peer | unit | beside | ratio | bar | |", "|---|--:|--:|---|---|--:|--:|---|"]
+        others = sorted({tool for row in self.rows for tool in row.get("others", {})})
+        lines = ["| " + " | ".join(["row", "walfleet", "peer", "unit", "beside", "ratio", "bar", "", *others]) + " |",
+                 "|---|--:|--:|---|---|--:|--:|---|" + "--:|" * len(others)]
         for row in self.rows:
             verdict = {None: "", True: "met", False: "**missed**"}[row["met"]]
             if row["disturbed"]:
                 verdict = f"{verdict} (disturbed)".strip()
-            bar = "" if row["bar"] is None else f"≤ {row['bar']:.2f}"
-            ratio = "–" if row["ratio"] is None else f"{row['ratio']:.2f}"
-            lines.append(f"| {row['name']} | {number(row['ours'])} | {number(row['peer'])} | {row['unit']} "
-                         f"| {row['peer_name']} | {ratio} "
-                         f"| {bar} | {verdict} |")
+            figures = [row.get("others", {}).get(tool, {}) for tool in others]
+            cells = [row["name"], number(row["ours"], row["unit"]), number(row["peer"]), row["unit"], row["peer_name"],
+                     number(row["ratio"]), "" if row["bar"] is None else f"≤ {row['bar']:.2f}", verdict,
+                     *(number(figure["value"]) + " (disturbed)" * figure["disturbed"] if figure else ""
+                       for figure in figures)]
+            lines.append("| " + " | ".join(cells) + " |")
         return "\n".join(lines)
 
 
-def number(value: float) -> str:
-    return f"{value:.2f}" if value < 100 else f"{value:.0f}"
+def number(value: float | None, unit: str = "") -> str:
+    if value is None:
+        return "–"
+    return f"{value:.2f}" if value < 100 and unit != "requests" else f"{value:.0f}"

@@ -5,8 +5,10 @@ command leaves behind is counted too.
 """
 
 import ctypes
+import json
 import os
 import resource
+import signal
 import subprocess
 import threading
 import time
@@ -14,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import machine
-from place import BenchError, Place
+from place import LIMIT_SECONDS, BenchError, Place
 
 PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
@@ -38,6 +40,7 @@ class Sample:
     foreign: float  # share of all cores that others used
     waited: float  # for a quiet machine, before
     stored: int = 0
+    requests: int | None = None  # to the store, if the command's JSON says so
 
     @property
     def clean(self) -> bool:
@@ -72,50 +75,75 @@ class MemoryWatch:
 
 
 def timed(place: Place, name: str, command: list, result: Path, service: int | None = None,
-          server: int | None = None) -> Sample:
-    """Runs a command whose result is the folder `result`."""
+          server: int | None = None, store: int | None = None) -> Sample:
+    """Runs a command whose result is the folder `result`. `store` is an object store here, whose work is nobody's."""
     os.sync()
     waited = machine.wait_until_quiet(place.sizes.patience_seconds)
-    log_path = place.logs / f"{name}.log"
-    before = (machine.busy_seconds(), machine.tree_cpu(service), machine.tree_cpu(server), own_cpu())
-    with open(log_path, "ab") as log, MemoryWatch(service) as watch:
+    log_path, output_path = place.logs / f"{name}.log", place.logs / f"{name}.out"
+
+    def usage() -> tuple:
+        return machine.busy_seconds(), *(machine.tree_cpu(pid) for pid in (service, server, store)), own_cpu()
+
+    before = usage()
+    with open(log_path, "ab") as log, open(output_path, "wb") as output, MemoryWatch(service) as watch:
         adopt_orphans(True)
         try:
             began = time.monotonic()
-            process = subprocess.Popen([str(part) for part in command], stdout=log, stderr=log, **place.as_user())
+            process = subprocess.Popen([str(part) for part in command], stdout=output, stderr=log, **place.as_user())
             wall, code, cpu_command = reap(process, began)
         finally:
             adopt_orphans(False)
     began = time.monotonic()
     sync_files(result)
     unsynced = time.monotonic() - began
-    after = (machine.busy_seconds(), machine.tree_cpu(service), machine.tree_cpu(server), own_cpu())
+    busy, cpu_service, cpu_server, cpu_store, own = (b - a for a, b in zip(before, usage()))
     if code:
-        raise BenchError(f"{name}: exit code {code}\n{tail(log_path)}")
-    busy, cpu_service, cpu_server, own = (b - a for a, b in zip(before, after))
+        raise BenchError(f"{name}: exit code {code}\n{tail(output_path)}\n{tail(log_path)}".replace("\n\n", "\n"))
     cpu = cpu_command + cpu_service + cpu_server
-    foreign = max(0.0, busy - cpu - own) / ((wall + unsynced) * machine.CORES)
+    foreign = max(0.0, busy - cpu - cpu_store - own) / ((wall + unsynced) * machine.CORES)
     return Sample(wall=wall + unsynced, unsynced=unsynced, cpu=cpu, cpu_command=cpu_command, cpu_service=cpu_service,
-                  cpu_server=cpu_server, memory=watch.peak, foreign=foreign, waited=waited)
+                  cpu_server=cpu_server, memory=watch.peak, foreign=foreign, waited=waited,
+                  requests=requests(output_path))
+
+
+def requests(output: Path) -> int | None:
+    try:
+        return json.loads(output.read_text())["store_requests"]
+    except (ValueError, KeyError, TypeError):
+        return None  # not ours, or no JSON
 
 
 def reap(process: subprocess.Popen, began: float) -> tuple[float, int, float]:
     """Waits for the command and for all that it left behind: its wall time and exit code, everyone's CPU."""
     wall, code, cpu = 0.0, 0, 0.0
-    while True:
-        try:
+    limit = threading.Timer(LIMIT_SECONDS, end_descendants)
+    limit.daemon = True
+    limit.start()
+    try:
+        while True:
             pid, status, usage = os.wait4(-1, 0)
-        except ChildProcessError:
-            return wall, code, cpu
-        except BaseException:
-            if process.returncode is None:
-                process.terminate()
-                process.wait()
-            raise
-        cpu += usage.ru_utime + usage.ru_stime
-        if pid == process.pid:
-            wall = time.monotonic() - began
-            code = process.returncode = os.waitstatus_to_exitcode(status)
+            cpu += usage.ru_utime + usage.ru_stime
+            if pid == process.pid:
+                wall = time.monotonic() - began
+                code = process.returncode = os.waitstatus_to_exitcode(status)
+    except ChildProcessError:
+        return wall, code, cpu
+    except BaseException:
+        if process.returncode is None:
+            process.terminate()
+            process.wait()
+        raise
+    finally:
+        limit.cancel()
+
+
+def end_descendants():
+    """Of a command that hangs. Services are none: they were started over a shell that ended."""
+    for pid in machine.tree(os.getpid())[1:]:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
 
 
 def own_cpu() -> float:

@@ -1,5 +1,7 @@
 """Our side: walfleet-agent without a controller, its daemon shipping WAL as it would in production."""
 
+import hashlib
+import json
 import os
 import shutil
 import signal
@@ -8,6 +10,7 @@ import time
 from pathlib import Path
 
 import timed
+from object_store import ObjectStore
 from place import BenchError, Place
 
 CLUSTER = "bench"
@@ -18,26 +21,27 @@ state_dir: {state}
 socket: {socket}
 instances:
   - {{cluster: {cluster}, data_dir: {data}, connection: "{connection}"}}
-repository: {{url: "file://{repository}", key_file: {key}}}
+repository: {{url: "{url}", options: {options}, key_file: {key}}}
 backup: {{processes: {processes}, compression_level: {level}}}
 telemetry: {{log: warn}}
 """
 
 
 class Walfleet:
-    name = "walfleet"
     title = "walfleet"
 
-    def __init__(self, place: Place, processes: int, level: int):
-        self.place, self.processes, self.level = place, processes, level
+    def __init__(self, place: Place, processes: int, level: int, store: ObjectStore | None = None):
+        self.place, self.processes, self.level, self.store = place, processes, level, store
+        self.name = "walfleet-s3" if store else "walfleet"
         self.agent = place.agent
-        self.repository = place.folder / "repositories" / self.name
+        self.repository = store.folder if store else place.folder / "repositories" / self.name
         self.restored = place.folder / "restored" / self.name
         self.state = place.folder / "state"
         self.socket = place.sockets / "agent.sock"
         self.key = place.folder / "etc" / "recovery.key"
         self.configuration = place.folder / "etc" / "agent.yaml"
         self.pid_file = place.folder / "agent.pid"
+        self.cluster = CLUSTER
 
     def version(self) -> str:
         return self.place.run(self.agent, "--version").split()[-1]
@@ -48,13 +52,28 @@ class Walfleet:
 
     def begin(self, data: Path, connection: str):
         """A new repository, and the daemon that WAL is handed to. The server need not run yet."""
-        self.place.fresh(self.repository)
-        self.place.fresh(self.state)
+        if self.store:
+            self.store.renew()
+        else:
+            self.place.fresh(self.repository)
         self.key.unlink(missing_ok=True)
-        self.place.run(self.agent, "init", "--repository", f"file://{self.repository}", "--key-file", self.key)
+        options = [part for name, value in self.options().items() for part in ("--option", f"{name}={value}")]
+        self.place.run(self.agent, "init", "--repository", self.url(), *options, "--key-file", self.key)
+        self.serve(data, connection, CLUSTER)
+
+    def url(self) -> str:
+        return self.store.url if self.store else f"file://{self.repository}"
+
+    def options(self) -> dict[str, str]:
+        return self.store.options() if self.store else {}
+
+    def serve(self, data: Path, connection: str, cluster: str):
+        """The daemon of a host that has seen nothing yet, for an instance that is a member of this cluster."""
+        self.cluster = cluster
+        self.place.fresh(self.state)
         self.configuration.write_text(CONFIGURATION.format(
-            state=self.state, socket=self.socket, cluster=CLUSTER, data=data, connection=connection,
-            repository=self.repository, key=self.key, processes=self.processes, level=self.level))
+            state=self.state, socket=self.socket, cluster=cluster, data=data, connection=connection, url=self.url(),
+            options=json.dumps(self.options()), key=self.key, processes=self.processes, level=self.level))
         # Started over a shell that ends at once, so that it is no child of the timing process.
         log = self.place.logs / "walfleet-agent.log"
         script = f'"$0" run --config "$1" >>{log} 2>&1 </dev/null & echo $!'
@@ -92,7 +111,7 @@ class Walfleet:
         return f"{self.agent} wal push --socket {self.socket} %p"
 
     def full_backup(self) -> list:
-        return [self.agent, "backup", "--config", self.configuration, "--cluster", CLUSTER, "--fast"]
+        return [self.agent, "backup", "--config", self.configuration, "--cluster", self.cluster, "--fast", "-o", "json"]
 
     def next_backup(self) -> list:
         return self.full_backup()  # there is but one kind
@@ -101,21 +120,28 @@ class Walfleet:
         shutil.rmtree(self.restored, ignore_errors=True)
 
     def restore(self) -> list:
-        return [self.agent, "restore", "--config", self.configuration, "--cluster", CLUSTER, "--data-dir", self.restored]
+        return self.restore_of(self.cluster, self.restored)
+
+    def restore_of(self, cluster: str, folder: Path) -> list:
+        return [self.agent, "restore", "--config", self.configuration, "--cluster", cluster, "--data-dir", folder, "-o", "json"]
 
     def delta_restore(self) -> list:
         return [*self.restore(), "--delta"]
 
     def stored(self) -> int:
         """Bytes of backups, WAL not counted."""
-        return timed.size(self.repository) - timed.size(self.repository / "clusters" / CLUSTER / "wal")
+        return timed.size(self.repository) - self.wal_stored()
+
+    def wal_stored(self) -> int:
+        return sum(timed.size(cluster / "wal") for cluster in (self.repository / "clusters").glob("*"))
 
 
 def revision(project: Path) -> str:
-    """The commit that is measured, marked if the tree differs from it."""
+    """The commit that is measured; if the tree differs from it, with a hash of how."""
     git = ["git", "-C", str(project)]
     commit = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
-    changed = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True)
+    changed = subprocess.run([*git, "diff", "HEAD"], capture_output=True)
     if commit.returncode:
         return "unknown"
-    return commit.stdout.strip() + ("-modified" if changed.stdout.strip() else "")
+    suffix = f"-modified-{hashlib.sha256(changed.stdout).hexdigest()[:8]}" if changed.stdout else ""
+    return commit.stdout.strip() + suffix
