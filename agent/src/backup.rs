@@ -17,6 +17,8 @@ pub mod pages;
 pub mod scan;
 pub mod spare;
 pub mod stretch;
+#[cfg(test)]
+mod test_manifest;
 mod wal_wait;
 
 use std::path::{Path, PathBuf};

@@ -117,6 +117,7 @@ impl Foundation {
 }
 
 /// The engine's options as configured.
+#[allow(clippy::needless_update, reason = "the engine has one more under test")]
 pub fn state_options(config: &Config) -> embedded::Options {
     let cache_bytes = usize::try_from(config.state.cache_mib << 20).unwrap_or(usize::MAX);
     embedded::Options { history_revisions: config.state.history_revisions, cache_bytes, ..embedded::Options::default() }

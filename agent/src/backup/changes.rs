@@ -20,15 +20,15 @@ use walfleet_repository::postgres::{HistoryError, Lsn, Segment, SegmentSize, Tim
 use walfleet_repository::wal_archive::{ArchiveError, WalArchive};
 
 use crate::backup::spare::{Known, Proof, Since};
-use crate::postgres::wal_record::WalError;
+use crate::postgres::wal_record::{self, WalError};
 use crate::wal::ship::{ShipError, Shipper};
 use unnoted::Unnoted;
 
 /// Sidecars asked for at once.
 const REQUESTS: usize = 16;
 
-/// A segment's header page begins with this much that is no record (SizeOfXLogLongPHD, src/include/access/xlog_internal.h).
-const LONG_PAGE_HEADER: u64 = 40;
+/// A segment's header page begins with this much that is no record.
+const LONG_PAGE_HEADER: u64 = wal_record::LONG_HEADER as u64;
 
 /// Why everything has to be read.
 #[derive(Debug, thiserror::Error)]

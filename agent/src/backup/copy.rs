@@ -10,6 +10,7 @@
 //!
 //! Memory is the packs under way plus a fixed number of files, whatever the size of the cluster.
 
+mod assemble;
 mod compose;
 mod proof;
 mod walk;
@@ -22,9 +23,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
-use walfleet_repository::backup::file_list::{PlacedContent, PlacedKind};
 use walfleet_repository::backup::read::BackupReader;
-use walfleet_repository::backup::write::{PackSession, PlacedSlot, WriteError};
+use walfleet_repository::backup::write::{PackSession, WriteError};
 use walfleet_repository::format::file_map::ChunkPlace;
 
 use crate::backup::damage::DamageLog;
@@ -105,7 +105,7 @@ pub fn copy(
             (Some(failure), _) => Err(failure),
             (None, walked) => walked,
         };
-        result.and_then(|()| walk.finish(counters.read_bytes.load(Ordering::Relaxed)))
+        result.and_then(|()| walk.assembly.finish(counters.read_bytes.load(Ordering::Relaxed)))
     })
 }
 
@@ -185,14 +185,4 @@ fn read_all(
         Ok(()) => Done::Ended,
         Err(error) => Done::Failed(error),
     });
-}
-
-/// A file of at most one slot.
-pub(super) fn small_content(file: &ScannedFile, result: &StretchResult) -> PlacedKind {
-    let content = match result.slots.first() {
-        None => PlacedContent::Empty,
-        Some(PlacedSlot::Zero) => PlacedContent::Zero,
-        Some(PlacedSlot::Chunk(placed)) => PlacedContent::Chunk(*placed),
-    };
-    PlacedKind::File { size: file.size, crc32c: Some(result.crc32c), content }
 }

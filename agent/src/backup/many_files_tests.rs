@@ -21,7 +21,7 @@ use walfleet_repository::format::log_entry::Action;
 use walfleet_repository::format::manifest::{Content, Counters, EntryKind, FileEntry, Manifest};
 use walfleet_repository::lineage::Kin;
 use walfleet_repository::open::{CommittedBackup, Repository, RepositorySpec};
-use walfleet_repository::postgres::{Branch, Lsn, SegmentSize, SystemId, Timeline, WalBranch};
+use walfleet_repository::postgres::{Branch, Lsn, SystemId, Timeline, WalBranch};
 use walfleet_repository::signature::Signer;
 use walfleet_repository::store::{Store, StoreOptions};
 
@@ -29,6 +29,7 @@ use super::copy::{self, CopyReport, CopySpec};
 use super::damage::NAMED;
 use super::scan::{Scan, ScanSpec};
 use super::stretch::PageCheck;
+use super::test_manifest::test_manifest;
 use crate::postgres::page::PageRules;
 use crate::progress::Progress;
 use crate::restore::sink::FileSink;
@@ -125,31 +126,12 @@ async fn back_up(ground: &Ground, data_dir: &Path) -> (CommittedBackup, CopyRepo
     let manifest = Manifest {
         backup: session.id().clone(),
         cluster: ground.cluster.name().clone(),
-        server_version_num: 180_000,
-        wal: wal(),
-        start_lsn: Lsn(0x100),
-        stop_lsn: Lsn(0x200),
-        started_at_us: 1,
-        stopped_at_us: 2,
-        segment_size: SegmentSize::DEFAULT,
-        block_bytes: 8192,
-        catalog_version: 1,
-        control_version: 1800,
-        data_checksums: true,
-        group_access: false,
-        member: "pg1".into(),
-        member_role: "primary".into(),
-        tool_version: "0".into(),
-        backup_label: Bytes::new(),
-        tablespace_map: Bytes::new(),
-        tablespaces: Vec::new(),
-        recovery_settings: Vec::new(),
         file_list: report.file_list.clone(),
         file_count: report.file_count,
         has_overlays: report.has_overlays,
         control_file: control,
-        damaged_pages: Vec::new(),
         counters: Counters { new_bytes: packs.written().0, ..Counters::default() },
+        ..test_manifest(wal(), Lsn(0x100), Lsn(0x200))
     };
     (session.commit(&manifest, used, 0).await.unwrap(), report)
 }
@@ -288,13 +270,13 @@ async fn the_first_backup_of_a_copy_stores_what_differs_and_is_whole_by_itself()
     let copy = Ground { cluster: clone, signer: ground.signer.clone(), ..self::ground().await };
     super::loan::arrange(&copy.cluster, &copy.signer, Some(&kin), &CancellationToken::new()).await;
     let (first, _) = back_up(&copy, &data_dir).await;
-    assert_eq!(first.reference.parents, [original.reference.backup.clone()]);
+    assert_eq!(first.reference.parents, std::slice::from_ref(&original.reference.backup));
     let new_bytes = first.reference.counters.new_bytes;
     assert!((8192..60_000).contains(&new_bytes), "a page, a map and a list: {new_bytes}");
     // Its parent is its own now, and what was borrowed stays where it is.
     super::loan::arrange(&copy.cluster, &copy.signer, Some(&kin), &CancellationToken::new()).await;
     let (second, _) = back_up(&copy, &data_dir).await;
-    assert_eq!(second.reference.parents, [first.reference.backup.clone()]);
+    assert_eq!(second.reference.parents, std::slice::from_ref(&first.reference.backup));
     assert!(second.reference.counters.new_bytes < 60_000);
     let lender = Some(ground.cluster.name().clone());
     assert!(second.reference.sessions.iter().any(|session| session.cluster == lender));

@@ -13,7 +13,6 @@ use walfleet_repository::format::overlay::{Overlay, OverlayPage, PAGE_BYTES};
 
 use crate::backup::scan::RelationSegment;
 use crate::postgres::page::first_block_of_segment;
-use crate::postgres::relation::Fork;
 
 /// A slot of which more than three pages in four would be laid over is stored whole again: a base chunk is never quite
 /// dead, and a restore reads less than twice what the cluster has. Measured over a
@@ -83,16 +82,11 @@ impl Proof {
 impl Since {
     /// `None` if the file has to be read whole.
     pub fn changes_of(&self, relation: &RelationSegment) -> Option<FileChanges> {
-        let fork = match relation.file.fork {
-            Fork::Main => 0,
-            Fork::Init => 3,
-            Fork::FreeSpaceMap | Fork::VisibilityMap => return None,
-        };
         let RelationSegment { tablespace, database, file } = *relation;
-        if self.changed.is_database_changed(tablespace, database) {
+        if !file.fork.is_logged() || self.changed.is_database_changed(tablespace, database) {
             return None;
         }
-        let name = ForkName { tablespace, database, relation: file.number, fork };
+        let name = ForkName { tablespace, database, relation: file.number, fork: file.fork.number() };
         let Some(changes) = self.changed.fork(&name) else { return Some(FileChanges::default()) };
         let first = first_block_of_segment(file.segment, self.blocks_per_segment);
         let block_bytes = u64::from(self.block_bytes);

@@ -3,12 +3,30 @@
 
 /// One of a relation's files' kinds (ForkNumber, src/include/common/relpath.h).
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+#[repr(u8)]
 pub enum Fork {
-    Main,
-    FreeSpaceMap,
-    VisibilityMap,
+    Main = 0,
+    FreeSpaceMap = 1,
+    VisibilityMap = 2,
     /// What an unlogged relation is reset to after a crash.
-    Init,
+    Init = 3,
+}
+
+impl Fork {
+    /// As WAL names it.
+    pub const fn number(self) -> u8 {
+        self as u8
+    }
+
+    pub fn from_number(number: u8) -> Option<Fork> {
+        let all = [Fork::Main, Fork::FreeSpaceMap, Fork::VisibilityMap, Fork::Init];
+        all.into_iter().find(|fork| fork.number() == number)
+    }
+
+    /// Whether WAL tells of every page of it that changes. Of the two maps it tells only in part, or by implication.
+    pub const fn is_logged(self) -> bool {
+        matches!(self, Fork::Main | Fork::Init)
+    }
 }
 
 /// The file of one segment of one fork.

@@ -21,12 +21,10 @@ use std::time::Duration;
 
 use walfleet_repository::postgres::{Lsn, SystemId, Timeline};
 
-pub use changes::Changes;
 pub use decoder::Carry;
-pub use digest::{SegmentDigest, SegmentEnd, SegmentPlace, SegmentScan, digest_segment};
-pub use meaning::{Checkpoint, Completion, Meaning, Outcome, RestorePoint, WalLevel, meaning};
-pub use page_header::WalVersion;
-pub use record::{BlockReference, MalformedRecord, Record, rmgr};
+pub use digest::{SegmentDigest, SegmentEnd, SegmentPlace, digest_segment};
+pub use meaning::{Completion, Outcome, RestorePoint, WalLevel};
+pub use page_header::LONG_HEADER;
 
 /// How much of a long record's body is held: enough for all block headers (33 of at most 27 bytes) and the beginning of
 /// what follows, while a record may have a gigabyte.

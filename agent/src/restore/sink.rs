@@ -14,8 +14,9 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use walfleet_repository::backup::fetch::{ALIGNMENT, FileNumber, Found, PieceFile, PieceSink};
 use walfleet_repository::format::manifest::{Content, EntryKind, FileEntry};
+use walfleet_repository::format::overlay::PAGE_BYTES;
 
-use super::write::{WriteError, io as failed, set_mode};
+use super::write::{WriteError, create, io as failed};
 use crate::progress::Progress;
 
 /// Open files kept for further pieces; large files come in many pieces, small ones in one.
@@ -23,9 +24,6 @@ const OPEN_FILES: usize = 64;
 
 /// From here on the way to the disk and back costs less than the copy into the page cache.
 const DIRECT_BYTES: usize = 256 << 10;
-
-/// What is compared before it is written over.
-const PAGE_BYTES: usize = 8192;
 
 /// What the owner may do with a file while it is being filled.
 const OWNER_READS_AND_WRITES: u32 = 0o600;
@@ -104,14 +102,12 @@ impl FileSink {
 
     /// The file of this entry, open, and how long it was before.
     fn create(&self, path: &Path, mode: u32) -> io::Result<(File, u64)> {
-        let create = || OpenOptions::new().write(true).create_new(true).mode(mode).open(path);
         let there = match fs::symlink_metadata(path) {
             Ok(there) if self.over => there,
             // A directory that was empty has nothing of this name: an error says so.
             _ => {
-                let file = create().map_err(|e| named("create", path, e))?;
-                set_mode(&file, mode).map_err(|e| named("set permissions of", path, e))?;
-                return Ok((file, 0));
+                let created = create(OpenOptions::new().create_new(true), path, mode);
+                return created.map(|file| (file, 0)).map_err(|e| named("create", path, e));
             }
         };
         fs::set_permissions(path, fs::Permissions::from_mode(mode))
@@ -125,10 +121,11 @@ impl FileSink {
     fn write_differences(&self, file: &OpenFile, offset: u64, content: &[u8]) -> io::Result<()> {
         let mut there = vec![0; content.len()];
         file.buffered.read_exact_at(&mut there, offset).map_err(|e| named("read", &file.path, e))?;
-        let pages = || content.chunks(PAGE_BYTES).zip(there.chunks(PAGE_BYTES));
+        let page_bytes = PAGE_BYTES as usize;
+        let pages = content.chunks(page_bytes).zip(there.chunks(page_bytes));
         let mut from = 0;
         let mut stretch = 0;
-        for (new, old) in pages() {
+        for (new, old) in pages {
             if new == old {
                 self.put(file, offset, content, from, stretch)?;
                 from += stretch + new.len();

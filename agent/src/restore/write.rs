@@ -312,9 +312,7 @@ pub fn write_plain(path: &Path, content: &[u8], mode: u32) -> Result<(), WriteEr
 
 /// A file to be written, that the sync of everything makes durable.
 pub fn create_plain(path: &Path, mode: u32) -> Result<File, WriteError> {
-    let opened = OpenOptions::new().write(true).create(true).truncate(true).mode(mode).open(path);
-    let made = opened.and_then(|file| set_mode(&file, mode).map(|()| file));
-    made.map_err(io("create", path))
+    create(OpenOptions::new().create(true).truncate(true), path, mode).map_err(io("create", path))
 }
 
 /// Writes a small file whole: temporary name, sync, rename, sync of the folder.
@@ -322,25 +320,19 @@ pub fn write_durable(path: &Path, content: &[u8], mode: u32) -> Result<(), Write
     let mut temporary = path.as_os_str().to_owned();
     temporary.push(".walfleet-new");
     let temporary = PathBuf::from(temporary);
-    let written = OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .mode(mode)
-        .open(&temporary)
-        .and_then(|mut file| {
-            set_mode(&file, mode)?;
-            file.write_all(content)?;
-            file.sync_all()
-        })
+    let written = create(OpenOptions::new().create(true).truncate(true), &temporary, mode)
+        .and_then(|mut file| file.write_all(content).and_then(|()| file.sync_all()))
         .and_then(|()| fs::rename(&temporary, path));
     written.map_err(io("write", path))?;
     sync_folder(path.parent().unwrap_or(Path::new("/")))
 }
 
-/// Exactly as at the source: what was created has lost the bits of the umask of whoever restores.
-pub(super) fn set_mode(file: &File, mode: u32) -> std::io::Result<()> {
-    file.set_permissions(fs::Permissions::from_mode(mode))
+/// A file to be written, with a mode exactly as at the source: what is created loses the bits of the umask of whoever
+/// restores.
+pub(super) fn create(how: &mut OpenOptions, path: &Path, mode: u32) -> std::io::Result<File> {
+    let file = how.write(true).mode(mode).open(path)?;
+    file.set_permissions(fs::Permissions::from_mode(mode))?;
+    Ok(file)
 }
 
 fn sync_folder(path: &Path) -> Result<(), WriteError> {

@@ -158,6 +158,14 @@ impl Standalone {
         }
         builder.environment(self.place.credentials.clone()).open(&restored.data_dir)
     }
+
+    /// A server on a restored directory, started, once it has recovered to the target and takes writes.
+    pub fn recovered(&self, restored: &Restored) -> anyhow::Result<PgServer> {
+        let mut server = self.server_of(restored, false)?;
+        server.start()?;
+        server.wait_until_writable()?;
+        Ok(server)
+    }
 }
 
 /// Has everything a server wrote so far archived, and waits until the archiver was told that it is.

@@ -28,9 +28,7 @@ fn refused(host: &Standalone, code: i32, target: &[&str]) -> anyhow::Result<Stri
 
 fn restored(host: &Standalone, name: &str, target: &[&str]) -> anyhow::Result<(PgServer, Restored)> {
     let restored = host.restore(name, target)?;
-    let mut server = host.server_of(&restored, false)?;
-    server.start()?;
-    server.wait_until_writable()?;
+    let server = host.recovered(&restored)?;
     Ok((server, restored))
 }
 

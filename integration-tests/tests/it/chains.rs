@@ -130,9 +130,7 @@ impl Links {
         host.archive_all()?;
         let last = last.expect("there was a round");
         judge::verify_backup(host.server.version(), &last.data_dir)?;
-        let mut server = host.server_of(&last, false)?;
-        server.start()?;
-        server.wait_until_writable()?;
+        let server = host.recovered(&last)?;
         Fingerprint::take(&server.session()?)?.must_equal(&expected)?;
         judge::check_relations(&server)?;
         drop(server);
@@ -143,9 +141,7 @@ impl Links {
         let Some((id, link)) = kept else { return Ok(()) };
         let again = host.restore("again", &["--latest", "--backup", &id])?;
         files::all_must_be_equal(&link.data_dir, &again.data_dir)?;
-        let mut server = host.server_of(&again, false)?;
-        server.start()?;
-        server.wait_until_writable()?;
+        let server = host.recovered(&again)?;
         Fingerprint::take(&server.session()?)?.must_equal(&expected)
     }
 }

@@ -40,9 +40,7 @@ fn an_agent_killed_again_and_again_loses_no_wal_and_no_backup() {
         let oldest = first["id"].as_str().unwrap_or_default().to_owned();
         for (name, words) in [("oldest", vec!["--latest", "--backup", &oldest]), ("newest", vec!["--latest"])] {
             let restored = host.restore(name, &words)?;
-            let mut server = host.server_of(&restored, false)?;
-            server.start()?;
-            server.wait_until_writable()?;
+            let server = host.recovered(&restored)?;
             Fingerprint::take(&server.session()?)?.must_equal(&expected)?;
             judge::check_relations(&server)?;
         }
@@ -76,9 +74,7 @@ fn a_bad_line_to_the_store_slows_work_down_and_spoils_nothing() {
         host.archive_all()?;
         let restored = host.restore("restored", &["--latest"])?;
         judge::verify_backup(host.server.version(), &restored.data_dir)?;
-        let mut server = host.server_of(&restored, false)?;
-        server.start()?;
-        server.wait_until_writable()?;
+        let server = host.recovered(&restored)?;
         Fingerprint::take(&server.session()?)?.must_equal(&expected)?;
         anyhow::ensure!(s3.strikes() > 20, "only {} faults struck", s3.strikes());
         Ok(())
@@ -105,9 +101,7 @@ fn a_store_that_is_gone_for_a_while_is_caught_up_with() {
         s3.heal();
         host.archive_all()?;
         let restored = host.restore("restored", &["--latest"])?;
-        let mut server = host.server_of(&restored, false)?;
-        server.start()?;
-        server.wait_until_writable()?;
+        let server = host.recovered(&restored)?;
         Fingerprint::take(&server.session()?)?.must_equal(&expected)
     });
 }

@@ -221,9 +221,7 @@ fn must_equal(expected: &Contents, found: &Contents) -> anyhow::Result<()> {
 fn must_be_whole(host: &Standalone, name: &str, restored: &Restored, expected: &Fingerprint) -> anyhow::Result<()> {
     let data_dir = restored.data_dir.clone();
     let named = Restored { name: name.to_owned(), data_dir, port: free_port(), report: serde_json::Value::Null };
-    let mut server = host.server_of(&named, false)?;
-    server.start()?;
-    server.wait_until_writable()?;
+    let mut server = host.recovered(&named)?;
     Fingerprint::take(&server.session()?)?.must_equal(expected)?;
     server.stop(Shutdown::Fast)
 }

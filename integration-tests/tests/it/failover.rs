@@ -133,9 +133,7 @@ fn a_twin_that_diverges_cannot_replace_what_was_archived() {
         host.archive_all()?;
 
         let restored = host.restore("restored", &["--latest"])?;
-        let mut server = host.server_of(&restored, false)?;
-        server.start()?;
-        server.wait_until_writable()?;
+        let server = host.recovered(&restored)?;
         Fingerprint::take(&server.session()?)?.must_equal(&expected)
     });
 }
@@ -235,9 +233,7 @@ fn two_promotions_to_one_number_are_both_kept_and_a_restore_is_told_to_choose() 
         }
         for (name, words, fingerprint) in expected {
             let restored = host.restore(&format!("{name}-restored"), &words)?;
-            let mut server = host.server_of(&restored, false)?;
-            server.start()?;
-            server.wait_until_writable()?;
+            let server = host.recovered(&restored)?;
             Fingerprint::take(&server.session()?)?.must_equal(fingerprint)?;
         }
         Ok(())

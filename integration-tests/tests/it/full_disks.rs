@@ -47,9 +47,7 @@ impl Drop for SmallDisk {
 
 fn restores_to(host: &Standalone, expected: &Fingerprint) -> anyhow::Result<()> {
     let restored = host.restore("restored", &["--latest"])?;
-    let mut server = host.server_of(&restored, false)?;
-    server.start()?;
-    server.wait_until_writable()?;
+    let server = host.recovered(&restored)?;
     Fingerprint::take(&server.session()?)?.must_equal(expected)
 }
 

@@ -127,8 +127,6 @@ fn judge(host: &Standalone, data_dir: &Path, expected: &Fingerprint) -> anyhow::
 }
 
 fn must_be_whole(host: &Standalone, restored: &Restored, expected: &Fingerprint) -> anyhow::Result<()> {
-    let mut server = host.server_of(restored, false)?;
-    server.start()?;
-    server.wait_until_writable()?;
+    let server = host.recovered(restored)?;
     Fingerprint::take(&server.session()?)?.must_equal(expected)
 }

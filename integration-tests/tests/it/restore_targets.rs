@@ -109,9 +109,7 @@ fn a_restore_ends_where_it_was_planned_to_and_stops_if_planned_wal_is_gone() {
         for (restored, newest) in &racing {
             let committed = format!("FROM step WHERE pg_xact_commit_timestamp(xmin) <= '{newest}'");
             let promised = session.value(&format!("SELECT string_agg(n::text, ' ' ORDER BY n) {committed}"))?;
-            let mut server = host.server_of(restored, false)?;
-            server.start()?;
-            server.wait_until_writable()?;
+            let server = host.recovered(restored)?;
             assert_eq!(steps(&server.session()?)?, promised, "{} to {newest}", restored.name);
         }
         Ok(())

@@ -214,7 +214,7 @@ impl FileListWriter {
         // Parts end where the path says, so that a file more or less changes one part and not all behind it.
         let hash = u32::from_le_bytes(blake3::hash(&entry.path).as_bytes()[..4].try_into().unwrap_or_default());
         self.part.push(entry);
-        if hash as usize % FILES_PER_PART == 0 || self.part.len() >= 4 * FILES_PER_PART {
+        if (hash as usize).is_multiple_of(FILES_PER_PART) || self.part.len() >= 4 * FILES_PER_PART {
             self.close_part()?;
         }
         Ok(())

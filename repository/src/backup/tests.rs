@@ -19,7 +19,7 @@ use crate::crypto::RecipientSecret;
 use crate::format::file_map::{FileMap, SLOT_BYTES, Slot};
 use crate::format::manifest::{Content, Counters, EntryKind, FileEntry, Manifest, path_order};
 use crate::open::{CommittedBackup, Repository, RepositorySpec};
-use crate::postgres::{Branch, Lsn, SegmentSize, SystemId, Timeline, WalBranch};
+use crate::postgres::{Branch, Lsn, SystemId, Timeline, WalBranch};
 use crate::signature::Signer;
 use crate::store::{RetryPolicy, Store};
 use crate::verify::{self, Depth, VerifySpec};
@@ -120,31 +120,16 @@ async fn back_up(ground: &Ground, files: &Files, run: Option<&str>) -> Result<(C
     let manifest = Manifest {
         backup: session.id().clone(),
         cluster: ground.cluster.name().clone(),
-        server_version_num: 180_006,
         wal: wal(),
         start_lsn: Lsn(0x100),
         stop_lsn: Lsn(0x200),
-        started_at_us: 1,
-        stopped_at_us: 2,
-        segment_size: SegmentSize::DEFAULT,
-        block_bytes: 8192,
-        catalog_version: 1,
-        control_version: 1800,
-        data_checksums: true,
-        group_access: false,
-        member: "pg1".into(),
-        member_role: "primary".into(),
-        tool_version: "0".into(),
-        backup_label: Bytes::from_static(b"label"),
-        tablespace_map: Bytes::new(),
-        tablespaces: Vec::new(),
-        recovery_settings: Vec::new(),
         file_list,
         file_count,
         has_overlays: false,
         control_file: control,
         damaged_pages: Vec::new(),
         counters: Counters::default(),
+        ..crate::format::manifest::tests::manifest()
     };
     Ok((session.commit(&manifest, used, 0).await?, stored))
 }
@@ -251,7 +236,7 @@ async fn what_goes_in_comes_out_and_a_second_backup_costs_what_changed() {
     assert_eq!(bring_back(&ground, &first).await.unwrap(), files);
 
     let (second, unchanged) = back_up(&ground, &files, None).await.unwrap();
-    assert_eq!(second.reference.parents, [first.reference.backup.clone()]);
+    assert_eq!(second.reference.parents, std::slice::from_ref(&first.reference.backup));
     assert!(unchanged < 2000, "nothing changed and {unchanged} bytes were stored");
     assert_eq!(bring_back(&ground, &second).await.unwrap(), files);
 
@@ -339,7 +324,7 @@ async fn a_damaged_pack_is_named_with_the_backups_it_costs_and_never_restored_fr
     let spec = VerifySpec { backup: None, depth: Depth::Content };
     let report = verify::verify(&ground.cluster, &spec, |_| {}, &CancellationToken::new()).await.unwrap();
     let finding = report.findings.iter().find(|finding| finding.object == key.to_string()).unwrap();
-    assert_eq!(finding.backups, [backup.reference.backup.clone()]);
+    assert_eq!(finding.backups, std::slice::from_ref(&backup.reference.backup));
     // The flipped byte may lie in a pack's own directory, which a restore does not read.
     if let Ok(files) = damaged {
         assert_eq!(files, cluster_files());

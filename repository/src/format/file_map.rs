@@ -5,7 +5,7 @@ use prost::Message;
 use roaring::RoaringBitmap;
 use walfleet_proto::repository::v1 as wire;
 
-use crate::format::overlay::{self, Overlay, PAGE_BYTES};
+use crate::format::overlay::{self, Overlay, OverlayPage, PAGE_BYTES};
 use crate::format::sealed::FramePlace;
 use crate::ids::{ChunkId, PackId};
 
@@ -58,6 +58,15 @@ pub struct Run {
     pub len: u32,
     /// Where in the file.
     pub to: u64,
+}
+
+/// Appends a page laid over a file to the runs of its chunk, as part of the last one if it goes on from there.
+pub(crate) fn push_page(runs: &mut Vec<Run>, page: OverlayPage) {
+    let (from, to) = (page.position * PAGE_BYTES, u64::from(page.page) * u64::from(PAGE_BYTES));
+    match runs.last_mut() {
+        Some(last) if last.from + last.len == from && last.to + u64::from(last.len) == to => last.len += PAGE_BYTES,
+        _ => runs.push(Run { from, len: PAGE_BYTES, to }),
+    }
 }
 
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -231,17 +240,7 @@ impl FileMap {
         }
         for overlay in &self.overlays {
             runs.clear();
-            for page in &overlay.pages {
-                let (from, to) = (page.position * PAGE_BYTES, u64::from(page.page) * u64::from(PAGE_BYTES));
-                match runs.last_mut() {
-                    Some(Run { from: start, len, to: first })
-                        if *start + *len == from && *first + u64::from(*len) == to =>
-                    {
-                        *len += PAGE_BYTES;
-                    }
-                    _ => runs.push(Run { from, len: PAGE_BYTES, to }),
-                }
-            }
+            overlay.pages.iter().for_each(|page| push_page(&mut runs, *page));
             each(&overlay.chunk, &runs);
         }
         Ok(())

@@ -373,7 +373,7 @@ pub fn path_order(a: &[u8], b: &[u8]) -> std::cmp::Ordering {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::format::file_map::ShortId;
     use crate::format::sealed::FramePlace;
@@ -390,7 +390,7 @@ mod tests {
         }
     }
 
-    fn manifest() -> Manifest {
+    pub(crate) fn manifest() -> Manifest {
         Manifest {
             backup: BackupId::generate(),
             cluster: "orders".parse().unwrap(),

@@ -55,10 +55,6 @@ impl PackWriter {
         Ok(place)
     }
 
-    pub fn is_full(&self) -> bool {
-        self.stored_bytes() >= PACK_TARGET_BYTES
-    }
-
     pub fn stored_bytes(&self) -> usize {
         self.sealed.len()
     }

@@ -1,10 +1,8 @@
 //! What is proven and what is not, on archives made for it; and on WAL of real servers, as it lies there after a checkpoint.
 
-use bytes::Bytes;
 use tempfile::TempDir;
 use walfleet_repository::crypto::DomainKey;
 use walfleet_repository::format::changed_blocks::ForkName;
-use walfleet_repository::format::manifest::{Counters, EntryKind, FileEntry};
 use walfleet_repository::format::wal_segment::SegmentFacts;
 use walfleet_repository::keyring::Keyring;
 use walfleet_repository::postgres::{Branch, SystemId};
@@ -12,6 +10,7 @@ use walfleet_repository::store::Store;
 use walfleet_repository::wal_archive::OwnedSegment;
 
 use super::*;
+use crate::backup::test_manifest::test_manifest;
 use crate::postgres::control::ControlFile;
 use crate::postgres::test_server::{TestServer, oldest_and_newest};
 use crate::postgres::wal_record::digest_segment;
@@ -36,36 +35,7 @@ fn second() -> WalBranch {
 }
 
 fn manifest(wal: WalBranch, start: u64, stop: u64) -> Manifest {
-    let kind = EntryKind::Directory;
-    Manifest {
-        backup: "bk_a".parse().unwrap(),
-        cluster: "orders".parse().unwrap(),
-        server_version_num: 180_000,
-        wal,
-        start_lsn: Lsn(start),
-        stop_lsn: Lsn(stop),
-        started_at_us: 0,
-        stopped_at_us: 0,
-        segment_size: size(),
-        block_bytes: 8192,
-        catalog_version: 1,
-        control_version: 1800,
-        data_checksums: true,
-        group_access: false,
-        member: "db1".to_owned(),
-        member_role: "primary".to_owned(),
-        tool_version: "0".to_owned(),
-        backup_label: Bytes::new(),
-        tablespace_map: Bytes::new(),
-        tablespaces: Vec::new(),
-        recovery_settings: Vec::new(),
-        file_list: Vec::new(),
-        file_count: 0,
-        has_overlays: false,
-        control_file: FileEntry { path: Bytes::new(), kind, mode: 0, mtime_us: 0 },
-        damaged_pages: Vec::new(),
-        counters: Counters::default(),
-    }
+    Manifest { segment_size: size(), ..test_manifest(wal, Lsn(start), Lsn(stop)) }
 }
 
 /// A host with an archive; its `pg_wal` has what a test puts there.

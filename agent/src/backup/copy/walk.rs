@@ -1,37 +1,33 @@
-//! The thread that walks: hands out what has to be read, and puts together what came of it, in list order.
+//! The thread that walks: meets each file's entry in the parent, hands out what has to be read, and has what came of it
+//! put together.
 
-use std::collections::VecDeque;
 use std::fs::File;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender};
 
-use bytes::Bytes;
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 use walfleet_repository::backup::fetch::chunks::ChunkReader;
-use walfleet_repository::backup::file_list::{FileListWriter, PlacedContent, PlacedFile, PlacedKind};
+use walfleet_repository::backup::file_list::{PlacedContent, PlacedKind};
 use walfleet_repository::backup::read::{BackupReader, ParentFiles};
 use walfleet_repository::backup::write::PackSession;
 use walfleet_repository::format::file_map::{ChunkPlace, FileMap, SLOT_BYTES, Slot};
 use walfleet_repository::format::manifest::{Content, EntryKind, FileEntry};
 
+use super::assemble::{Assembly, FileState};
 use super::compose::compose;
 use super::proof::Expected;
-use super::{CopyError, CopyReport, CopySpec, Done, FileJob, Work, small_content};
-use crate::backup::compare::{Compared, Former};
+use super::{CopyError, CopySpec, Done, FileJob, Work};
+use crate::backup::compare::Former;
 use crate::backup::pages::{PagesJob, PagesResult};
-use crate::backup::scan::{Omitted, OmittedReason, RelationSegment, Scan, Scanned, ScannedFile, ScannedKind};
+use crate::backup::scan::{Omitted, OmittedReason, Scan, Scanned, ScannedFile, ScannedKind};
 use crate::backup::spare::{FileChanges, Known, ReadPlan};
-use crate::backup::stretch::{StretchError, StretchJob, StretchResult};
-use crate::postgres::relation::Fork;
+use crate::backup::stretch::{StretchError, StretchJob};
 use crate::progress::Progress;
 
 /// Slots of one stretch: 32 MiB, the unit that threads share. Small enough that the last one does not leave a thread
 /// alone for long, large enough that handing out costs nothing.
 const STRETCH_SLOTS: usize = 256;
-
-/// Files that may be under way: what the assembler has to hold back while a large file is being read.
-const FILES_UNDER_WAY: usize = 16_384;
 
 /// Small files are handed out together, up to this many bytes or files.
 const BATCH_BYTES: u64 = 4 << 20;
@@ -48,45 +44,6 @@ struct KnownFile {
     changes: FileChanges,
 }
 
-/// A file under way, in list order.
-struct UnderWay {
-    file: ScannedFile,
-    state: FileState,
-}
-
-enum FileState {
-    Directory,
-    Small(Option<StretchResult>),
-    Stretches {
-        parts: Vec<Option<StretchResult>>,
-        missing: usize,
-        parent: Option<ChunkPlace>,
-        /// Set if it is compared with its parent by page.
-        former: Option<Arc<FileMap>>,
-        proof: Option<Expected>,
-    },
-    /// The parent has most of it, in the map that lies at this place.
-    Pages {
-        job: Arc<PagesJob>,
-        map: ChunkPlace,
-        result: Option<PagesResult>,
-    },
-    /// The parent has all of it.
-    Known(PlacedKind),
-    Vanished,
-}
-
-impl UnderWay {
-    fn is_done(&self) -> bool {
-        match &self.state {
-            FileState::Directory | FileState::Known(_) | FileState::Vanished => true,
-            FileState::Small(result) => result.is_some(),
-            FileState::Stretches { missing, .. } => *missing == 0,
-            FileState::Pages { result, .. } => result.is_some(),
-        }
-    }
-}
-
 pub(super) struct Walk<'a> {
     session: &'a Arc<PackSession>,
     known: Option<&'a Known>,
@@ -95,17 +52,13 @@ pub(super) struct Walk<'a> {
     parent: Option<Arc<BackupReader>>,
     /// Brings the parent's content where it has to be compared.
     chunks: Option<Arc<ChunkReader>>,
-    list: FileListWriter,
     runtime: &'a Handle,
     done: Receiver<Done>,
-    under_way: VecDeque<UnderWay>,
-    /// The number of the first file under way.
-    first: u64,
+    pub(super) assembly: Assembly<'a>,
     batch: Vec<(u64, FileJob)>,
     batch_bytes: u64,
     threads_left: usize,
     pub(super) failure: Option<CopyError>,
-    report: CopyReport,
 }
 
 impl<'a> Walk<'a> {
@@ -121,19 +74,16 @@ impl<'a> Walk<'a> {
             session,
             known: spec.known.as_ref(),
             progress,
-            list: FileListWriter::new(session.clone(), parent_parts),
             parent_files: spec.parent.clone().map(ParentFiles::new),
             parent: spec.parent.clone(),
             chunks: spec.parent.as_ref().map(|parent| Arc::new(ChunkReader::new(parent))),
             runtime,
             done,
-            under_way: VecDeque::new(),
-            first: 0,
+            assembly: Assembly::new(session, parent_parts),
             batch: Vec::new(),
             batch_bytes: 0,
             threads_left: spec.threads.max(1),
             failure: None,
-            report: CopyReport::default(),
         }
     }
 
@@ -152,7 +102,7 @@ impl<'a> Walk<'a> {
                 Scanned::Omitted(omitted) => self.note_omitted(&omitted),
             }
             self.collect(Wait::No)?;
-            while self.under_way.len() >= FILES_UNDER_WAY {
+            while self.assembly.is_full() {
                 self.send_batch(&work)?;
                 self.collect(Wait::Yes)?;
             }
@@ -165,26 +115,17 @@ impl<'a> Walk<'a> {
         Ok(())
     }
 
-    pub(super) fn finish(self, read_bytes: u64) -> Result<CopyReport, CopyError> {
-        if !self.under_way.is_empty() {
-            return Err(CopyError::ThreadLost);
-        }
-        let (file_list, file_count) = self.list.finish()?;
-        Ok(CopyReport { file_list, file_count, read_bytes, ..self.report })
-    }
-
     fn hand_out(&mut self, file: ScannedFile, work: &SyncSender<Work>) -> Result<(), CopyError> {
-        let number = self.first + self.under_way.len() as u64;
+        let number = self.assembly.next_number();
         if file.kind == ScannedKind::Directory {
-            self.under_way.push_back(UnderWay { file, state: FileState::Directory });
+            self.assembly.push(file, FileState::Directory);
             return Ok(());
         }
         let parent = self.parent_entry(&file);
         let known = parent.as_ref().and_then(|parent| self.changes(&file, parent));
         let proof = self.known.map(|known| known.proof).filter(|proof| proof.is_due(&file.path));
         // Where the WAL names what changed, and that is most of it, a comparison would be in vain.
-        let is_main = |relation: &RelationSegment| matches!(relation.file.fork, Fork::Main | Fork::Init);
-        let is_relation = matches!(&file.kind, ScannedKind::Relation(relation) if is_main(relation));
+        let is_relation = matches!(&file.kind, ScannedKind::Relation(relation) if relation.file.fork.is_logged());
         let is_unknown = is_relation && (known.is_none() || proof.is_some());
         let (file, changes) = match (known, proof) {
             (Some(known), Some(proof)) => (file, proof.compares.then_some(known.changes)),
@@ -205,7 +146,7 @@ impl<'a> Walk<'a> {
             };
             self.batch_bytes += file.size;
             self.batch.push((number, FileJob { file: file.clone(), parent }));
-            self.under_way.push_back(UnderWay { file, state: FileState::Small(None) });
+            self.assembly.push(file, FileState::Small(None));
             if self.batch_bytes >= BATCH_BYTES || self.batch.len() >= BATCH_FILES {
                 self.send_batch(work)?;
             }
@@ -226,7 +167,7 @@ impl<'a> Walk<'a> {
         work: &SyncSender<Work>,
     ) -> Result<(), CopyError> {
         let Some(open) = self.open(&file)? else {
-            self.under_way.push_back(UnderWay { file, state: FileState::Vanished });
+            self.assembly.push(file, FileState::Vanished);
             return Ok(());
         };
         let map = parent.as_ref().and_then(|place| self.parent_map(&file, place));
@@ -242,7 +183,7 @@ impl<'a> Walk<'a> {
             former: former.as_ref().map(|former| former.map.clone()),
             proof: map.clone().zip(changes).map(|(map, changes)| Expected { map, changes }),
         };
-        self.under_way.push_back(UnderWay { file: file.clone(), state });
+        self.assembly.push(file.clone(), state);
         for part in 0..count {
             let from = part * STRETCH_SLOTS;
             let to = (from + STRETCH_SLOTS).min(slots);
@@ -291,7 +232,7 @@ impl<'a> Walk<'a> {
         let Some(content) = content else { return Ok(Some(file)) };
         self.progress.add(file.size);
         let kind = PlacedKind::File { size: file.size, crc32c: known.parent_crc32c, content };
-        self.under_way.push_back(UnderWay { file, state: FileState::Known(kind) });
+        self.assembly.push(file, FileState::Known(kind));
         Ok(None)
     }
 
@@ -311,12 +252,12 @@ impl<'a> Walk<'a> {
             self.progress.add(file.size);
             let crc32c = known.parent_crc32c;
             let content = compose(self.session, (&parent, place), &plan, file.size, PagesResult::default())?;
-            let kind = self.of_parent(file.size, crc32c, content);
-            self.under_way.push_back(UnderWay { file, state: FileState::Known(kind) });
+            let kind = self.assembly.of_parent(file.size, crc32c, content);
+            self.assembly.push(file, FileState::Known(kind));
             return Ok(None);
         }
         let Some(open) = self.open(&file)? else {
-            self.under_way.push_back(UnderWay { file, state: FileState::Vanished });
+            self.assembly.push(file, FileState::Vanished);
             return Ok(None);
         };
         self.progress.add(file.size.saturating_sub(plan.bytes(SLOT_BYTES)));
@@ -328,15 +269,9 @@ impl<'a> Walk<'a> {
             parent: Arc::new(parent),
             plan,
         });
-        self.under_way
-            .push_back(UnderWay { file, state: FileState::Pages { job: job.clone(), map: place, result: None } });
+        self.assembly.push(file, FileState::Pages { job: job.clone(), map: place, result: None });
         self.send(Work::Pages { number, job }, work)?;
         Ok(None)
-    }
-
-    fn of_parent(&mut self, size: u64, crc32c: Option<u32>, content: PlacedContent) -> PlacedKind {
-        self.report.has_overlays |= matches!(&content, PlacedContent::Slots { overlays, .. } if !overlays.is_empty());
-        PlacedKind::File { size, crc32c, content }
     }
 
     /// `None` if it is gone: dropped while the backup runs, as WAL replay drops it, too.
@@ -402,111 +337,32 @@ impl<'a> Walk<'a> {
             self.take_in(done)?;
             next = self.done.try_recv().ok();
         }
-        while self.under_way.front().is_some_and(UnderWay::is_done) {
-            if let Some(file) = self.under_way.pop_front() {
-                self.first += 1;
-                self.pass_on(file)?;
-            }
-        }
-        Ok(())
+        self.assembly.pass_on_complete()
     }
 
     fn take_in(&mut self, done: Done) -> Result<(), CopyError> {
-        let (number, result) = match done {
-            Done::Stretch { number, result } | Done::File { number, result } => (number, Some(result)),
-            Done::Vanished { number } => (number, None),
-            Done::Pages { number, result: read } => {
-                let Some(FileState::Pages { result, .. }) = self.under_way_at(number) else {
-                    return Err(CopyError::ThreadLost);
-                };
-                *result = Some(read);
-                return Ok(());
+        match done {
+            Done::Stretch { number, result } | Done::File { number, result } => {
+                self.assembly.take_in(number, Some(result))
             }
+            Done::Vanished { number } => self.assembly.take_in(number, None),
+            Done::Pages { number, result } => self.assembly.take_in_pages(number, result),
             Done::Ended => {
                 self.threads_left -= 1;
-                return Ok(());
+                Ok(())
             }
             Done::Failed(error) => {
                 self.threads_left -= 1;
                 self.failure.get_or_insert(error);
-                return Err(CopyError::ThreadLost);
+                Err(CopyError::ThreadLost)
             }
-        };
-        let Some(state) = self.under_way_at(number) else { return Err(CopyError::ThreadLost) };
-        match (state, result) {
-            (state @ FileState::Small(_), None) => *state = FileState::Vanished,
-            (FileState::Small(slot), Some(result)) => *slot = Some(result),
-            (FileState::Stretches { parts, missing, .. }, Some(result)) => {
-                if let Some(part) = parts.get_mut(result.part) {
-                    *part = Some(result);
-                    *missing -= 1;
-                }
-            }
-            _ => return Err(CopyError::ThreadLost),
         }
-        Ok(())
-    }
-
-    fn under_way_at(&mut self, number: u64) -> Option<&mut FileState> {
-        let index = usize::try_from(number.checked_sub(self.first)?).ok()?;
-        self.under_way.get_mut(index).map(|file| &mut file.state)
-    }
-
-    fn pass_on(&mut self, done: UnderWay) -> Result<(), CopyError> {
-        let UnderWay { file, state } = done;
-        let kind = match state {
-            FileState::Vanished => return Ok(()),
-            FileState::Directory => PlacedKind::Directory,
-            FileState::Known(kind) => kind,
-            FileState::Pages { job, map, result } => {
-                let result = result.ok_or(CopyError::ThreadLost)?;
-                self.report.damage.add(&file.path, &result.bad_pages);
-                let content = compose(self.session, (&job.parent, map), &job.plan, job.size, result)?;
-                self.of_parent(job.size, None, content)
-            }
-            FileState::Small(result) => {
-                let result = result.ok_or(CopyError::ThreadLost)?;
-                self.report.damage.add(&file.path, &result.bad_pages);
-                small_content(&file, &result)
-            }
-            FileState::Stretches { parts, parent, former, proof, .. } => {
-                let (mut slots, mut crc32c, mut compared) = (Vec::new(), 0, Compared::default());
-                for result in parts {
-                    let result = result.ok_or(CopyError::ThreadLost)?;
-                    self.report.damage.add(&file.path, &result.bad_pages);
-                    crc32c = crc32c::crc32c_combine(crc32c, result.crc32c, result.bytes as usize);
-                    slots.extend(result.slots);
-                    compared.absorb(result.compared);
-                }
-                if let Some(expected) = proof {
-                    self.note_strayed(&file, &expected.strayed(file.size, (&slots, &compared), self.session));
-                }
-                let overlays = match former {
-                    Some(map) => compared.into_overlays(self.session, &map, file.size)?,
-                    None => Vec::new(),
-                };
-                let content = PlacedContent::Slots { slot_bytes: SLOT_BYTES, slots, overlays, parent };
-                self.of_parent(file.size, Some(crc32c), content)
-            }
-        };
-        if let PlacedKind::File { size, .. } = kind {
-            self.report.cluster_bytes += size;
-        }
-        let placed = PlacedFile { path: Bytes::from(file.path), mode: file.mode, mtime_us: file.mtime_us, kind };
-        Ok(self.list.push(placed)?)
-    }
-
-    fn note_strayed(&mut self, file: &ScannedFile, slots: &[usize]) {
-        let Some(first) = slots.first() else { return };
-        self.report.unexplained_slots += slots.len() as u64;
-        tracing::error!(path = %file.absolute.display(), slots = slots.len(), at = *first as u64 * u64::from(SLOT_BYTES),
-            "content changed since the parent backup though no WAL says so; it is stored as it is now");
     }
 
     /// Tells the first few; a folder full of links is one mistake.
     fn note_omitted(&mut self, omitted: &Omitted) {
-        self.report.omitted += 1;
-        if self.report.omitted > OMITTED_TOLD {
+        self.assembly.report.omitted += 1;
+        if self.assembly.report.omitted > OMITTED_TOLD {
             return;
         }
         let path = String::from_utf8_lossy(&omitted.path);

@@ -6,7 +6,7 @@ use walfleet_repository::format::sealed::FramePlace;
 use walfleet_repository::ids::PackId;
 
 use super::*;
-use crate::postgres::relation::RelationFile;
+use crate::postgres::relation::{Fork, RelationFile};
 
 const PAGES_PER_SLOT: u32 = SLOT_BYTES / PAGE_BYTES;
 

@@ -21,13 +21,7 @@ use walfleet_repository::format::changed_blocks::{ChangedBlocks, ForkName};
 use super::meaning::{Meaning, WalLevel};
 use super::record::{MalformedRecord, Record, rmgr};
 use crate::postgres::bytes;
-
-/// Forks (ForkNumber, src/include/common/relpath.h).
-mod fork {
-    pub const MAIN: u8 = 0;
-    pub const FREE_SPACE_MAP: u8 = 1;
-    pub const VISIBILITY_MAP: u8 = 2;
-}
+use crate::postgres::relation::Fork;
 
 /// Operations of the storage manager (src/include/catalog/storage_xlog.h).
 mod smgr {
@@ -140,7 +134,8 @@ impl Changes {
             }
             // xl_smgr_truncate: the new length in blocks, the relation, flags.
             smgr::TRUNCATE => {
-                let name = ForkName { tablespace: word(4)?, database: word(8)?, relation: word(12)?, fork: fork::MAIN };
+                let fork = Fork::Main.number();
+                let name = ForkName { tablespace: word(4)?, database: word(8)?, relation: word(12)?, fork };
                 if word(16)? & smgr::TRUNCATE_HEAP != 0 {
                     self.blocks.cut(name, word(0)?);
                 }
@@ -173,5 +168,5 @@ impl Changes {
 }
 
 fn is_tracked(fork: u8) -> bool {
-    fork != fork::FREE_SPACE_MAP && fork != fork::VISIBILITY_MAP
+    Fork::from_number(fork).is_none_or(Fork::is_logged)
 }

@@ -5,11 +5,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use walfleet_repository::format::changed_blocks::{ChangedBlocks, ForkName};
+use walfleet_repository::format::changed_blocks::{ChangedBlocks, ForkChanges, ForkName};
 use walfleet_repository::postgres::{Segment, SegmentSize};
 
 use super::changes::Changes;
 use super::decoder::Decoder;
+use super::meaning::meaning;
+use super::record::Record;
 use super::*;
 use crate::postgres::control::ControlFile;
 use crate::postgres::relation::{Fork, RelationFile};
@@ -172,13 +174,18 @@ fn exercise(installation: &Installation) {
     assert_names_what_differs(major, &before, &after, &changes);
 }
 
+/// Whether the block may have changed.
+fn names(changes: &ForkChanges, block: u32) -> bool {
+    changes.cut_to.is_some_and(|cut| cut <= block) || changes.blocks.contains(block)
+}
+
 /// Whatever differs is named, and a good part of what does not is not.
 fn assert_names_what_differs(major: u32, before: &Pages, after: &Pages, changes: &ChangedBlocks) {
     let (mut different, mut spared) = (0, 0);
     let mut missing = Vec::new();
     for ((fork, block), page) in after {
         let is_named = changes.is_database_changed(fork.tablespace, fork.database)
-            || changes.fork(fork).is_some_and(|changes| changes.touches(*block, *block + 1));
+            || changes.fork(fork).is_some_and(|changes| names(changes, *block));
         let differs = match before.get(&(*fork, *block)) {
             Some(former) => former != page,
             // Files are extended with zeros past the log (RelationAddBlocks, src/backend/access/heap/hio.c).
@@ -251,7 +258,7 @@ fn gathered(data_dir: &Path, size: SegmentSize, from: Lsn, to: Lsn) -> ChangedBl
         };
         decoder.feed(&bytes, &mut note).unwrap();
         let digest = digest_segment(place, carry, Duration::ZERO, &bytes).unwrap();
-        if let Some(changed) = ChangedBlocks::decode(&digest.changed_blocks.unwrap_or_default().encode()).ok() {
+        if let Ok(changed) = ChangedBlocks::decode(&digest.changed_blocks.unwrap_or_default().encode()) {
             whole.absorb(&changed);
         }
         carry = digest.carry;
@@ -302,7 +309,7 @@ async fn assert_covers_summaries(server: &TestServer) {
             let (ours, block, is_cut) = (changes.fork(&name), block as u32, row.get::<_, bool>(5));
             let is_named = match is_cut {
                 true => ours.is_some_and(|ours| ours.cut_to.is_some_and(|cut| cut <= block)),
-                false => ours.is_some_and(|ours| ours.touches(block, block + 1)),
+                false => ours.is_some_and(|ours| names(ours, block)),
             };
             // The summarizer cuts all forks of a relation that was dropped to nothing.
             let is_gone = || is_cut && block == 0 && is_dropped(&server.data_dir, &name);

@@ -464,7 +464,6 @@ impl Decoder {
             version: known.version,
             start,
             end: self.valid_end,
-            xid: header.xid,
             rmgr: header.rmgr,
             info: header.info,
             body,

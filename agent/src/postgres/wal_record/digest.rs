@@ -111,16 +111,6 @@ impl SegmentScan {
         })
     }
 
-    /// Behind the last record that is whole and valid in the bytes so far.
-    pub fn valid_end(&self) -> Lsn {
-        self.decoder.valid_end()
-    }
-
-    /// The latest completion so far.
-    pub fn last_completion(&self) -> Option<Completion> {
-        self.findings.last
-    }
-
     pub fn finish(self) -> SegmentDigest {
         let SegmentScan { place, decoder, fed, mut findings } = self;
         let size = place.size.bytes();

@@ -7,7 +7,7 @@ use crate::postgres::bytes;
 /// Every page but a segment's first (SizeOfXLogShortPHD).
 pub(super) const SHORT_HEADER: usize = 24;
 /// A segment's first page (SizeOfXLogLongPHD).
-pub(super) const LONG_HEADER: usize = 40;
+pub const LONG_HEADER: usize = 40;
 
 const FIRST_IS_CONTRECORD: u16 = 0x1;
 const LONG: u16 = 0x2;

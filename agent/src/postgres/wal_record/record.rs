@@ -19,8 +19,6 @@ pub mod rmgr {
     pub const XACT: u8 = 1;
     pub const SMGR: u8 = 2;
     pub const DBASE: u8 = 4;
-    pub const TBLSPC: u8 = 5;
-    pub const RELMAP: u8 = 7;
     pub const SPGIST: u8 = 16;
     /// RM_LOGICALMSG_ID, the last built-in one.
     pub const LAST_BUILTIN: u8 = 21;
@@ -32,7 +30,6 @@ pub mod rmgr {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct RecordHeader {
     pub total: u32,
-    pub xid: u32,
     pub prev: Lsn,
     pub info: u8,
     pub rmgr: u8,
@@ -43,7 +40,6 @@ impl RecordHeader {
     pub fn parse(head: &[u8]) -> Option<RecordHeader> {
         Some(RecordHeader {
             total: bytes::u32_at(head, 0)?,
-            xid: bytes::u32_at(head, 4)?,
             prev: Lsn(bytes::u64_at(head, 8)?),
             info: bytes::u8_at(head, 16)?,
             rmgr: bytes::u8_at(head, 17)?,
@@ -72,7 +68,6 @@ pub struct Record<'a> {
     pub start: Lsn,
     /// Where the next record begins, unless a page header stands there: the end, rounded up to 8 bytes.
     pub end: Lsn,
-    pub xid: u32,
     pub rmgr: u8,
     /// xl_info whole; the manager's own bits are the upper four.
     pub info: u8,

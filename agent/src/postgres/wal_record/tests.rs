@@ -9,6 +9,9 @@ use proptest::prelude::*;
 use walfleet_repository::postgres::{Lsn, SegmentSize, SystemId, Timeline};
 
 use super::decoder::Decoder;
+use super::digest::SegmentScan;
+use super::page_header::WalVersion;
+use super::record::{BlockReference, rmgr};
 use super::*;
 
 /// Of all logs here.

@@ -7,6 +7,8 @@ use jiff::Timestamp;
 use walfleet_repository::postgres::{Segment, SegmentSize, Timeline};
 
 use super::decoder::Decoder;
+use super::meaning::{Meaning, meaning};
+use super::record::{BlockReference, Record};
 use super::*;
 use crate::postgres::test_server::{TestServer, installations};
 
@@ -14,7 +16,6 @@ use crate::postgres::test_server::{TestServer, installations};
 #[derive(Clone, PartialEq, Eq, Debug)]
 struct Line {
     start: Lsn,
-    xid: u32,
     body_len: u32,
     /// tablespace/database/relation, fork, block
     blocks: Vec<(String, u8, u32)>,
@@ -116,7 +117,7 @@ fn line(record: &Record<'_>) -> Line {
         Meaning::Completed(completion) => Some((completion.outcome, completion.at_us)),
         _ => None,
     };
-    Line { start: record.start, xid: record.xid, body_len: record.body_len, blocks, completion }
+    Line { start: record.start, body_len: record.body_len, blocks, completion }
 }
 
 fn dumped(server: &TestServer, segments: &[Segment]) -> Vec<Line> {
@@ -162,7 +163,6 @@ fn parsed(text: &str) -> Option<Line> {
     });
     Some(Line {
         start: until(after("lsn: ")?, &[',']).parse().unwrap(),
-        xid: until(after("tx:")?, &[',']).parse().unwrap(),
         body_len: total - 24,
         blocks: blocks.collect(),
         completion,

@@ -185,9 +185,7 @@ fn backups_of_a_server_that_writes_know_what_changed_and_restore_to_its_end() {
         host.archive_all()?;
         let restored = host.restore("restored", &["--latest"])?;
         judge::verify_backup(host.server.version(), &restored.data_dir)?;
-        let mut server = host.server_of(&restored, false)?;
-        server.start()?;
-        server.wait_until_writable()?;
+        let mut server = host.recovered(&restored)?;
         Fingerprint::take(&server.session()?)?.must_equal(&expected)?;
         judge::check_relations(&server)?;
         server.stop(Shutdown::Fast)?;

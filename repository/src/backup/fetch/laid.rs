@@ -11,7 +11,7 @@ use tokio::sync::Notify;
 
 use super::sift::Window;
 use super::{FileNumber, Found, Goes, Piece, PieceFile};
-use crate::format::file_map::{FileMap, MapError, Run, Slot};
+use crate::format::file_map::{FileMap, MapError, Run, Slot, push_page};
 use crate::format::overlay::{Overlay, PAGE_BYTES};
 
 /// Of pages that a window holds. Two windows are under way at a time.
@@ -138,7 +138,7 @@ impl LaidFile {
                 continue;
             }
             let runs = if laid_slots.contains(slot_of(page.page)) { &mut held } else { &mut bare };
-            push_page(runs, page.position * PAGE_BYTES, u64::from(page.page) * u64::from(PAGE_BYTES));
+            push_page(runs, *page);
         }
         let piece = |goes| Piece { file: self.file.clone(), place: overlay.chunk, goes, found: Found::Nothing };
         if !held.is_empty() {
@@ -148,13 +148,6 @@ impl LaidFile {
         if !bare.is_empty() {
             window.push(piece(Goes::Parts(bare.into())));
         }
-    }
-}
-
-fn push_page(runs: &mut Vec<Run>, from: u32, to: u64) {
-    match runs.last_mut() {
-        Some(last) if last.from + last.len == from && last.to + u64::from(last.len) == to => last.len += PAGE_BYTES,
-        _ => runs.push(Run { from, len: PAGE_BYTES, to }),
     }
 }
 

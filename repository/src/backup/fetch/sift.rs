@@ -10,6 +10,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::laid::{HELD_BYTES, Laid};
 use super::{FetchError, Found, Goes, Piece, PieceFile, PieceSink, WINDOW_PIECES};
+use crate::backup::write::is_zero;
 use crate::crypto::DomainKey;
 
 /// What a thread takes at a time: neighbours, so that it reads on where it was.
@@ -112,7 +113,7 @@ pub(super) fn sift(
                         kept_bytes += len;
                         len > 0
                     }
-                    (None, Some(run)) => is_zero(run, sink, &mut buffer)?,
+                    (None, Some(run)) => has_zeros(run, sink, &mut buffer)?,
                     (None, None) => false,
                 };
                 if same {
@@ -171,8 +172,8 @@ fn has_piece(piece: &Piece, sink: &dyn PieceSink, domain: &DomainKey, buffer: &m
     Ok(if domain.chunk_id(buffer).0[..16] == piece.place.id.0 { len as u64 } else { 0 })
 }
 
-fn is_zero(run: &ZeroRun, sink: &dyn PieceSink, buffer: &mut Vec<u8>) -> Result<bool, FetchError> {
+fn has_zeros(run: &ZeroRun, sink: &dyn PieceSink, buffer: &mut Vec<u8>) -> Result<bool, FetchError> {
     buffer.resize(run.len as usize, 0);
     sink.read(&run.file, run.offset, buffer).map_err(FetchError::Sink)?;
-    Ok(buffer.iter().all(|byte| *byte == 0))
+    Ok(is_zero(buffer))
 }

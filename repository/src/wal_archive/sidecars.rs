@@ -1,0 +1,121 @@
+//! What is known of an archived segment without its content: the directory at its end, and the frames beside the content.
+
+use bytes::Bytes;
+use object_store::path::Path;
+
+use super::{ArchiveError, WalArchive};
+use crate::format::changed_blocks::{ChangedBlocks, ChangedBlocksError};
+use crate::format::clear::ObjectKind;
+use crate::format::sealed::{FramePlace, HEADER_LEN, Header, Opener, SealedError, TRAILER_LEN, Trailer};
+use crate::format::wal_segment::{self, CommitPoint, RestorePoint, SegmentDirectory, SegmentError};
+use crate::layout;
+use crate::postgres::{Segment, SegmentSize, WalBranch};
+use crate::store::StoreError;
+
+/// Read from the end of a segment object in one request: trailer, directory and nearly always the commit times.
+const TAIL_READ_BYTES: u64 = 16 << 10;
+
+impl WalArchive {
+    /// What is known of a segment without reading its content.
+    pub async fn directory(
+        &self,
+        wal: WalBranch,
+        segment: Segment,
+        size: SegmentSize,
+    ) -> Result<SegmentDirectory, ArchiveError> {
+        self.ends(wal, segment, &layout::wal_segment(&self.cluster, &wal, segment, size))
+            .await
+            .map(|(directory, ..)| directory)
+    }
+
+    /// The commits and restore points that end in a segment.
+    pub async fn commit_times(
+        &self,
+        wal: WalBranch,
+        segment: Segment,
+        size: SegmentSize,
+    ) -> Result<(Vec<CommitPoint>, Vec<RestorePoint>), ArchiveError> {
+        let key = layout::wal_segment(&self.cluster, &wal, segment, size);
+        let named = |source: SegmentError| ArchiveError::Segment { key: key.to_string(), source };
+        let (directory, opener, tail, tail_start) = self.ends(wal, segment, &key).await?;
+        let Some(frame) = directory.commit_times else { return Ok((Vec::new(), Vec::new())) };
+        let plain = self.sidecar(&key, frame, &opener, (&tail, tail_start)).await?;
+        wal_segment::decode_commit_times(segment.start(size), &plain).map_err(named)
+    }
+
+    /// The pages that a segment changes; `None`: its writer did not know, or told by other rules.
+    pub async fn changed_blocks(
+        &self,
+        wal: WalBranch,
+        segment: Segment,
+        size: SegmentSize,
+    ) -> Result<Option<ChangedBlocks>, ArchiveError> {
+        let key = layout::wal_segment(&self.cluster, &wal, segment, size);
+        let (directory, opener, tail, tail_start) = self.ends(wal, segment, &key).await?;
+        let Some(frame) = directory.changed_blocks else { return Ok(None) };
+        let plain = self.sidecar(&key, frame, &opener, (&tail, tail_start)).await?;
+        match ChangedBlocks::decode(&plain) {
+            Ok(changes) => Ok(Some(changes)),
+            Err(ChangedBlocksError::Rules(_)) => Ok(None),
+            Err(error) => Err(ArchiveError::Segment { key: key.to_string(), source: error.into() }),
+        }
+    }
+
+    /// A frame behind the content: from the object's end, which was read already, or by a request of its own.
+    async fn sidecar(
+        &self,
+        key: &Path,
+        frame: FramePlace,
+        opener: &Opener,
+        (tail, tail_start): (&Bytes, u64),
+    ) -> Result<Vec<u8>, ArchiveError> {
+        let start = u64::from(frame.offset).checked_sub(tail_start);
+        let cached = start.and_then(|start| tail.get(start as usize..start as usize + frame.stored_len as usize));
+        let mut stored = match cached {
+            Some(bytes) => bytes.to_vec(),
+            None => self.store.get_range(key, u64::from(frame.offset)..frame.end()).await?.to_vec(),
+        };
+        let opened = opener.open(frame, &mut stored);
+        opened.map_err(|source| ArchiveError::Segment { key: key.to_string(), source: source.into() })
+    }
+
+    /// Header and directory by two small reads: the directory, what opens frames, the bytes read and where they begin.
+    async fn ends(
+        &self,
+        wal: WalBranch,
+        segment: Segment,
+        key: &Path,
+    ) -> Result<(SegmentDirectory, Opener, Bytes, u64), ArchiveError> {
+        let named = |source: SegmentError| ArchiveError::Segment { key: key.to_string(), source };
+        let kind = ObjectKind::Segment;
+        let (tail, total) = self.store.get_suffix(key, TAIL_READ_BYTES).await?;
+        let header = if tail.len() as u64 == total {
+            tail.clone()
+        } else {
+            self.store.get_range(key, 0..HEADER_LEN as u64).await?
+        };
+        let header = Header::parse(&header, kind).map_err(|source| named(source.into()))?;
+        let domain = self.keys.version(header.key_version);
+        let missing = SealedError::KeyVersion { what: kind.name(), found: header.key_version };
+        let domain = domain.ok_or_else(|| named(missing.into()))?;
+        let opener = Opener::new(&header, domain, kind, Some(key.as_ref())).map_err(|source| named(source.into()))?;
+        let trailer = Trailer::parse(&tail, total, kind).map_err(|source| named(source.into()))?;
+        let (tail, start) = self.widen(key, tail, total, u64::from(trailer.directory.offset)).await?;
+        let from = (u64::from(trailer.directory.offset) - start) as usize;
+        let to = tail.len().saturating_sub(TRAILER_LEN);
+        let mut stored = tail.get(from..to).unwrap_or_default().to_vec();
+        let plain = opener.open(trailer.directory, &mut stored).map_err(|source| named(source.into()))?;
+        let directory = SegmentDirectory::decode(&plain, wal, segment).map_err(named)?;
+        Ok((directory, opener, tail, start))
+    }
+
+    /// The object's end from `offset` at the latest, and where it begins.
+    async fn widen(&self, key: &Path, tail: Bytes, total: u64, offset: u64) -> Result<(Bytes, u64), StoreError> {
+        let start = total - tail.len() as u64;
+        if offset >= start {
+            return Ok((tail, start));
+        }
+        let (tail, total) = self.store.get_suffix(key, total - offset).await?;
+        Ok((tail.clone(), total - tail.len() as u64))
+    }
+}
