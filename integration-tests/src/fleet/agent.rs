@@ -31,11 +31,17 @@ pub struct AgentBuilder {
 
 impl AgentBuilder {
     /// A server of this host and the cluster it is a member of.
-    pub fn instance(mut self, cluster: &str, server: &PgServer) -> AgentBuilder {
+    pub fn instance(self, cluster: &str, server: &PgServer) -> AgentBuilder {
+        self.instance_of(cluster, server, "shared")
+    }
+
+    /// The same, with its `lineage`.
+    pub fn instance_of(mut self, cluster: &str, server: &PgServer, lineage: &str) -> AgentBuilder {
         self.instances.push(json!({
             "cluster": cluster,
             "data_dir": server.data_dir(),
             "connection": server.connection(),
+            "lineage": lineage,
         }));
         self
     }

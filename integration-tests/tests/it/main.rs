@@ -5,6 +5,7 @@ mod bad_input;
 mod barrier;
 mod branches;
 mod chains;
+mod copies;
 mod crashes;
 mod damage;
 mod delta_restores;
