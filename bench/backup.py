@@ -11,6 +11,7 @@ import further_peers
 import s3
 from cluster import Cluster
 from fingerprint import fingerprint
+from object_store import ObjectStore
 from pgbackrest import PgBackRest
 from place import Place, say
 from programs import Programs
@@ -39,9 +40,7 @@ def run(place: Place, report: Report, programs: Programs, rows: Rows):
     ours, peer = Walfleet(place, PROCESSES, LEVEL), PgBackRest(place, programs.pgbackrest, PROCESSES, LEVEL)
     store = programs.store(place)
     others = further_peers.of(place, programs, PROCESSES, LEVEL, report)
-    ours.end()  # what a killed run may have left
-    if store:
-        store.end()
+    end(place, cluster, [ours, peer, *others], store)  # what a killed run may have left
     try:
         cluster.make()
         report.versions.update({tool.name: tool.version() for tool in (ours, peer, *others, *([store] if store else []))})
@@ -59,13 +58,18 @@ def run(place: Place, report: Report, programs: Programs, rows: Rows):
             s3.measure(samples, Walfleet(place, PROCESSES, LEVEL, store))
         memory(samples, ours)
     finally:
-        cluster.stop()
-        ours.end()
-        if store:
-            store.end()
-        leftovers = [cluster.data, ours.restored, peer.restored, *place.folder.glob("repositories/*")]
-        for folder in leftovers:
-            shutil.rmtree(folder, ignore_errors=True)
+        end(place, cluster, [ours, peer, *others], store)
+
+
+def end(place: Place, cluster: Cluster, tools: list, store: ObjectStore | None):
+    """Nothing of it runs, and only what serves the next run stays."""
+    for what in (cluster.remove, *(tool.end for tool in tools), *([store.end] if store else []), lambda: clones.end(place)):
+        try:
+            what()
+        except Exception as error:
+            say(f"bench: {error}")
+    for folder in (*place.folder.glob("repositories/*"), *place.folder.glob("restored/*"), *place.folder.glob("data*")):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 class Backup:
@@ -169,7 +173,7 @@ class Backup:
                         self.cluster.change(100 + day, DAILY_PERCENT)
                     self.place.run(*(tool.full_backup() if day % WEEK == 0 else tool.next_backup()))
                 stored[tool.name] = one(tool.stored() / 1e6)
-                say(f"  backup.fortnight     {tool.title:<12} stored {tool.stored() / 1e6:7.1f} MB after {FORTNIGHT} days")
+                say(f"backup.fortnight     {tool.title:<12} stored {tool.stored() / 1e6:7.1f} MB after {FORTNIGHT} days")
                 self.samples.unserve()
         if self.ours.name in stored:
             self.report.add("backup.fortnight_stored", stored[self.ours.name], stored.get(self.peer.name), self.peer.title,

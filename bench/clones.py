@@ -25,9 +25,17 @@ def measure(samples: Samples, ours: Walfleet, peer: PgBackRest, others: list):
     samples.report.settings["clones"] = {"pgbench_scale": QUICK.scale, "documents": QUICK.documents,
                                          "clones": CLONES, "transactions_each": TRANSACTIONS}
     clones = Clones(samples, ours, peer, others)
-    with samples.attempt("backup.clones_stored"):
-        clones.measure()
-    clones.end()
+    try:
+        with samples.attempt("backup.clones_stored"):
+            clones.measure()
+    finally:
+        clones.end()
+
+
+def end(place: Place):
+    """What a killed run may have left."""
+    for number in range(1, 1 + CLONES):
+        Clone(place, number).remove()
 
 
 class Clone(Cluster):
@@ -39,6 +47,11 @@ class Clone(Cluster):
         self.data = place.folder / f"data-{self.name}"
         if number:
             self.sockets, self.port = place.folder / f"run-{number}", 5432 + number
+
+    def remove(self):
+        super().remove()
+        if self.sockets != self.place.sockets:
+            shutil.rmtree(self.sockets, ignore_errors=True)
 
     def await_promotion(self):
         deadline = time.monotonic() + 120
@@ -79,7 +92,7 @@ class Clones:
             clone.await_promotion()
             clone.work()
             self.back_up(clone)
-            say(f"  backup.clones_stored {clone.name:<12} " + "  ".join(
+            say(f"backup.clones_stored {clone.name:<12} " + "  ".join(
                 f"{name} {size / 1e6:.1f} MB" for name, size in self.stored().items()))
         self.add(alone, self.stored())
 
@@ -127,8 +140,6 @@ class Clones:
     def end(self):
         for cluster in self.clusters:
             cluster.remove()
-            if cluster.name != CLUSTER:
-                shutil.rmtree(cluster.sockets, ignore_errors=True)
         self.ours.end()
         for tool in self.others:
             tool.end()

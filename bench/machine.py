@@ -24,7 +24,7 @@ def wait_until_quiet(patience_seconds: float) -> float:
     began = time.monotonic()
     while True:
         busy, at = busy_seconds(), time.monotonic()
-        time.sleep(min(LOOK_SECONDS, max(patience_seconds, 0.1)))
+        time.sleep(min(LOOK_SECONDS, max(patience_seconds / 6, 0.1)))
         share = (busy_seconds() - busy) / ((time.monotonic() - at) * CORES)
         waited = time.monotonic() - began
         if share < QUIET or waited >= patience_seconds:

@@ -8,6 +8,7 @@ import pwd
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -31,7 +32,7 @@ class Sizes:
 
 
 FULL = Sizes(scale=250, documents=700_000, samples=3, more_samples=3, patience_seconds=180, further_samples=2)
-QUICK = Sizes(scale=40, documents=70_000, samples=3, more_samples=0, patience_seconds=6, further_samples=1)
+QUICK = Sizes(scale=40, documents=70_000, samples=2, more_samples=0, patience_seconds=6, further_samples=1)
 
 # Nothing that is run here takes nearly so long: what does hangs.
 LIMIT_SECONDS = 1800
@@ -136,5 +137,9 @@ def choose_postgres() -> Path:
     return folder
 
 
+BEGAN = time.monotonic()
+
+
 def say(text: str):
-    print(text, file=sys.stderr, flush=True)
+    minutes, seconds = divmod(int(time.monotonic() - BEGAN), 60)
+    print(f"{minutes:3}:{seconds:02} {text}", file=sys.stderr, flush=True)

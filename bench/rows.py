@@ -32,6 +32,9 @@ def names(row: str) -> list[str]:
 
 def position(name: str) -> tuple[int, int]:
     """Where a row stands in the table: those of one kind together, as they are listed above."""
-    kinds = [(len(row), place) for place, row in enumerate(BACKUP) if f"{name}_".startswith(f"backup.{row}_")]
-    kind = max(kinds)[1] if kinds else len(BACKUP)
-    return kind, next((place for place, quantity in enumerate(["", *QUANTITIES]) if quantity and name.endswith(quantity)), 0)
+    kinds = [row for row in BACKUP if f"{name}_".startswith(f"backup.{row}_")]
+    if not kinds:
+        return len(BACKUP), 0
+    kind = max(kinds, key=len)
+    rest = name.removeprefix(f"backup.{kind}")
+    return BACKUP.index(kind), QUANTITIES.index(rest) + 1 if rest in QUANTITIES else len(rest) and len(QUANTITIES) + 1

@@ -118,7 +118,7 @@ class Samples:
     def note(self, row: str, tool, sample: Sample, number: int) -> list[Sample]:
         """Says and records it; number 0 is a warm-up, which is no sample."""
         what = f"sample {number}" if number else "warm-up"
-        say(f"  backup.{row:<13} {tool.title:<12} {what:<9} {sample.wall:7.2f} s  cpu {sample.cpu:6.2f} s  "
+        say(f"backup.{row:<13} {tool.title:<12} {what:<9} {sample.wall:7.2f} s  cpu {sample.cpu:6.2f} s  "
             f"memory {sample.memory / 1e6:5.0f} MB  stored {sample.stored / 1e6:7.1f} MB  "
             f"others {sample.foreign:4.0%}  waited {sample.waited:3.0f} s")
         if not number:
@@ -141,7 +141,7 @@ class Samples:
     def against(self, row: str, ours: list[Sample], reference_name: str, reference: list[Sample]):
         """Wall time of something measured already, beside something that is no peer."""
         for number, sample in enumerate(reference, 1):
-            say(f"  backup.{row:<13} {reference_name:<12} sample {number} {sample.wall:7.2f} s  cpu {sample.cpu:6.2f} s")
+            say(f"backup.{row:<13} {reference_name:<12} sample {number} {sample.wall:7.2f} s  cpu {sample.cpu:6.2f} s")
             self.report.record(f"backup.{row}", "reference", sample.document())
         self.report.add(f"backup.{row}", measured(ours, "wall", 1), measured(reference, "wall", 1), reference_name, "s",
                         BARS.get(row))
