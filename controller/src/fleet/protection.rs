@@ -98,6 +98,11 @@ fn no_range(last_backup: Option<&BackupSummary>) -> String {
     }
 }
 
+/// Within the period in which every file is read whole once (agent: backup/spare.rs).
+fn is_recent(now: Timestamp, backup: &BackupSummary) -> bool {
+    backup.finished_at.is_some_and(|at| now.duration_since(at) < SignedDuration::from_hours(30 * 24))
+}
+
 /// Of each member; `walfleet agent show` has them all.
 const MOST_PROBLEMS: usize = 3;
 
@@ -114,6 +119,14 @@ fn risks(
     }
     for gap in windows.iter().flat_map(|window| &window.gaps).filter(|gap| !gap.acknowledged) {
         risks.push(format!("WAL is missing on timeline {} from {} to {}", gap.timeline, gap.from_lsn, gap.to_lsn));
+    }
+    // A later backup need not meet it again: only what is read whole can show it.
+    let strayed = |backup: &BackupSummary| backup.unexplained_slots > 0 && is_recent(now, backup);
+    if let Some(backup) = backups(cluster).into_iter().chain(last_backup.cloned()).find(strayed) {
+        risks.push(format!(
+            "backup {} found {} slots that had changed past the WAL: those before it may lack the change",
+            backup.id, backup.unexplained_slots
+        ));
     }
     if let Some(objectives) = cluster.policy.map(|policy| &policy.objectives) {
         if let Some(rpo) = objectives.rpo {

@@ -123,6 +123,13 @@ fn each_way_of_not_being_protected_is_told_apart_with_its_reason() {
         (vec![], "", 0, Protection::Unknown, "no agent declares"),
         (change(|i| i.windows.clear()), "", 0, Protection::Unknown, "what the repository holds"),
         (
+            change(|i| i.backups[0].unexplained_slots = 3),
+            "",
+            0,
+            Protection::AtRisk,
+            "3 slots that had changed past the WAL",
+        ),
+        (
             change(|i| {
                 i.windows[0].ranges.clear();
                 i.backups.clear();
