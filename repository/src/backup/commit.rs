@@ -202,6 +202,9 @@ impl BackupSession {
     }
 }
 
+/// Sessions whose packs are listed one by one.
+const LISTED_ALONE: usize = 4;
+
 /// Whether the log lets a session name it now.
 fn may_be_parent(state: &ClusterState, id: &BackupId) -> bool {
     match state.session(id) {
@@ -219,25 +222,23 @@ async fn present_packs(
     home: &ClusterLog,
     backup: &CommittedBackup,
 ) -> Result<Vec<ParentPack>, StoreError> {
-    let mut wanted: BTreeMap<(&ClusterName, &BackupId), Vec<PackUse>> = BTreeMap::new();
+    let mut wanted: BTreeMap<&ClusterName, BTreeMap<&BackupId, Vec<PackUse>>> = BTreeMap::new();
     for (cluster, session, used) in backup.reference.packs() {
         // Where a lender's own lender repaired a pack is not looked up: what is not found is stored anew.
         let moved = home.state().moved(&used.pack).filter(|_| cluster == home.cluster());
-        wanted.entry((cluster, moved.unwrap_or(session))).or_default().push(*used);
+        wanted.entry(cluster).or_default().entry(moved.unwrap_or(session)).or_default().push(*used);
     }
     let mut present = Vec::new();
-    for ((cluster, session), packs) in wanted {
-        let listed = own.repository().store().list(&layout::session_packs(cluster, session)).await?;
-        let sizes: HashMap<PackId, u64> = listed
-            .iter()
-            .filter_map(|object| Some((layout::parse_pack(cluster, &object.key)?.1, object.size)))
-            .collect();
+    for (cluster, sessions) in wanted {
+        let sizes = pack_sizes(own, cluster, sessions.keys().copied()).await?;
         let lender = (cluster != own.name()).then(|| cluster.clone());
-        let home = PackHome { cluster: lender, session: session.clone() };
-        for used in packs {
-            if sizes.get(&used.pack) == Some(&used.stored_bytes) {
-                let (pack, stored_bytes) = (used.pack, used.stored_bytes);
-                present.push(ParentPack { pack, home: home.clone(), stored_bytes });
+        for (session, used) in
+            sessions.into_iter().flat_map(|(session, packs)| packs.into_iter().map(move |p| (session, p)))
+        {
+            let (pack, stored_bytes) = (used.pack, used.stored_bytes);
+            if sizes.get(&(session.clone(), pack)) == Some(&stored_bytes) {
+                let home = PackHome { cluster: lender.clone(), session: session.clone() };
+                present.push(ParentPack { pack, home, stored_bytes });
             } else {
                 let parent = &backup.reference.backup;
                 tracing::error!(pack = %used.pack, backup = %parent, "a pack that a committed backup needs is missing or damaged; what lies in it is stored anew");
@@ -245,6 +246,26 @@ async fn present_packs(
         }
     }
     Ok(present)
+}
+
+/// What listings say of the packs of these sessions. A few sessions are listed one by one; many as all of the cluster's
+/// packs at once, of which a store tells a thousand a request.
+async fn pack_sizes(
+    own: &OpenCluster,
+    cluster: &ClusterName,
+    sessions: impl ExactSizeIterator<Item = &BackupId>,
+) -> Result<HashMap<(BackupId, PackId), u64>, StoreError> {
+    let folders: Vec<_> = match sessions.len() <= LISTED_ALONE {
+        true => sessions.map(|session| layout::session_packs(cluster, session)).collect(),
+        false => vec![layout::packs(cluster)],
+    };
+    let store = own.repository().store();
+    let mut sizes = HashMap::new();
+    for folder in folders {
+        let listed = store.list(&folder).await?;
+        sizes.extend(listed.iter().filter_map(|object| Some((layout::parse_pack(cluster, &object.key)?, object.size))));
+    }
+    Ok(sizes)
 }
 
 fn by_session(packs: Vec<UsedPack>) -> Vec<SessionPacks> {
