@@ -14,7 +14,9 @@ mod model;
 #[cfg(test)]
 mod tests;
 
+use std::collections::HashMap;
 use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
 
 pub use append::{AppendError, Author, Decision, Outcome};
 pub use fold::{Rule, Verdict, Void};
@@ -38,6 +40,24 @@ pub struct ClusterLog {
     state: ClusterState,
     /// Where the end was last seen with nothing behind it.
     confirmed_end: Option<u64>,
+    memory: LogMemory,
+}
+
+/// How far logs were read already. Entries never change, so what was folded once need not be read again.
+#[derive(Clone, Default)]
+pub struct LogMemory(Arc<Mutex<HashMap<ClusterName, ClusterState>>>);
+
+impl LogMemory {
+    fn recall(&self, cluster: &ClusterName) -> ClusterState {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).get(cluster).cloned().unwrap_or_default()
+    }
+
+    fn keep(&self, cluster: &ClusterName, state: &ClusterState) {
+        let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if known.get(cluster).is_none_or(|known| known.next() < state.next()) {
+            known.insert(cluster.clone(), state.clone());
+        }
+    }
 }
 
 impl fmt::Debug for ClusterLog {
@@ -90,9 +110,16 @@ impl LogError {
 }
 
 impl ClusterLog {
-    /// A handle at the beginning; nothing is read yet.
-    pub fn new(store: Store, trust: TrustRoot, append_mode: AppendMode, cluster: ClusterName) -> ClusterLog {
-        ClusterLog { store, trust, append_mode, cluster, state: ClusterState::default(), confirmed_end: None }
+    /// A handle that stands where the memory does; at first, at the beginning.
+    pub fn new(
+        store: Store,
+        trust: TrustRoot,
+        append_mode: AppendMode,
+        cluster: ClusterName,
+        memory: LogMemory,
+    ) -> ClusterLog {
+        let state = memory.recall(&cluster);
+        ClusterLog { store, trust, append_mode, cluster, state, confirmed_end: None, memory }
     }
 
     pub fn cluster(&self) -> &ClusterName {
@@ -107,6 +134,7 @@ impl ClusterLog {
     /// Reads on to the first missing number.
     pub async fn refresh(&mut self) -> Result<&ClusterState, LogError> {
         self.read_on().await?;
+        self.memory.keep(&self.cluster, &self.state);
         Ok(&self.state)
     }
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use futures::future::BoxFuture;
 use futures::{FutureExt, StreamExt};
 
-use crate::cluster_log::{ClusterLog, Committed, LogError, SessionState};
+use crate::cluster_log::{ClusterLog, Committed, LogError, LogMemory, SessionState};
 use crate::format::reference::{ReferenceError, ReferencePart};
 use crate::format::root::{AppendMode, RepositoryRoot, RootError};
 use crate::ids::{BackupId, ClusterName, RecipientId, RepositoryId};
@@ -67,6 +67,8 @@ pub enum Initialised {
 pub struct Repository {
     store: Store,
     root: Arc<RepositoryRoot>,
+    /// Shared by all clones: one job asks for the same log several times.
+    logs: LogMemory,
 }
 
 impl fmt::Debug for Repository {
@@ -123,7 +125,7 @@ impl Repository {
         match store.create(&layout::root(), root.encode()).await.map_err(|source| store_error(&store, source))? {
             Creation::Created => {
                 tracing::info!(%store, repository = %root.repository_id, "repository made");
-                Ok((Repository { store, root: Arc::new(root) }, Initialised::Made { probe: report }))
+                Ok((Repository::of(store, root), Initialised::Made { probe: report }))
             }
             Creation::AlreadyThere => {
                 let there = Repository::open(store, None).await?;
@@ -148,7 +150,11 @@ impl Repository {
             let (store, found) = (store.to_string(), root.root_public_key);
             return Err(RepositoryError::ForeignRoot { store, expected, found });
         }
-        Ok(Repository { store, root: Arc::new(root) })
+        Ok(Repository::of(store, root))
+    }
+
+    fn of(store: Store, root: RepositoryRoot) -> Repository {
+        Repository { store, root: Arc::new(root), logs: LogMemory::default() }
     }
 
     async fn find(store: &Store) -> Result<Option<Repository>, RepositoryError> {
@@ -188,9 +194,9 @@ impl Repository {
         self.root.trust()
     }
 
-    /// A handle on a cluster's log, at its beginning; nothing is read yet.
+    /// A handle on a cluster's log, as far as it was read through this repository already.
     pub fn cluster_log(&self, cluster: &ClusterName) -> ClusterLog {
-        ClusterLog::new(self.store.clone(), self.trust(), self.root.append_mode, cluster.clone())
+        ClusterLog::new(self.store.clone(), self.trust(), self.root.append_mode, cluster.clone(), self.logs.clone())
     }
 
     /// Clusters that have something in the repository, by name.

@@ -120,6 +120,7 @@ impl ClusterLog {
                 let verdict = self.state.apply(&entry, &writer);
                 debug_assert_eq!(verdict, Verdict::Accepted, "the entry was judged on this very state");
                 self.confirmed_end = Some(self.state.next());
+                self.memory.keep(&self.cluster, &self.state);
                 Ok(Some(entry.sequence))
             }
             Ok(Creation::AlreadyThere) => Ok(None),

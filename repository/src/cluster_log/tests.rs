@@ -39,7 +39,7 @@ fn agent(name: &str) -> Signer {
 
 fn handle(faulty: &Arc<FaultyStore>) -> ClusterLog {
     let store = Store::wrap(faulty.clone(), "faulty:///", RetryPolicy::impatient());
-    ClusterLog::new(store, trust(), AppendMode::AtomicCreate, cluster())
+    ClusterLog::new(store, trust(), AppendMode::AtomicCreate, cluster(), LogMemory::default())
 }
 
 async fn begun(faulty: &Arc<FaultyStore>) -> ClusterLog {
