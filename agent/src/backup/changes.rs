@@ -24,8 +24,9 @@ use crate::postgres::wal_record::{self, WalError};
 use crate::wal::ship::{ShipError, Shipper};
 use unnoted::Unnoted;
 
-/// Sidecars asked for at once.
+/// Sidecars asked for at once, and the WAL that they may be of: what a segment of a gigabyte changes takes tens of mebibytes.
 const REQUESTS: usize = 16;
+const REQUESTS_WAL_BYTES: u32 = 1 << 30;
 
 /// A segment's header page begins with this much that is no record.
 const LONG_PAGE_HEADER: u64 = wal_record::LONG_HEADER as u64;
@@ -132,7 +133,8 @@ pub async fn since(parent: &Manifest, now: &Beginning<'_>) -> Result<ChangedBloc
             Err(error) => Err(Unproven::from(error)),
         }
     });
-    let mut answers = answers.buffered(REQUESTS);
+    let abreast = REQUESTS.min((REQUESTS_WAL_BYTES / now.segment_size.bytes()).max(1) as usize);
+    let mut answers = answers.buffered(abreast);
     let mut newest = None;
     while let Some((wal, segment, changes)) = answers.try_next().await? {
         match changes {

@@ -17,13 +17,22 @@ use walfleet_repository::format::overlay::{Overlay, OverlayPage, PAGE_BYTES};
 use crate::backup::spare::{MOST_OVERLAID, ReadPlan};
 use crate::backup::stretch::{Reader, StretchError, StretchJob, StretchResult};
 
-/// Bytes compared at once: large enough that a store's latency is paid seldom.
-pub(super) const BATCH_BYTES: usize = 32 * SLOT_BYTES as usize;
+/// Bytes compared at once by one of so many threads: large enough that a store's latency is paid seldom, and small where many
+/// pay it beside each other.
+pub(super) fn batch_bytes(threads: usize) -> usize {
+    let slots = if threads <= 4 { 32 } else { 8 };
+    slots * SLOT_BYTES as usize
+}
+
+/// Slots of the parent that all threads may have in memory. With the pages laid over them, and what they are made of, each
+/// takes up to 0.7 MiB.
+pub(super) const SLOTS_HELD: usize = 64;
 
 const PAGES_PER_SLOT: u32 = SLOT_BYTES / PAGE_BYTES;
 
-/// Gathered chunks of half a megabyte that one batch may need: bounds memory. Slots beyond it are stored whole.
-const MOST_OVERLAYS: usize = 16;
+/// For so many slots of a batch there may be one gathered chunk of half a megabyte: bounds memory. Slots beyond it are stored
+/// whole.
+const SLOTS_PER_OVERLAY: usize = 2;
 
 /// So many of the parent's slots are looked at in a stretch before it counts how often that helped.
 const TRIES: usize = 32;
@@ -114,7 +123,13 @@ impl Reader<'_> {
             Look::Differs(differing) => Some(differing),
             Look::Placed(_) | Look::New => None,
         });
-        let parents = if worth.is_hopeless() { BTreeMap::new() } else { self.parents(job, former, differing) };
+        let (parents, _held) = match worth.is_hopeless() {
+            true => (BTreeMap::new(), None),
+            false => {
+                let held = former.runtime.block_on(self.counters.parents.acquire_many(looks.len() as u32));
+                (self.parents(job, former, (differing, looks.len())), held.ok())
+            }
+        };
         let mut gathered = Gathered::default();
         for ((number, slot), look) in slots().zip(&looks) {
             if let Look::Placed(placed) = look {
@@ -179,7 +194,7 @@ impl Reader<'_> {
         &self,
         job: &StretchJob,
         former: &Former,
-        differing: impl Iterator<Item = &'a Differing<'a>>,
+        (differing, batch_slots): (impl Iterator<Item = &'a Differing<'a>>, usize),
     ) -> BTreeMap<u32, Vec<u8>> {
         let (mut bases, mut overlays) = (Vec::new(), Vec::new());
         let mut wanted = Vec::new();
@@ -187,7 +202,7 @@ impl Reader<'_> {
             let mut laid: Vec<ChunkPlace> = slot.overlays.iter().map(|(overlay, _)| overlay.chunk).collect();
             laid.retain(|place| !overlays.contains(place));
             laid.dedup();
-            if overlays.len() + laid.len() <= MOST_OVERLAYS {
+            if (overlays.len() + laid.len()) * SLOTS_PER_OVERLAY <= batch_slots {
                 overlays.extend(laid);
                 bases.push(slot.base);
                 wanted.push(slot);

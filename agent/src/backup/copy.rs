@@ -84,21 +84,23 @@ pub fn copy(
     progress: &Progress,
     cancel: &CancellationToken,
 ) -> Result<CopyReport, CopyError> {
+    let writers = session.writers(spec.threads);
+    let threads = writers.len();
     // Two pieces of work a thread wait: the walk stays ahead without opening many files.
-    let (work_sender, work) = mpsc::sync_channel::<Work>(2 * spec.threads.max(1));
+    let (work_sender, work) = mpsc::sync_channel::<Work>(2 * threads);
     let (done_sender, done) = mpsc::channel::<Done>();
     let work = Arc::new(Mutex::new(work));
-    let counters = ReadCounters::default();
+    let counters = ReadCounters::new(threads);
     std::thread::scope(|scope| {
-        for number in 0..spec.threads.max(1) {
-            let (work, done, session) = (work.clone(), done_sender.clone(), session.clone());
-            let (pages, counters) = (&spec.pages, &counters);
+        for (number, writer) in writers.into_iter().enumerate() {
+            let (work, done) = (work.clone(), done_sender.clone());
+            let reader = stretch::Reader::new(session, writer, &spec.pages, progress, &counters, cancel);
             let name = format!("backup-read-{number}");
-            let thread = move || read_all(&work, &done, &session, pages, counters, progress, cancel);
+            let thread = move || read_all(&work, &done, reader);
             std::thread::Builder::new().name(name).spawn_scoped(scope, thread).map_err(|_| CopyError::ThreadLost)?;
         }
         drop((done_sender, work));
-        let mut walk = Walk::new(session, spec, runtime, progress, done);
+        let mut walk = Walk::new(session, spec, threads, runtime, progress, done);
         let walked = walk.run(scan, work_sender, cancel);
         // The first failure of a thread explains more than the walk's own "nobody listens".
         let result = match (walk.failure.take(), walked) {
@@ -146,16 +148,7 @@ enum Done {
 }
 
 /// Reads until there is no more work, then finishes the thread's pack.
-fn read_all(
-    work: &Mutex<Receiver<Work>>,
-    done: &mpsc::Sender<Done>,
-    session: &Arc<PackSession>,
-    pages: &PageCheck,
-    counters: &ReadCounters,
-    progress: &Progress,
-    cancel: &CancellationToken,
-) {
-    let mut reader = stretch::Reader::new(session, pages, progress, counters, cancel);
+fn read_all(work: &Mutex<Receiver<Work>>, done: &mpsc::Sender<Done>, mut reader: stretch::Reader<'_>) {
     let mut run = || -> Result<(), CopyError> {
         loop {
             let next = work.lock().unwrap_or_else(PoisonError::into_inner).recv();

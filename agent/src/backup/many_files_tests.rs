@@ -3,6 +3,9 @@
 //! Small, it shows that what goes in comes out. With half a million relation files it shows what that takes:
 //! `TMPDIR=/dev/shm cargo test -p walfleet-agent --lib -- --ignored --nocapture half_a_million`
 
+#[path = "many_processes_tests.rs"]
+mod many_processes;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -39,6 +42,7 @@ struct Ground {
     cluster: OpenCluster,
     secret: RecipientSecret,
     signer: Arc<Signer>,
+    processes: usize,
 }
 
 async fn ground() -> Ground {
@@ -53,7 +57,7 @@ async fn ground() -> Ground {
     let name = "orders".parse().unwrap();
     let cluster =
         OpenCluster::open_or_begin(repository, name, &secret, Author::host(&signer), ("x", None)).await.unwrap();
-    Ground { folder, cluster, secret, signer: Arc::new(signer) }
+    Ground { folder, cluster, secret, signer: Arc::new(signer), processes: 2 }
 }
 
 /// Bytes that do not compress, different for every seed.
@@ -103,7 +107,7 @@ async fn back_up(ground: &Ground, data_dir: &Path) -> (CommittedBackup, CopyRepo
     let rules = PageRules { block_bytes: 8192, checksums: true, start_lsn: Lsn(1 << 40), end_lsn: Lsn(1 << 41) };
     let spec = CopySpec {
         known: None,
-        threads: 2,
+        threads: ground.processes,
         pages: PageCheck { rules, blocks_per_segment: 131_072 },
         parent: parent.map(|parent| parent.reader),
     };
@@ -141,7 +145,7 @@ async fn restore(ground: &Ground, backup: &CommittedBackup, to: &Path) {
     let reader = Arc::new(ground.cluster.open_backup(backup, log.state()).await.unwrap());
     fs::create_dir(to).unwrap();
     let sink = Arc::new(FileSink::new(to, Progress::new()));
-    let options = FetchOptions { requests: 4, threads: 2 };
+    let options = FetchOptions { requests: 4, threads: ground.processes };
     fetch_all(reader.clone(), sink, options, &CancellationToken::new()).await.unwrap();
     crate::restore::write_backup_manifest(&reader, SystemId(1), None, &to.join("backup_manifest"), 0o600)
         .await

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use walfleet_repository::backup::write::{ChunkWriter, PackSession, PlacedSlot, WriteError};
 use walfleet_repository::format::file_map::{ChunkPlace, SLOT_BYTES, Slot};
@@ -84,7 +85,7 @@ pub struct Reader<'a> {
     pub(super) writer: ChunkWriter,
     pages: &'a PageCheck,
     progress: &'a Progress,
-    counters: &'a ReadCounters,
+    pub(super) counters: &'a ReadCounters,
     pub(super) cancel: &'a CancellationToken,
     pub(super) buffer: Vec<u8>,
 }
@@ -94,23 +95,34 @@ pub struct ReadCounters {
     pub read_bytes: AtomicU64,
     /// Of [`PATIENT_READS`], those that are left.
     patience: AtomicU32,
+    /// Bytes that a thread compares at once.
+    batch_bytes: usize,
+    /// Slots of the parent that all threads may have in memory.
+    pub(super) parents: Semaphore,
 }
 
-impl Default for ReadCounters {
-    fn default() -> ReadCounters {
-        ReadCounters { read_bytes: AtomicU64::new(0), patience: AtomicU32::new(PATIENT_READS) }
+impl ReadCounters {
+    pub fn new(threads: usize) -> ReadCounters {
+        let patience = AtomicU32::new(PATIENT_READS);
+        let batch_bytes = compare::batch_bytes(threads);
+        ReadCounters {
+            read_bytes: AtomicU64::new(0),
+            patience,
+            batch_bytes,
+            parents: Semaphore::new(compare::SLOTS_HELD),
+        }
     }
 }
 
 impl<'a> Reader<'a> {
     pub fn new(
         session: &'a Arc<PackSession>,
+        writer: ChunkWriter,
         pages: &'a PageCheck,
         progress: &'a Progress,
         counters: &'a ReadCounters,
         cancel: &'a CancellationToken,
     ) -> Reader<'a> {
-        let writer = session.writer();
         Reader { session, writer, pages, progress, counters, cancel, buffer: vec![0; READ_BYTES] }
     }
 
@@ -127,7 +139,7 @@ impl<'a> Reader<'a> {
         let end = (start + job.slots as u64 * u64::from(SLOT_BYTES)).min(job.size);
         let mut buffer = std::mem::take(&mut self.buffer);
         let mut worth = Worth::default();
-        let batch = if job.former.is_some() { compare::BATCH_BYTES } else { READ_BYTES };
+        let batch = if job.former.is_some() { self.counters.batch_bytes } else { READ_BYTES };
         buffer.resize(batch.max(READ_BYTES), 0);
         let mut offset = start;
         while offset < end {

@@ -3,7 +3,7 @@
 //! ```text
 //! plan (one task)      walks the file list, loads maps, gathers pieces by window, coalesces them by pack: [`plan`]
 //!   │                  (what the sink has already is compared first, a window at a time on n threads: [`sift`])
-//!   │ ranges           bounded: ranges in flight × RANGE_BYTES of memory
+//!   │ ranges           bounded: [`memory`]
 //! fetch (n tasks)      one request each
 //!   │ fetched ranges   bounded the same way
 //! open (n threads)     decrypt, decompress, check, hand to the sink: [`unpack`]
@@ -11,6 +11,7 @@
 
 pub mod chunks;
 mod laid;
+mod memory;
 mod openers;
 mod plan;
 mod sift;
@@ -24,6 +25,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
 use crate::backup::fetch::laid::{Laid, LaidSlot};
+use crate::backup::fetch::memory::{FETCHED_WAITING, FetchPlan};
 use crate::backup::fetch::openers::Openers;
 use crate::backup::fetch::plan::Plan;
 use crate::backup::fetch::unpack::open_ranges;
@@ -98,7 +100,7 @@ pub enum FetchError {
 pub struct FetchOptions {
     /// Requests in flight.
     pub requests: usize,
-    /// Threads that open and write.
+    /// Threads that open and write; at most so many as there is memory for.
     pub threads: usize,
 }
 
@@ -119,6 +121,17 @@ enum Goes {
     Laid(Box<LaidSlot>),
     /// Pages of it, over slots that are opened later.
     Held(Arc<Laid>, Box<[Run]>),
+}
+
+impl Goes {
+    /// Where in the file its first byte goes.
+    fn offset(&self) -> u64 {
+        match self {
+            Goes::Whole(offset) => *offset,
+            Goes::Laid(slot) => slot.offset,
+            Goes::Parts(runs) | Goes::Held(_, runs) => runs.first().map_or(0, |run| run.to),
+        }
+    }
 }
 
 impl Piece {
@@ -164,9 +177,10 @@ pub async fn fetch_all(
 ) -> Result<FetchReport, FetchError> {
     let stop = cancel.child_token();
     let failure: Arc<OnceLock<FetchError>> = Arc::default();
+    let FetchPlan { threads, range_bytes } = FetchPlan::new(options);
     // Two ranges wait for a request, two fetched ones for a thread: neither side idles, memory stays bounded.
     let (range_sender, ranges) = mpsc::channel::<Range>(2);
-    let (fetched_sender, fetched) = mpsc::channel::<Fetched>(2);
+    let (fetched_sender, fetched) = mpsc::channel::<Fetched>(FETCHED_WAITING);
     let ranges = Arc::new(tokio::sync::Mutex::new(ranges));
     let fetched = Arc::new(Mutex::new(fetched));
     let openers = Arc::new(Openers::new(reader.store().clone(), reader.keys().clone(), reader.packs().clone()));
@@ -196,11 +210,11 @@ pub async fn fetch_all(
         tasks.spawn(fetching.in_current_span());
     }
     drop((fetched_sender, ranges));
-    let mut threads = Vec::new();
-    for _ in 0..options.threads.max(1) {
+    let mut opening = Vec::new();
+    for _ in 0..threads {
         let (fetched, sink, keys) = (fetched.clone(), sink.clone(), reader.keys().clone());
         let (failed, stop) = (fail(&failure, &stop), stop.clone());
-        threads.push(tokio::task::spawn_blocking(move || {
+        opening.push(tokio::task::spawn_blocking(move || {
             if let Err(error) = open_ranges(&fetched, &*sink, keys.newest(), &stop) {
                 failed(error);
             }
@@ -208,7 +222,7 @@ pub async fn fetch_all(
     }
     drop(fetched);
 
-    let mut plan = Plan::new(&reader, &sink, options.threads, &stop);
+    let mut plan = Plan::new(&reader, &sink, (threads, range_bytes), &stop);
     let files = tokio::select! {
         // Dropping the plan loses nothing that was not already handed on.
         () = stop.cancelled() => Ok(0),
@@ -227,7 +241,7 @@ pub async fn fetch_all(
             0
         });
     }
-    for thread in threads {
+    for thread in opening {
         if thread.await.is_err() {
             fail(&failure, &stop)(FetchError::Lost);
         }

@@ -1,17 +1,21 @@
 //! The write side of a session: chunks in, uploaded packs out.
 //!
-//! Many threads write at once, each into a pack of its own, so nothing is locked while compressing. A full pack goes to
-//! the uploader over a short channel: when the store is slow, the threads wait there, and memory stays bounded by
-//! (threads + uploads in flight) packs.
+//! Many threads write at once into a few packs, which are locked to append a chunk and not to compress it. A full pack goes
+//! to the uploader; where the store is slow, the threads wait for it, and memory stays bounded ([`memory`]).
+
+mod memory;
+#[cfg(test)]
+mod tests;
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinHandle;
 use tracing::Instrument;
 
+use self::memory::{FULL_PACKS, Gate, Inside, OPEN_PACKS, WritePlan};
 use crate::crypto::DomainKey;
 use crate::format::file_map::{ChunkPlace, ShortId};
 use crate::format::pack::{FinishedPack, METADATA_PACK_TARGET_BYTES, PACK_TARGET_BYTES, PackWriter};
@@ -104,7 +108,9 @@ pub struct PackSession {
     level: i32,
     packs: Mutex<PackRows>,
     parent_packs: HashMap<PackId, (PackHome, u64)>,
-    uploads: Mutex<Option<mpsc::Sender<FinishedPack>>>,
+    uploads: Mutex<Option<mpsc::Sender<FullPack>>>,
+    /// Packs that are full and not stored yet are inside.
+    full: Arc<Gate>,
     uploader: Mutex<Option<JoinHandle<()>>>,
     failure: Arc<OnceLock<WriteError>>,
     new_bytes: AtomicU64,
@@ -112,6 +118,12 @@ pub struct PackSession {
     new_packs: AtomicU64,
     /// How often open packs were asked to be finished early.
     asked: AtomicU64,
+}
+
+/// On its way to the store, and counted until it is there.
+struct FullPack {
+    pack: FinishedPack,
+    _counted: Inside,
 }
 
 impl PackSession {
@@ -124,8 +136,8 @@ impl PackSession {
         level: i32,
         parents: impl IntoIterator<Item = ParentPack>,
     ) -> Arc<PackSession> {
-        // One waiting pack: the thread that filled it goes on while both uploads are busy, the next one waits.
-        let (sender, receiver) = mpsc::channel(1);
+        // Never full: packs are counted before they are sent.
+        let (sender, receiver) = mpsc::channel(FULL_PACKS);
         let failure = Arc::new(OnceLock::new());
         let upload = upload_all(store, cluster, session.clone(), receiver, failure.clone());
         let uploader = tokio::spawn(upload.in_current_span());
@@ -136,6 +148,7 @@ impl PackSession {
             packs: Mutex::default(),
             parent_packs: parents.into_iter().map(|p| (p.pack, (p.home, p.stored_bytes))).collect(),
             uploads: Mutex::new(Some(sender)),
+            full: Gate::new(FULL_PACKS),
             uploader: Mutex::new(Some(uploader)),
             failure,
             new_bytes: AtomicU64::new(0),
@@ -145,19 +158,31 @@ impl PackSession {
         })
     }
 
-    /// A writer for one thread.
+    /// Writers for so many threads, or for as many as there is memory for.
+    pub fn writers(self: &Arc<Self>, threads: usize) -> Vec<ChunkWriter> {
+        let plan = WritePlan::new(threads, self.level);
+        let open: Vec<Arc<Mutex<OpenPack>>> = (0..plan.threads.min(OPEN_PACKS)).map(|_| Arc::default()).collect();
+        let shared = open.iter().cycle().take(plan.threads).cloned();
+        shared.map(|open| self.writer_into(open, plan.pack_bytes, Kind::Content)).collect()
+    }
+
+    /// A writer with a pack of its own.
     pub fn writer(self: &Arc<Self>) -> ChunkWriter {
-        let asked = Some(self.asked.load(Ordering::Relaxed));
-        self.writer_of(PACK_TARGET_BYTES, asked)
+        self.writer_into(Arc::default(), PACK_TARGET_BYTES, Kind::Content)
     }
 
     /// A writer for maps or lists, into packs of their own.
     pub(crate) fn metadata_writer(self: &Arc<Self>) -> ChunkWriter {
-        self.writer_of(METADATA_PACK_TARGET_BYTES, None)
+        self.writer_into(Arc::default(), METADATA_PACK_TARGET_BYTES, Kind::Metadata)
     }
 
-    fn writer_of(self: &Arc<Self>, target: usize, asked: Option<u64>) -> ChunkWriter {
-        ChunkWriter { session: self.clone(), zstd: Compressor::new(self.level), pack: None, target, asked }
+    fn writer_into(self: &Arc<Self>, open: Arc<Mutex<OpenPack>>, target: usize, kind: Kind) -> ChunkWriter {
+        let answered = self.asked.load(Ordering::Relaxed);
+        let mut pack = open.lock().unwrap_or_else(PoisonError::into_inner);
+        (pack.writers, pack.answered) = (pack.writers + 1, answered);
+        drop(pack);
+        let zstd = Compressor::new(self.level);
+        ChunkWriter { session: self.clone(), zstd, open, target, kind, answered, is_flushed: false }
     }
 
     /// Lets every writer of content finish its open pack before its next chunk, because too much waits for its name.
@@ -234,7 +259,7 @@ impl PackSession {
         }
     }
 
-    fn upload(&self, number: PackNumber, pack: FinishedPack) -> Result<(), WriteError> {
+    fn upload(&self, number: PackNumber, pack: FinishedPack, counted: Inside) -> Result<(), WriteError> {
         let bytes = pack.bytes.len() as u64;
         if let Some(row) = self.rows().rows.get_mut(number.0 as usize) {
             row.id = Some(pack.id);
@@ -243,7 +268,8 @@ impl PackSession {
         self.stored_bytes.fetch_add(bytes, Ordering::Relaxed);
         self.new_packs.fetch_add(1, Ordering::Relaxed);
         let sender = self.uploads.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let sent = sender.ok_or(WriteError::Closed).and_then(|s| s.blocking_send(pack).map_err(|_| WriteError::Closed));
+        let full = FullPack { pack, _counted: counted };
+        let sent = sender.ok_or(WriteError::Closed).and_then(|s| s.blocking_send(full).map_err(|_| WriteError::Closed));
         sent.map_err(|closed| self.failure().unwrap_or(closed))
     }
 
@@ -276,21 +302,21 @@ async fn upload_all(
     store: Store,
     cluster: ClusterName,
     session: BackupId,
-    mut packs: mpsc::Receiver<FinishedPack>,
+    mut packs: mpsc::Receiver<FullPack>,
     failure: Arc<OnceLock<WriteError>>,
 ) {
     let slots = Arc::new(Semaphore::new(UPLOADS_IN_FLIGHT));
     let mut uploads = tokio::task::JoinSet::new();
     loop {
-        // A slot first, then a pack: a pack that waits for a slot stays in the channel, where writers feel it.
         let Ok(slot) = slots.clone().acquire_owned().await else { break };
         if failure.get().is_some() {
             break;
         }
-        let Some(pack) = packs.recv().await else { break };
+        let Some(full) = packs.recv().await else { break };
         let (store, failure) = (store.clone(), failure.clone());
-        let key = layout::pack(&cluster, &session, pack.id);
+        let key = layout::pack(&cluster, &session, full.pack.id);
         let upload = async move {
+            let FullPack { pack, _counted } = full;
             if let Err(error) = store.put_new(&key, pack.bytes).await {
                 let _ = failure.set(WriteError::Store(Arc::new(error)));
             }
@@ -301,15 +327,34 @@ async fn upload_all(
     while uploads.join_next().await.is_some() {}
 }
 
+/// A pack that is being filled.
+#[derive(Default)]
+struct OpenPack {
+    pack: Option<(PackNumber, PackWriter)>,
+    /// Those who share it and have not flushed what they wrote.
+    writers: usize,
+    /// The last [`PackSession::ask_for_names`] that was answered.
+    answered: u64,
+}
+
+/// What a writer's chunks are.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Content,
+    /// Nobody waits for the names of its packs.
+    Metadata,
+}
+
 /// Writes chunks into packs; one per thread. Dropping it unflushed loses its open pack, which nothing refers to then.
 pub struct ChunkWriter {
     session: Arc<PackSession>,
     zstd: Compressor,
-    pack: Option<(PackNumber, PackWriter)>,
+    open: Arc<Mutex<OpenPack>>,
     /// Stored bytes at which a pack is full.
     target: usize,
-    /// The last [`PackSession::ask_for_names`] that was answered; `None`: they are not for this writer.
-    asked: Option<u64>,
+    kind: Kind,
+    answered: u64,
+    is_flushed: bool,
 }
 
 impl ChunkWriter {
@@ -325,11 +370,16 @@ impl ChunkWriter {
 
     fn answer(&mut self) -> Result<(), WriteError> {
         let asked = self.session.asked.load(Ordering::Relaxed);
-        match &mut self.asked {
-            Some(answered) if *answered != asked => *answered = asked,
-            _ => return Ok(()),
+        if self.kind == Kind::Metadata || self.answered == asked {
+            return Ok(());
         }
-        self.flush()
+        self.answered = asked;
+        let mut open = lock(&self.open);
+        // One answers for all who share the pack.
+        if std::mem::replace(&mut open.answered, asked) == asked {
+            return Ok(());
+        }
+        finish(&self.session, &mut self.zstd, open)
     }
 
     /// Places content that is kept even if it is all zero.
@@ -341,31 +391,54 @@ impl ChunkWriter {
         if let Some(placed) = same.and_then(|place| self.session.adopt(place)) {
             return Ok(placed);
         }
-        let (number, writer) = match &mut self.pack {
+        let packed = self.zstd.pack(plain);
+        let mut open = lock(&self.open);
+        if std::mem::take(&mut self.is_flushed) {
+            open.writers += 1;
+        }
+        let (number, writer) = match &mut open.pack {
             Some(open) => open,
             None => {
-                let writer = PackWriter::new(&self.session.domain)?;
-                self.pack.insert((self.session.open_pack(), writer))
+                let writer = PackWriter::new(&self.session.domain, self.target)?;
+                open.pack.insert((self.session.open_pack(), writer))
             }
         };
-        let placed = Placed { pack: *number, frame: writer.add(&chunk, plain, &mut self.zstd)?, id };
+        let placed = Placed { pack: *number, frame: writer.add(&chunk, packed)?, id };
         self.session.new_bytes.fetch_add(plain.len() as u64, Ordering::Relaxed);
         if writer.stored_bytes() >= self.target {
-            self.flush()?;
+            finish(&self.session, &mut self.zstd, open)?;
         }
         Ok(placed)
     }
 
-    /// Finishes the open pack, so that all chunks placed so far have their names.
+    /// The last of those who share the open pack finishes it, so that all chunks placed so far have their names.
     pub fn flush(&mut self) -> Result<(), WriteError> {
-        match self.pack.take() {
-            Some((number, writer)) if !writer.is_empty() => {
-                let pack = writer.finish(&mut self.zstd)?;
-                self.session.upload(number, pack)
-            }
-            _ => Ok(()),
+        let mut open = lock(&self.open);
+        if !std::mem::replace(&mut self.is_flushed, true) {
+            open.writers = open.writers.saturating_sub(1);
         }
+        if open.writers > 0 {
+            return Ok(());
+        }
+        finish(&self.session, &mut self.zstd, open)
     }
+}
+
+fn lock(open: &Mutex<OpenPack>) -> MutexGuard<'_, OpenPack> {
+    open.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Finishes the open pack and sends it on. Whoever shares it waits for room among the full ones, too, and for no more:
+/// hashing goes on beside.
+fn finish(session: &PackSession, zstd: &mut Compressor, mut open: MutexGuard<'_, OpenPack>) -> Result<(), WriteError> {
+    if open.pack.as_ref().is_none_or(|(_, writer)| writer.is_empty()) {
+        return Ok(());
+    }
+    let counted = session.full.enter();
+    let Some((number, writer)) = open.pack.take() else { return Ok(()) };
+    drop(open);
+    let pack = writer.finish(zstd)?;
+    session.upload(number, pack, counted)
 }
 
 /// Whether all bytes are zero; compares 64 bytes at a time, which the compiler vectorises.

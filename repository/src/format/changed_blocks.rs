@@ -9,6 +9,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use prost::Message;
+use prost::encoding::{WireType, encode_key, encode_varint, encoded_len_varint, key_len};
 use roaring::RoaringBitmap;
 use walfleet_proto::repository::v1 as wire;
 
@@ -30,6 +31,14 @@ const RULES: u32 = 1;
 
 /// Memory that changes take at most, roughly.
 const MOST_BYTES: usize = 64 << 20;
+
+/// Bytes of all block numbers in a message at most. A segment of 16 MiB has a tenth of that; what a reader makes of it is four
+/// times as much, for a moment.
+const MOST_DELTA_BYTES: usize = 8 << 20;
+
+/// Fields that are written without their message (ChangedBlocks.forks, ForkChanges.block_deltas; wal.proto).
+const FORKS_FIELD: u32 = 1;
+const DELTAS_FIELD: u32 = 6;
 
 /// Memory of a fork's entry, of a bitmap that is not empty, and of each of its containers beside what is in them.
 const FORK_BYTES: usize = 96;
@@ -79,6 +88,44 @@ impl ForkChanges {
         if let Some(first) = self.blocks.min() {
             self.cut_to = Some(first);
             self.blocks = RoaringBitmap::new();
+        }
+    }
+
+    /// As the message has them: the first block, then how many lie between each and the one before it.
+    fn deltas(&self) -> impl Iterator<Item = u64> {
+        let mut next = 0u32;
+        self.blocks.iter().map(move |block| {
+            let delta = block - next;
+            next = block + 1;
+            u64::from(delta)
+        })
+    }
+
+    fn deltas_len(&self) -> usize {
+        self.deltas().map(encoded_len_varint).sum()
+    }
+
+    /// Appends the field that holds it. The blocks are written one by one: as a list they would take four times what they
+    /// take here.
+    fn encode(&self, name: &ForkName, into: &mut Vec<u8>) {
+        let head = wire::ForkChanges {
+            tablespace: name.tablespace,
+            database: name.database,
+            relation: name.relation,
+            fork: u32::from(name.fork),
+            cut_to_plus_one: self.cut_to.map_or(0, |cut| u64::from(cut) + 1),
+            block_deltas: Vec::new(),
+        };
+        let deltas = self.deltas_len();
+        let deltas_field =
+            if deltas == 0 { 0 } else { key_len(DELTAS_FIELD) + encoded_len_varint(deltas as u64) + deltas };
+        encode_key(FORKS_FIELD, WireType::LengthDelimited, into);
+        encode_varint((head.encoded_len() + deltas_field) as u64, into);
+        into.extend(head.encode_to_vec());
+        if deltas > 0 {
+            encode_key(DELTAS_FIELD, WireType::LengthDelimited, into);
+            encode_varint(deltas as u64, into);
+            self.deltas().for_each(|delta| encode_varint(delta, into));
         }
     }
 
@@ -230,28 +277,39 @@ impl ChangedBlocks {
         self.forks.values().map(|changes| changes.blocks.len()).sum()
     }
 
+    /// Forks whose pages would make it too long to write and to read are named from their first page on.
     pub fn encode(&self) -> Vec<u8> {
-        let forks = self.forks.iter().map(|(name, changes)| {
-            let mut next = 0u32;
-            let block_deltas = changes.blocks.iter().map(|block| {
-                let delta = block - next;
-                next = block + 1;
-                delta
-            });
-            wire::ForkChanges {
-                tablespace: name.tablespace,
-                database: name.database,
-                relation: name.relation,
-                fork: u32::from(name.fork),
-                cut_to_plus_one: changes.cut_to.map_or(0, |cut| u64::from(cut) + 1),
-                block_deltas: block_deltas.collect(),
+        let mut lengths: Vec<(usize, ForkName)> =
+            self.forks.iter().map(|(name, fork)| (fork.deltas_len(), *name)).collect();
+        lengths.sort_unstable_by(|a, b| b.cmp(a));
+        let mut sum: usize = lengths.iter().map(|(len, _)| len).sum();
+        let mut coarse = BTreeSet::new();
+        for (len, name) in lengths {
+            if sum <= MOST_DELTA_BYTES {
+                break;
             }
-        });
+            coarse.insert(name);
+            sum -= len;
+        }
+        let mut bytes = Vec::new();
+        for (name, fork) in &self.forks {
+            match coarse.contains(name) {
+                true => {
+                    let mut fork = fork.clone();
+                    fork.coarsen();
+                    fork.encode(name, &mut bytes);
+                }
+                false => fork.encode(name, &mut bytes),
+            }
+        }
         let databases = self
             .databases
             .iter()
             .map(|(tablespace, database)| wire::ChangedDatabase { tablespace: *tablespace, database: *database });
-        wire::ChangedBlocks { forks: forks.collect(), databases: databases.collect(), rules: RULES }.encode_to_vec()
+        bytes.extend(
+            wire::ChangedBlocks { forks: Vec::new(), databases: databases.collect(), rules: RULES }.encode_to_vec(),
+        );
+        bytes
     }
 
     pub fn decode(bytes: &[u8]) -> Result<ChangedBlocks, ChangedBlocksError> {
@@ -401,6 +459,28 @@ mod tests {
         );
         assert!(named(1, 7) && !named(1, 8), "what is small stays exact");
         assert!(!named(3, 19), "nothing before the first page that changed");
+    }
+
+    /// What a segment of a gigabyte may change, and what no reader should have to hold.
+    #[test]
+    fn the_longest_messages_are_bounded_and_cover_all() {
+        let mut changes = ChangedBlocks::default();
+        for block in 0..6_000_000u32 {
+            changes.change(fork(1), block * 3);
+            changes.change(fork(2), block * 2);
+        }
+        changes.change(fork(3), 7);
+        assert_eq!(changes.block_count(), 12_000_001, "they fit into memory");
+        let bytes = changes.encode();
+        assert!(bytes.len() <= MOST_DELTA_BYTES + 100, "{}", bytes.len());
+        let read = ChangedBlocks::decode(&bytes).unwrap();
+        let (one, two, three) = (fork(1), fork(2), fork(3));
+        assert_eq!(read.fork(&three), changes.fork(&three));
+        for (name, step) in [(one, 3), (two, 2)] {
+            let read = read.fork(&name).unwrap();
+            assert!((0..6_000_000).all(|block| names(read, block * step)), "{name:?}");
+        }
+        assert!([one, two].iter().any(|name| read.fork(name) == changes.fork(name)), "no more than needed");
     }
 
     #[test]

@@ -8,7 +8,7 @@ use walfleet_proto::repository::v1 as wire;
 
 use crate::crypto::DomainKey;
 use crate::format::clear::ObjectKind;
-use crate::format::sealed::{Compressor, FramePlace, SealedError, SealedObject, SealedWriter};
+use crate::format::sealed::{Compressor, FramePlace, Packed, SealedError, SealedObject, SealedWriter};
 use crate::ids::{ChunkId, PackId};
 
 /// A pack is closed once it is at least this large: few enough objects that the request bill of a terabyte stays small,
@@ -39,13 +39,14 @@ pub struct FinishedPack {
 }
 
 impl PackWriter {
-    pub fn new(domain: &DomainKey) -> Result<PackWriter, SealedError> {
-        let capacity = PACK_TARGET_BYTES + (1 << 20);
+    /// `target`: the stored bytes at which it will be finished.
+    pub fn new(domain: &DomainKey, target: usize) -> Result<PackWriter, SealedError> {
+        let capacity = target + (1 << 20);
         Ok(PackWriter { sealed: SealedWriter::new(domain, ObjectKind::Pack, None, capacity)?, entries: Vec::new() })
     }
 
-    pub fn add(&mut self, chunk: &ChunkId, plain: &[u8], zstd: &mut Compressor) -> Result<FramePlace, SealedError> {
-        let place = self.sealed.push(plain, zstd)?;
+    pub fn add(&mut self, chunk: &ChunkId, packed: Packed<'_>) -> Result<FramePlace, SealedError> {
+        let place = self.sealed.push_packed(packed)?;
         self.entries.push(wire::PackEntry {
             chunk_id: Bytes::copy_from_slice(&chunk.0),
             offset: place.offset,
@@ -110,10 +111,10 @@ mod tests {
     fn a_pack_describes_itself_and_is_named_by_its_bytes() {
         let key = DomainKey::generate().unwrap();
         let mut zstd = Compressor::new(3);
-        let mut writer = PackWriter::new(&key).unwrap();
+        let mut writer = PackWriter::new(&key, PACK_TARGET_BYTES).unwrap();
         let plains: Vec<Vec<u8>> = (0..50u8).map(|i| vec![i; 1000 + usize::from(i)]).collect();
         let places: Vec<FramePlace> =
-            plains.iter().map(|plain| writer.add(&key.chunk_id(plain), plain, &mut zstd).unwrap()).collect();
+            plains.iter().map(|plain| writer.add(&key.chunk_id(plain), zstd.pack(plain)).unwrap()).collect();
         let pack = writer.finish(&mut zstd).unwrap();
         assert_eq!(pack.id.0, *blake3::hash(&pack.bytes).as_bytes());
         let reader = PackReader::open(pack.bytes, &key).unwrap();

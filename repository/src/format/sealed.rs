@@ -83,6 +83,11 @@ impl Compressor {
         Compressor { zstd, buffer: Vec::new() }
     }
 
+    /// What a frame of this content holds.
+    pub fn pack<'a>(&'a mut self, plain: &'a [u8]) -> Packed<'a> {
+        Packed { raw_len: plain.len(), stored: self.compress(plain).unwrap_or(plain) }
+    }
+
     /// The compressed bytes, or nothing if they would not be fewer.
     fn compress(&mut self, plain: &[u8]) -> Option<&[u8]> {
         // One byte less than the plain length is all the room there is: zstd fails early where it would not shrink.
@@ -93,6 +98,13 @@ impl Compressor {
         let len = self.zstd.compress_to_buffer(plain, &mut self.buffer[..]).ok()?;
         self.buffer.get(..len)
     }
+}
+
+/// Content as a frame holds it: compressed, or plain if that does not shrink it, which its lengths then say.
+#[derive(Clone, Copy)]
+pub struct Packed<'a> {
+    raw_len: usize,
+    stored: &'a [u8],
 }
 
 /// Builds one sealed object in memory.
@@ -128,16 +140,18 @@ impl SealedWriter {
         self.buffer.len() == HEADER_LEN
     }
 
-    /// Compresses and seals one frame. Stored raw if it does not shrink, which its lengths then say.
+    /// Compresses and seals one frame.
     pub fn push(&mut self, plain: &[u8], compressor: &mut Compressor) -> Result<FramePlace, SealedError> {
+        self.push_packed(compressor.pack(plain))
+    }
+
+    /// Seals one frame.
+    pub fn push_packed(&mut self, packed: Packed<'_>) -> Result<FramePlace, SealedError> {
         let too_large = || SealedError::Crypto(CryptoError::TooLarge { what: self.what });
         let offset = u32::try_from(self.buffer.len()).map_err(|_| too_large())?;
-        let raw_len = u32::try_from(plain.len()).ok().filter(|len| *len <= MAX_RAW_LEN).ok_or_else(too_large)?;
+        let raw_len = u32::try_from(packed.raw_len).ok().filter(|len| *len <= MAX_RAW_LEN).ok_or_else(too_large)?;
         let from = self.buffer.len();
-        match compressor.compress(plain) {
-            Some(compressed) => self.buffer.extend_from_slice(compressed),
-            None => self.buffer.extend_from_slice(plain),
-        }
+        self.buffer.extend_from_slice(packed.stored);
         self.key.seal_tail(u64::from(offset), &self.aad, &mut self.buffer, from)?;
         let stored_len = u32::try_from(self.buffer.len() - from).map_err(|_| too_large())?;
         Ok(FramePlace { offset, stored_len, raw_len })

@@ -65,6 +65,7 @@ impl<'a> Walk<'a> {
     pub(super) fn new(
         session: &'a Arc<PackSession>,
         spec: &'a CopySpec,
+        threads: usize,
         runtime: &'a Handle,
         progress: &'a Progress,
         done: Receiver<Done>,
@@ -82,7 +83,7 @@ impl<'a> Walk<'a> {
             assembly: Assembly::new(session, parent_parts),
             batch: Vec::new(),
             batch_bytes: 0,
-            threads_left: spec.threads.max(1),
+            threads_left: threads,
             failure: None,
         }
     }

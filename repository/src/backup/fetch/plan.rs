@@ -9,7 +9,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::laid::LaidFile;
 use super::sift::{self, Sifted, Window, ZeroRun};
-use super::{COALESCE_GAP, FetchError, FileNumber, Found, Goes, Piece, PieceFile, PieceSink, RANGE_BYTES, Range};
+use super::{COALESCE_GAP, FetchError, FileNumber, Found, Goes, Piece, PieceFile, PieceSink, Range};
 use crate::backup::read::{BackupReader, ReadError};
 use crate::format::manifest::{Content, EntryKind};
 use crate::ids::PackId;
@@ -25,6 +25,8 @@ pub(super) struct Plan<'a> {
     reader: &'a BackupReader,
     sink: &'a Arc<dyn PieceSink>,
     threads: usize,
+    /// Stored bytes of one range at most.
+    range_bytes: u64,
     stop: &'a CancellationToken,
     /// Of the present window.
     window_bytes: u64,
@@ -35,10 +37,10 @@ impl<'a> Plan<'a> {
     pub fn new(
         reader: &'a BackupReader,
         sink: &'a Arc<dyn PieceSink>,
-        threads: usize,
+        (threads, range_bytes): (usize, u64),
         stop: &'a CancellationToken,
     ) -> Plan<'a> {
-        Plan { reader, sink, threads, stop, window_bytes: FIRST_WINDOW_BYTES, kept_bytes: 0 }
+        Plan { reader, sink, threads, range_bytes, stop, window_bytes: FIRST_WINDOW_BYTES, kept_bytes: 0 }
     }
 
     /// Announces every entry to the sink and sends ranges; returns the number of entries.
@@ -107,7 +109,7 @@ impl<'a> Plan<'a> {
         if !window.held.is_empty() {
             let (laid, held) = (window.laid.clone(), std::mem::take(&mut window.held));
             laid.expect(held.len());
-            for range in coalesce(held) {
+            for range in coalesce(held, self.range_bytes) {
                 if sender.send(range).await.is_err() {
                     return Ok(());
                 }
@@ -131,7 +133,7 @@ impl<'a> Plan<'a> {
                 missing
             }
         };
-        for range in coalesce(pieces) {
+        for range in coalesce(pieces, self.range_bytes) {
             if sender.send(range).await.is_err() {
                 break;
             }
@@ -141,7 +143,7 @@ impl<'a> Plan<'a> {
 }
 
 /// Sorts pieces by place and joins neighbours.
-fn coalesce(mut pieces: Vec<Piece>) -> Vec<Range> {
+fn coalesce(mut pieces: Vec<Piece>, range_bytes: u64) -> Vec<Range> {
     // Packs in the order the files name them first, so that content reaches a disk roughly in file order.
     let mut order: HashMap<PackId, usize> = HashMap::new();
     for piece in &pieces {
@@ -156,7 +158,7 @@ fn coalesce(mut pieces: Vec<Piece>) -> Vec<Range> {
             Some(range)
                 if range.pack == piece.place.pack
                     && start <= range.end + COALESCE_GAP
-                    && end.max(range.end) - range.start <= RANGE_BYTES =>
+                    && end.max(range.end) - range.start <= range_bytes =>
             {
                 range.end = range.end.max(end);
                 range.pieces.push(piece);
@@ -192,7 +194,7 @@ mod tests {
             piece(4, 2, 100_000, 7 << 20),
             piece(5, 2, 100_000 + (7 << 20), 2 << 20),
         ];
-        let ranges = coalesce(pieces);
+        let ranges = coalesce(pieces, 8 << 20);
         let seen: Vec<_> = ranges.iter().map(|r| (r.pack.0[0], r.start, r.end, r.pieces.len())).collect();
         let seven = 7 << 20;
         assert_eq!(

@@ -24,10 +24,12 @@ pub(super) fn open_ranges(
     let (mut plain, mut stored) = (Plain::new(), Vec::new());
     loop {
         let next = fetched.lock().unwrap_or_else(PoisonError::into_inner).blocking_recv();
-        let Some(Fetched { range, bytes, opener }) = next else { return Ok(()) };
+        let Some(Fetched { mut range, bytes, opener }) = next else { return Ok(()) };
         if stop.is_cancelled() {
             return Ok(());
         }
+        // Of a pack that threads filled together the slots of each file lie in order, but not beside each other.
+        range.pieces.sort_by_key(|piece| (piece.file.number, piece.goes.offset()));
         let mut pieces = range.pieces.iter().peekable();
         while let Some(first) = pieces.next() {
             plain.clear();
@@ -48,7 +50,7 @@ pub(super) fn open_ranges(
                     continue;
                 }
             };
-            // Frames that follow each other in pack and file go down in one write.
+            // Slots that follow each other go down in one write.
             while let Some(next) = pieces.peek() {
                 let end = offset + plain.content().len() as u64;
                 let follows = match &next.goes {
