@@ -79,16 +79,20 @@ class Backup:
         self.reference = Reference(self.place, self.cluster, PROCESSES, LEVEL)
 
     def measure(self):
-        self.fulls()
-        changed = {}
+        attempt = self.samples.attempt
+        with attempt("full backups and their restores"):
+            self.fulls()
+        changed: dict[str, list[Sample]] = {}
         if self.wants("unchanged", "changed", "restore_chain", "changed_pg17"):
-            changed = self.furthers()
+            with attempt("further backups and their restores"):
+                self.furthers(changed)
         if self.wants("changed_pg17") and self.ours.name in changed:
-            with self.samples.attempt("backup.changed_pg17"):
+            with attempt("backup.changed_pg17"):
                 self.samples.against("changed_pg17", changed[self.ours.name], "pg_basebackup --incremental",
                                      self.reference.incremental(self.salts()))
         if self.wants("fortnight_stored"):
-            self.fortnight()
+            with attempt("backup.fortnight_stored"):
+                self.fortnight()
 
     def fulls(self):
         """Full backups and what restores them."""
@@ -117,8 +121,8 @@ class Backup:
             if self.wants(row):
                 self.samples.add(row, self.samples.alternate(row, able, once), self.ours, self.peer, stored=False)
 
-    def furthers(self) -> dict[str, list[Sample]]:
-        unchanged, changed = {}, {}
+    def furthers(self, changed: dict[str, list[Sample]]):
+        unchanged: dict[str, list[Sample]] = {}
         for tool in self.tools:
             with self.samples.attempt(f"backup.unchanged, changed and restore_chain of {tool.title}"):
                 self.further(tool, unchanged, changed)
@@ -129,7 +133,7 @@ class Backup:
             able = [tool for tool in self.tools if tool.name in self.samples.sources]
             self.samples.add("restore_chain", self.samples.alternate("restore_chain", able, self.samples.restore),
                              self.ours, self.peer, stored=False)
-        return changed
+        self.drop()
 
     def further(self, tool, unchanged: dict, changed: dict):
         """After an unmeasured full backup, some with nothing changed, and some each after a change of its own."""
@@ -158,6 +162,11 @@ class Backup:
             self.samples.sources[tool.name] = fingerprint(self.cluster.data)
         self.cluster.remove()
 
+    def drop(self):
+        """Makes room on the disk: nothing refers to these repositories any more."""
+        for tool in self.tools:
+            shutil.rmtree(tool.repository, ignore_errors=True)
+
     def salts(self) -> list[int]:
         return list(range(1, self.place.sizes.samples + 1))
 
@@ -178,6 +187,7 @@ class Backup:
         if self.ours.name in stored:
             self.report.add("backup.fortnight_stored", stored[self.ours.name], stored.get(self.peer.name), self.peer.title,
                             "MB", BARS["fortnight_stored"])
+        self.drop()
 
 
 def memory(samples: Samples, ours: Walfleet):

@@ -22,7 +22,7 @@ class S3:
         self.numbers = range(samples.place.sizes.further_samples + 1)  # 0 is a warm-up
 
     def measure(self):
-        self.report.versions[self.ours.store.name] = self.ours.store.version()
+        self.report.settings["object_store"] = f"{self.ours.store.name} on this machine, without TLS"
         self.cluster.renew()
         full = []
         for number in self.numbers if self.wants("full_s3") else [0]:
@@ -30,6 +30,7 @@ class S3:
         self.add("full", full)
         if self.wants("restore_s3"):
             self.samples.sources[self.ours.name] = fingerprint(self.cluster.data)
+            self.cluster.remove()  # restores need its room
             taken = []
             for number in self.numbers:
                 sample = self.samples.restore(self.ours, "restore_s3")
