@@ -15,7 +15,7 @@ use walfleet_repository::format::file_map::{ChunkPlace, SLOT_BYTES, Slot};
 use crate::backup::compare::{self, Compared, Former, Worth};
 use crate::backup::damage::BadPages;
 use crate::backup::scan::{ScannedFile, ScannedKind};
-use crate::postgres::page::{Damage, PageRules, SuspiciousPage, first_block_of_segment};
+use crate::postgres::page::{Damage, PageRules, SuspiciousPage, first_block_of_segment, is_spgist_metapage};
 use crate::progress::Progress;
 
 /// Bytes asked of the kernel at once: eight slots.
@@ -71,6 +71,8 @@ pub struct StretchJob {
 pub struct StretchResult {
     pub part: usize,
     pub slots: Vec<PlacedSlot>,
+    /// Begins with the first page of an SP-GiST index.
+    pub is_spgist: bool,
     /// Of a stretch that was compared.
     pub compared: Compared,
     pub bytes: u64,
@@ -130,6 +132,7 @@ impl<'a> Reader<'a> {
         let mut result = StretchResult {
             part: job.part,
             slots: Vec::with_capacity(job.slots),
+            is_spgist: false,
             compared: Compared::default(),
             bytes: 0,
             crc32c: 0,
@@ -148,6 +151,7 @@ impl<'a> Reader<'a> {
             let Some(content) = buffer.get_mut(..len) else { break };
             self.read(&job.file, &job.path, job.kind, offset, content, &mut result.bad_pages)?;
             result.crc32c = crc32c::crc32c_append(result.crc32c, content);
+            result.is_spgist |= offset == 0 && self.begins_spgist(job.kind, content);
             match &job.former {
                 Some(former) => {
                     let first = (job.first_slot + result.slots.len()) as u32;
@@ -160,6 +164,11 @@ impl<'a> Reader<'a> {
         }
         self.buffer = buffer;
         Ok(result)
+    }
+
+    fn begins_spgist(&self, kind: ScannedKind, content: &[u8]) -> bool {
+        let is_first = matches!(kind, ScannedKind::Relation(relation) if relation.file.segment == 0);
+        is_first && content.get(..self.pages.rules.block_bytes).is_some_and(is_spgist_metapage)
     }
 
     fn store_slots(

@@ -106,6 +106,18 @@ impl PageRules {
     }
 }
 
+/// Whether it is an SP-GiST index's first page (SpGistMetaPageData, SpGistPageOpaqueData;
+/// src/include/access/spgist_private.h).
+pub fn is_spgist_metapage(page: &[u8]) -> bool {
+    let (magic, page_id) = (bytes::u32_at(page, CONTENTS_OFFSET), bytes::u16_at(page, page.len().saturating_sub(2)));
+    magic == Some(SPGIST_MAGIC_NUMBER) && page_id == Some(SPGIST_PAGE_ID)
+}
+
+const SPGIST_MAGIC_NUMBER: u32 = 0xBA0B_ABEE;
+const SPGIST_PAGE_ID: u16 = 0xFF82;
+/// PageGetContents: behind the header, aligned.
+const CONTENTS_OFFSET: usize = 24;
+
 /// BLCKSZ is 1 to 32 KiB (configure --with-blocksize).
 const MIN_BLOCK: usize = 1 << 10;
 /// PD_VALID_FLAG_BITS.
@@ -327,6 +339,22 @@ mod tests {
                 }
             }
             assert!(pages > 500, "{pages}");
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn the_first_page_of_an_spgist_index_is_told_from_all_others() {
+        for installation in oldest_and_newest() {
+            let server = TestServer::start(&installation, &[], "");
+            let rows = "CREATE TABLE p AS SELECT point(i, i) AS at FROM generate_series(1, 5000) i";
+            server.sql(&[rows, "CREATE INDEX ON p USING spgist (at)"]).await;
+            server.stop("fast");
+            let databases = fs::read_dir(server.data_dir.join("base")).unwrap();
+            let files = databases.flat_map(|database| fs::read_dir(database.unwrap().path()).unwrap());
+            let contents = files.map(|file| fs::read(file.unwrap().path()).unwrap());
+            let pages: Vec<bool> =
+                contents.flat_map(|file| file.chunks(8192).map(is_spgist_metapage).collect::<Vec<_>>()).collect();
+            assert!(pages.len() > 1000 && pages.iter().filter(|is_one| **is_one).count() == 1, "{}", pages.len());
         }
     }
 }

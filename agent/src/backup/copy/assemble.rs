@@ -9,7 +9,7 @@ use walfleet_repository::backup::write::{PackSession, PlacedSlot};
 use walfleet_repository::format::file_map::{ChunkPlace, FileMap, SLOT_BYTES};
 
 use super::compose::compose;
-use super::proof::Expected;
+use super::proof::{Expected, may_be_spgist_hint};
 use super::{CopyError, CopyReport};
 use crate::backup::compare::Compared;
 use crate::backup::pages::{PagesJob, PagesResult};
@@ -167,15 +167,19 @@ impl<'a> Assembly<'a> {
             }
             FileState::Stretches { parts, parent, former, proof, .. } => {
                 let (mut slots, mut crc32c, mut compared) = (Vec::new(), 0, Compared::default());
+                let mut is_spgist = false;
                 for result in parts {
                     let result = result.ok_or(CopyError::ThreadLost)?;
                     self.report.damage.add(&file.path, &result.bad_pages);
                     crc32c = crc32c::crc32c_combine(crc32c, result.crc32c, result.bytes as usize);
                     slots.extend(result.slots);
+                    is_spgist |= result.is_spgist;
                     compared.absorb(result.compared);
                 }
                 if let Some(expected) = proof {
-                    self.note_strayed(&file, &expected.strayed(file.size, (&slots, &compared), self.session));
+                    let mut strayed = expected.strayed(file.size, (&slots, &compared), self.session);
+                    strayed.retain(|slot| !(is_spgist && may_be_spgist_hint(*slot, &compared)));
+                    self.note_strayed(&file, &strayed);
                 }
                 let overlays = match former {
                     Some(map) => compared.into_overlays(self.session, &map, file.size)?,
