@@ -71,8 +71,10 @@ async fn hosts_that_may_restore_are_granted_the_key_and_others_are_not() {
     let mut access = Access::standalone(&config, "db1".into(), &own, key);
     let (guest, stranger) = (RecipientSecret::generate().unwrap(), RecipientSecret::generate().unwrap());
     let name: ClusterName = "orders".parse().unwrap();
-    access.clusters.get_mut(&name).unwrap().recipients =
-        vec![Recipient { label: "db2".into(), public_key: guest.id().0 }];
+    let cluster = access.clusters.get_mut(&name).unwrap();
+    cluster.recipients = vec![Recipient { label: "db2".into(), public_key: guest.id().0 }];
+    // Nothing lies in its data directory that could tell whose copy it is.
+    cluster.relatives = Relatives::None;
 
     let (sender, receiver) = tokio::sync::watch::channel(Some(Arc::new(access.clone())));
     let cancel = tokio_util::sync::CancellationToken::new();
