@@ -11,6 +11,7 @@ use walfleet_repository::ids::ClusterName;
 use walfleet_repository::postgres::{SegmentSize, SystemId};
 
 use crate::access::{Access, ClusterAccess};
+use crate::limits::HostLimits;
 use crate::postgres::control::ControlFile;
 use crate::wal::ship::{ShipOptions, ShipSource, ShipStatus, Shipper};
 use crate::wal::socket::Shippers;
@@ -33,6 +34,7 @@ impl ClusterIdentity {
 pub struct Archiving {
     access: watch::Receiver<Option<Arc<Access>>>,
     options: ShipOptions,
+    limits: Arc<HostLimits>,
     /// One lock per data directory, so that one repository that hangs does not keep another instance waiting.
     slots: Mutex<HashMap<PathBuf, Arc<tokio::sync::Mutex<Option<Slot>>>>>,
 }
@@ -46,8 +48,12 @@ struct Slot {
 }
 
 impl Archiving {
-    pub fn new(access: watch::Receiver<Option<Arc<Access>>>, options: ShipOptions) -> Archiving {
-        Archiving { access, options, slots: Mutex::default() }
+    pub fn new(
+        access: watch::Receiver<Option<Arc<Access>>>,
+        options: ShipOptions,
+        limits: Arc<HostLimits>,
+    ) -> Archiving {
+        Archiving { access, options, limits, slots: Mutex::default() }
     }
 
     /// What has been shipped of each cluster since the agent started; clusters that never asked are not in it.
@@ -78,6 +84,7 @@ impl Archiving {
             segment_size: identity.segment_size,
             archive,
             member: access.member.clone(),
+            limits: Arc::clone(&self.limits),
         };
         tracing::info!(cluster = %cluster.name, data_dir = %data_dir.display(), repository = cluster.repository.name,
             "archiving WAL");

@@ -46,6 +46,7 @@ use crate::backup::wal_wait::WalWaitError;
 use crate::facts::repository::summary;
 use crate::failure::{ExitCode, Failure, Remedy};
 use crate::jobs::report::BackupReport;
+use crate::limits::Allowance;
 use crate::postgres::control::{ControlCopy, ControlError, ControlFile};
 use crate::postgres::page::PageRules;
 use crate::postgres::server::{BackupStop, CheckpointPace, Server, ServerError, ServerFacts, ServerRole};
@@ -74,6 +75,8 @@ pub struct BackupRequest {
     pub read_all: bool,
     pub compression_level: i32,
     pub processes: u32,
+    /// What of the host it may take.
+    pub allowance: Allowance,
     /// Ships what the archive still lacks when the backup ends.
     pub shipper: Arc<Shipper>,
     /// How long to wait then for WAL that this host cannot ship itself.
@@ -121,7 +124,12 @@ impl BackupError {
         matches!(
             self,
             BackupError::Cancelled
-                | BackupError::Copy(CopyError::Cancelled | CopyError::Read(StretchError::Cancelled))
+                | BackupError::Copy(
+                    CopyError::Cancelled
+                        | CopyError::Read(StretchError::Cancelled | StretchError::Write(WriteError::Stopped))
+                        | CopyError::Write(WriteError::Stopped)
+                )
+                | BackupError::Write(WriteError::Stopped)
                 | BackupError::WalWait(WalWaitError::Cancelled)
         )
     }
@@ -362,6 +370,7 @@ async fn copy_files(
             blocks_per_segment,
         },
         parent: parent.map(|parent| parent.reader),
+        allowance: request.allowance.until(cancel),
     };
     let (packs, progress, cancel) = (packs.clone(), progress.clone(), cancel.clone());
     let runtime = Handle::current();

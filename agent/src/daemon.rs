@@ -33,6 +33,7 @@ use crate::jobs::Jobs;
 use crate::jobs::order::WorkKind;
 use crate::jobs::work::HostWork;
 use crate::journal::Journal;
+use crate::limits::HostLimits;
 use crate::link::{Link, LinkState};
 use crate::metrics::{Metrics, Scrape};
 use crate::wal;
@@ -57,6 +58,8 @@ struct Membership {
     folder: IdentityFolder,
     identity: watch::Sender<Arc<Identity>>,
     desired: Arc<DesiredStore>,
+    /// That the desired state tells of, too.
+    limits: Arc<HostLimits>,
 }
 
 type AccessSender = watch::Sender<Option<Arc<Access>>>;
@@ -81,12 +84,14 @@ pub async fn run(config: Config) -> Result<(), Failure> {
     durable::make_folder(&config.state_dir).map_err(local)?;
     let _lock = state_lock::take(&config.state_dir).map_err(local)?;
     let config = Arc::new(config);
-    let (access, membership) = prepare(&config)?;
+    let limits = HostLimits::new(config.limits);
+    let (access, membership) = prepare(&config, &limits)?;
     let signals = Signals::new().map_err(local)?;
 
     let metrics = Metrics::new();
-    let archiving = Arc::new(Archiving::new(access.subscribe(), ship_options(&config)));
-    let work = HostWork::new(Arc::clone(&config), access.subscribe(), Arc::clone(&archiving));
+    let archiving = Arc::new(Archiving::new(access.subscribe(), ship_options(&config), Arc::clone(&limits)));
+    let work = HostWork::new(Arc::clone(&config), access.subscribe(), Arc::clone(&archiving), limits);
+    let work = work.map_err(|error| local(format!("start the threads of jobs: {error}")))?;
     let journal = Journal::open(&config.state_dir.join("jobs"), Timestamp::now()).map_err(local)?;
     let jobs = Jobs::new(journal, Arc::new(work), Arc::clone(&metrics) as _);
     let agent = Agent {
@@ -121,7 +126,7 @@ pub async fn run(config: Config) -> Result<(), Failure> {
 }
 
 /// What the agent may use from the start: fixed on a host of its own, kept up to date in a fleet.
-fn prepare(config: &Config) -> Result<(AccessSender, Option<Membership>), Failure> {
+fn prepare(config: &Config, limits: &Arc<HostLimits>) -> Result<(AccessSender, Option<Membership>), Failure> {
     let usage = |error| Failure::new("configuration", ExitCode::Usage, Remedy::Operator, error);
     if let Some(repository) = &config.repository {
         let key = HostKey::read(&repository.key_file)
@@ -144,6 +149,7 @@ fn prepare(config: &Config) -> Result<(AccessSender, Option<Membership>), Failur
         folder,
         identity: watch::Sender::new(Arc::new(identity)),
         desired,
+        limits: Arc::clone(limits),
     };
     let access = watch::Sender::new(None);
     bound::bind_once(config, &membership, &access);

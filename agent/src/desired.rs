@@ -10,6 +10,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use walfleet_repository::ids::ClusterName;
+use walfleet_repository::limits::LimitsSpec;
 
 use crate::durable::{self, DurableError, FileKind};
 
@@ -25,6 +26,9 @@ pub struct Desired {
     pub clusters: Vec<DesiredCluster>,
     /// Encoded writer certificates for this agent, leaf first, ending with the one that the root key signed.
     pub writer_chain: Vec<Vec<u8>>,
+    /// Those of the policies that bind this host's own clusters, taken together. Absent in files of earlier agents.
+    #[serde(default)]
+    pub limits: LimitsSpec,
 }
 
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]

@@ -9,6 +9,7 @@
 //! - `access`: which clusters and repositories this host may use, and with which keys; the one place that opens them.
 //! - `wal`: segments in ([`wal::ship`]) and out ([`wal::fetch`]). `archiving` says who ships for which data directory.
 //! - `backup` and `restore`: the long operations, a file for each step.
+//! - `limits`: how much of the host all of that may take, and how it makes way for Postgres.
 //! - `jobs`: what is asked of this host, run once and journalled, whoever asks: a controller, or a person at the command line.
 //! - `facts`, `doctor`, `metrics`: what is told. `link`: the stream to the controller. `daemon`: which tasks there are and
 //!   in which order they end. `cli`: arguments in, exit codes out. `memory`: how the allocator treats large buffers.
@@ -30,6 +31,7 @@ pub mod failure;
 pub mod identity;
 pub mod jobs;
 pub mod journal;
+pub mod limits;
 pub mod link;
 pub mod memory;
 pub mod metrics;

@@ -4,6 +4,7 @@
 //! taken for whole before it is; [`rest`] removes what the backup does not have; [`sink`] puts files down; [`recovery`] words what PostgreSQL needs to be told; [`start`]
 //! starts it and waits until it stands at its target.
 
+mod paced;
 pub mod plan;
 pub mod recovery;
 pub mod rest;
@@ -17,7 +18,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
+use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
+use tracing::Instrument;
 use walfleet_repository::backup::fetch::{FetchError, FetchOptions, fetch_all};
 use walfleet_repository::backup::read::{BackupReader, ReadError};
 use walfleet_repository::cluster::{ClusterError, OpenCluster};
@@ -29,8 +32,10 @@ use crate::backup::manifest_json::{self, ManifestWriter};
 use crate::failure::{ExitCode, Failure, Remedy};
 use crate::jobs::order::RecoveryTarget;
 use crate::jobs::report::RestoreReport;
+use crate::limits::{Allowance, threads};
 use crate::postgres::instance::{self, BinariesError};
 use crate::progress::Progress;
+use crate::restore::paced::PacedSink;
 use crate::restore::plan::{PlanEnd, PlanError, RestorePlan};
 use crate::restore::recovery::RecoverySettings;
 use crate::restore::sink::FileSink;
@@ -69,6 +74,10 @@ pub struct RestoreRequest {
     pub port: Option<u16>,
     pub plan_only: bool,
     pub processes: u32,
+    /// What of the host it may take.
+    pub allowance: Allowance,
+    /// Where the restored server is started: it inherits the priority.
+    pub normal: Handle,
     /// Folders with PostgreSQL's programs, tried first.
     pub bin_dirs: Vec<PathBuf>,
     /// This program, for restore_command.
@@ -186,7 +195,8 @@ pub async fn run(
         false => Arc::new(FileSink::new(&request.data_dir, progress.clone())),
     };
     let options = FetchOptions { requests: REQUESTS, threads: request.processes.max(1) as usize };
-    let fetched = fetch_all(reader.clone(), sink.clone(), options, cancel).await?;
+    let paced = Arc::new(PacedSink { sink: sink.clone(), allowance: request.allowance.clone() });
+    let fetched = fetch_all(reader.clone(), paced, options, cancel).await?;
     progress.enter("finish", 0);
     let (control_mode, control) = control_file(&reader).await?;
     let tablespace_map = tablespace_map(&reader, &destination);
@@ -217,7 +227,9 @@ pub async fn run(
             point: plan.target.point.clone(),
             users: users(),
         };
-        let standing = start::start(&spec, progress, cancel).await?;
+        let (progress, cancel) = (progress.clone(), cancel.clone());
+        let starting = async move { start::start(&spec, &progress, &cancel).await };
+        let standing = threads::settled(request.normal.spawn(starting.in_current_span())).await?;
         report.replay_seconds = began.elapsed().as_secs_f64();
         report.server_state = standing.state.name().to_owned();
         report.reached_lsn = standing.reached_lsn;

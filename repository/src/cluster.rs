@@ -14,7 +14,7 @@ use crate::keyring::{self, Keyring, KeyringError};
 use crate::layout;
 use crate::lineage::Kin;
 use crate::open::{CommittedBackup, Repository, RepositoryError};
-use crate::store::StoreError;
+use crate::store::{Pace, StoreError};
 use crate::wal_archive::WalArchive;
 
 #[derive(Debug, thiserror::Error)]
@@ -116,6 +116,12 @@ impl OpenCluster {
         let keys = Keyring::open(repository.store(), &domain, recipient).await;
         let keys = keys.map_err(|source| ClusterError::Key { cluster: name.clone(), source })?;
         Ok(OpenCluster { repository, name, keys: Arc::new(keys), domain })
+    }
+
+    /// The same cluster for bulk work, which waits for `pace` ([`crate::store::Store::paced`]).
+    #[must_use]
+    pub fn paced(&self, pace: Arc<dyn Pace>) -> OpenCluster {
+        OpenCluster { repository: self.repository.paced(pace), ..self.clone() }
     }
 
     pub fn repository(&self) -> &Repository {

@@ -58,6 +58,7 @@ pub mod ids;
 pub mod key_file;
 pub mod keyring;
 pub mod layout;
+pub mod limits;
 pub mod lineage;
 pub mod open;
 pub mod postgres;

@@ -13,7 +13,7 @@ use crate::ids::{BackupId, ClusterName, RecipientId, RepositoryId};
 use crate::layout;
 use crate::signature::{PublicKey, TrustRoot, Writer};
 use crate::store::probe::{ProbeReport, probe};
-use crate::store::{Creation, Store, StoreError};
+use crate::store::{Creation, Pace, Store, StoreError};
 
 /// Reference parts read at once: small objects, so latency counts.
 const REFERENCE_READS: usize = 16;
@@ -176,6 +176,12 @@ impl Repository {
             found_key: root.root_public_key,
             wanted_key: spec.root_public_key,
         })
+    }
+
+    /// The same repository for bulk work, which waits for `pace` ([`Store::paced`]).
+    #[must_use]
+    pub fn paced(&self, pace: Arc<dyn Pace>) -> Repository {
+        Repository { store: self.store.paced(pace), ..self.clone() }
     }
 
     pub fn store(&self) -> &Store {

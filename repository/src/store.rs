@@ -8,6 +8,7 @@ mod attempt;
 mod counters;
 mod error;
 pub mod faulty;
+mod pace;
 pub mod probe;
 
 use std::fmt;
@@ -23,6 +24,7 @@ pub use address::{Folder, StoreOptions};
 pub use attempt::RetryPolicy;
 pub use counters::{Counters, CountersSnapshot};
 pub use error::{Operation, StoreError, StoreErrorKind};
+pub use pace::{Pace, Stopped};
 
 use attempt::Attempts;
 
@@ -64,6 +66,7 @@ pub struct Store {
     folder: Option<Arc<std::path::Path>>,
     retry: RetryPolicy,
     counters: Arc<Counters>,
+    pace: Option<Arc<dyn Pace>>,
 }
 
 impl fmt::Debug for Store {
@@ -84,17 +87,28 @@ impl Store {
         let backend = address::open(url, options)?;
         let folder = backend.folder.map(Arc::from);
         let (url, retry) = (Arc::from(url), options.retry);
-        Ok(Store { inner: backend.store, url, folder, retry, counters: Arc::default() })
+        Ok(Store { inner: backend.store, url, folder, retry, counters: Arc::default(), pace: None })
     }
 
     /// Wraps a store that the caller made, a faulty one for instance. `url` is only its name.
     pub fn wrap(inner: Arc<dyn ObjectStore>, url: &str, retry: RetryPolicy) -> Store {
-        Store { inner, url: Arc::from(url), folder: None, retry, counters: Arc::default() }
+        Store { inner, url: Arc::from(url), folder: None, retry, counters: Arc::default(), pace: None }
     }
 
     /// An empty store that lasts as long as its handle.
     pub fn in_memory() -> Store {
         Store::wrap(Arc::new(object_store::memory::InMemory::new()), "memory:///", RetryPolicy::default())
+    }
+
+    /// The same store for bulk work: what it fetches, and the packs it sends, wait for `pace`. Small objects are created
+    /// without.
+    #[must_use]
+    pub fn paced(&self, pace: Arc<dyn Pace>) -> Store {
+        Store { pace: Some(pace), ..self.clone() }
+    }
+
+    pub(crate) fn pace(&self) -> Option<&Arc<dyn Pace>> {
+        self.pace.as_ref()
     }
 
     /// As people name it; without secrets.
@@ -232,12 +246,28 @@ impl Store {
         key: &Path,
         range: Option<GetRange>,
     ) -> Result<(Bytes, u64), StoreError> {
+        let known = match &range {
+            Some(GetRange::Bounded(range)) => Some(range.end - range.start),
+            Some(GetRange::Suffix(count)) => Some(*count),
+            Some(GetRange::Offset(_)) | None => None,
+        };
+        // Before the attempts, whose time is limited.
+        self.wait_to_fetch(known).await;
         let mut attempts = Attempts::new(operation, key, &self.retry);
         loop {
             match self.try_fetch(&mut attempts, key, range.clone()).await {
-                Ok(fetched) => return Ok(fetched),
+                Ok(fetched) => {
+                    self.wait_to_fetch(known.is_none().then_some(fetched.0.len() as u64)).await;
+                    return Ok(fetched);
+                }
                 Err(error) => self.again(&mut attempts, error).await?,
             }
+        }
+    }
+
+    async fn wait_to_fetch(&self, bytes: Option<u64>) {
+        if let (Some(pace), Some(bytes)) = (&self.pace, bytes) {
+            pace.download(bytes).await;
         }
     }
 

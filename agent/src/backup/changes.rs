@@ -60,7 +60,7 @@ pub enum Unproven {
 
 /// A backup that begins.
 pub struct Beginning<'a> {
-    pub shipper: &'a Shipper,
+    pub shipper: &'a Arc<Shipper>,
     pub archive: &'a WalArchive,
     pub data_dir: &'a Path,
     pub wal: WalBranch,

@@ -32,6 +32,7 @@ use crate::backup::pages::{PagesJob, PagesResult};
 use crate::backup::scan::{Scan, ScanError, ScannedFile};
 use crate::backup::spare::Known;
 use crate::backup::stretch::{self, PageCheck, ReadCounters, StretchError, StretchJob, StretchResult};
+use crate::limits::Allowance;
 use crate::progress::Progress;
 use walk::Walk;
 
@@ -56,6 +57,8 @@ pub struct CopySpec {
     pub parent: Option<Arc<BackupReader>>,
     /// What changed since the parent; `None`: everything is read.
     pub known: Option<Known>,
+    /// What of the host the reading threads may take.
+    pub allowance: Allowance,
 }
 
 /// What was copied.
@@ -94,7 +97,7 @@ pub fn copy(
     std::thread::scope(|scope| {
         for (number, writer) in writers.into_iter().enumerate() {
             let (work, done) = (work.clone(), done_sender.clone());
-            let reader = stretch::Reader::new(session, writer, &spec.pages, progress, &counters, cancel);
+            let reader = stretch::Reader::new(session, writer, spec, progress, &counters, cancel);
             let name = format!("backup-read-{number}");
             let thread = move || read_all(&work, &done, reader);
             std::thread::Builder::new().name(name).spawn_scoped(scope, thread).map_err(|_| CopyError::ThreadLost)?;

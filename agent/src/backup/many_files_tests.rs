@@ -33,6 +33,7 @@ use super::damage::NAMED;
 use super::scan::{Scan, ScanSpec};
 use super::stretch::PageCheck;
 use super::test_manifest::test_manifest;
+use crate::limits::Allowance;
 use crate::postgres::page::PageRules;
 use crate::progress::Progress;
 use crate::restore::sink::FileSink;
@@ -110,6 +111,7 @@ async fn back_up(ground: &Ground, data_dir: &Path) -> (CommittedBackup, CopyRepo
         threads: ground.processes,
         pages: PageCheck { rules, blocks_per_segment: 131_072 },
         parent: parent.map(|parent| parent.reader),
+        allowance: Allowance::unlimited(),
     };
     let (work, runtime) = (packs.clone(), Handle::current());
     let (report, control) = tokio::task::spawn_blocking(move || {

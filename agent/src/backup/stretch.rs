@@ -13,8 +13,10 @@ use walfleet_repository::backup::write::{ChunkWriter, PackSession, PlacedSlot, W
 use walfleet_repository::format::file_map::{ChunkPlace, SLOT_BYTES, Slot};
 
 use crate::backup::compare::{self, Compared, Former, Worth};
+use crate::backup::copy::CopySpec;
 use crate::backup::damage::BadPages;
 use crate::backup::scan::{ScannedFile, ScannedKind};
+use crate::limits::Allowance;
 use crate::postgres::page::{Damage, PageRules, SuspiciousPage, first_block_of_segment, is_spgist_metapage};
 use crate::progress::Progress;
 
@@ -86,6 +88,7 @@ pub struct Reader<'a> {
     pub(super) session: &'a Arc<PackSession>,
     pub(super) writer: ChunkWriter,
     pages: &'a PageCheck,
+    allowance: &'a Allowance,
     progress: &'a Progress,
     pub(super) counters: &'a ReadCounters,
     pub(super) cancel: &'a CancellationToken,
@@ -120,12 +123,13 @@ impl<'a> Reader<'a> {
     pub fn new(
         session: &'a Arc<PackSession>,
         writer: ChunkWriter,
-        pages: &'a PageCheck,
+        spec: &'a CopySpec,
         progress: &'a Progress,
         counters: &'a ReadCounters,
         cancel: &'a CancellationToken,
     ) -> Reader<'a> {
-        Reader { session, writer, pages, progress, counters, cancel, buffer: vec![0; READ_BYTES] }
+        let (pages, allowance) = (&spec.pages, &spec.allowance);
+        Reader { session, writer, pages, allowance, progress, counters, cancel, buffer: vec![0; READ_BYTES] }
     }
 
     pub fn stretch(&mut self, job: &StretchJob) -> Result<StretchResult, StretchError> {
@@ -232,6 +236,7 @@ impl<'a> Reader<'a> {
         bad: &mut BadPages,
     ) -> Result<(), StretchError> {
         let failed = |offset| move |source| StretchError::Read { path: path.to_owned(), offset, source };
+        self.allowance.read(content.len() as u64);
         read_padded(file, offset, content).map_err(failed(offset))?;
         self.count(content.len());
         let ScannedKind::Relation(relation) = kind else { return Ok(()) };

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use walfleet_repository::ids::ClusterName;
+use walfleet_repository::limits::LimitsSpec;
 
 use super::{ConfigError, DEFAULT_STATE_DIR};
 
@@ -22,6 +23,8 @@ pub struct Config {
     pub instances: Vec<InstanceConfig>,
     pub repository: Option<RepositoryConfig>,
     pub backup: BackupConfig,
+    /// What backups, restores and verifications may take of this host, together; the policy's hold as well.
+    pub limits: LimitsSpec,
     pub wal: WalConfig,
     pub postgres: PostgresConfig,
     pub labels: BTreeMap<String, String>,
@@ -134,6 +137,7 @@ impl Default for Config {
             instances: Vec::new(),
             repository: None,
             backup: BackupConfig::default(),
+            limits: LimitsSpec::NONE,
             wal: WalConfig::default(),
             postgres: PostgresConfig::default(),
             labels: BTreeMap::new(),
@@ -269,6 +273,13 @@ impl Config {
                 options: BTreeMap::new(),
                 key_file: "/key".into(),
             }),
+            limits: LimitsSpec {
+                cpu: "50%".parse().ok(),
+                read: "1MB/s".parse().ok(),
+                write: "1MB/s".parse().ok(),
+                upload: "1MB/s".parse().ok(),
+                download: "1MB/s".parse().ok(),
+            },
             ..Config::default()
         }
     }

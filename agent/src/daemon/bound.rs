@@ -1,4 +1,4 @@
-//! Keeps the host's access up to date with what the controller wants and with the present certificate.
+//! Keeps the host's access and its limits up to date with what the controller wants and with the present certificate.
 
 use std::sync::Arc;
 
@@ -11,6 +11,7 @@ use crate::config::Config;
 /// Computes it anew; on an error the former stays, since what worked keeps working.
 pub(super) fn bind_once(config: &Config, membership: &Membership, access: &AccessSender) {
     let Some(desired) = membership.desired.watch().borrow().clone() else { return };
+    membership.limits.set(config.limits.and(desired.limits));
     let identity = Arc::clone(&membership.identity.borrow());
     match Access::member(config, &identity, membership.folder.host_key_path(), &desired) {
         Ok(bound) => {

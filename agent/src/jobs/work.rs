@@ -18,6 +18,9 @@ use crate::archiving::Archiving;
 use crate::backup::{self, BackupRequest};
 use crate::config::Config;
 use crate::failure::{ExitCode, Failure, Remedy};
+use crate::limits::HostLimits;
+use crate::limits::threads::{self, BulkThreads};
+use crate::limits::yielding;
 use crate::postgres::server::CheckpointPace;
 use crate::progress::Progress;
 use crate::restore::{self, RestoreRequest};
@@ -28,22 +31,28 @@ use crate::wal::socket::Shippers;
 const WAL_WAIT: Duration = Duration::from_secs(3600);
 
 /// The real [`Work`].
+#[derive(Clone)]
 pub struct HostWork {
     config: Arc<Config>,
     access: watch::Receiver<Option<Arc<Access>>>,
     archiving: Arc<Archiving>,
+    limits: Arc<HostLimits>,
+    threads: Arc<BulkThreads>,
     /// As it was started: a package upgrade replaces the file under the running agent.
     program: PathBuf,
 }
 
 impl HostWork {
+    /// To be made on the runtime that ships WAL.
     pub fn new(
         config: Arc<Config>,
         access: watch::Receiver<Option<Arc<Access>>>,
         archiving: Arc<Archiving>,
-    ) -> HostWork {
+        limits: Arc<HostLimits>,
+    ) -> std::io::Result<HostWork> {
+        let threads = Arc::new(BulkThreads::new(&limits)?);
         let program = std::env::current_exe().unwrap_or_else(|_| PathBuf::from("walfleet-agent"));
-        HostWork { config, access, archiving, program }
+        Ok(HostWork { config, access, archiving, limits, threads, program })
     }
 
     fn access(&self) -> Result<Arc<Access>, Failure> {
@@ -51,6 +60,13 @@ impl HostWork {
             let message = "this agent has not heard yet which clusters and repositories it may use";
             Failure::new("agent.not_ready", ExitCode::Failed, Remedy::Retry, message)
         })
+    }
+
+    /// Where this host's own servers live.
+    fn servers(&self) -> Vec<PathBuf> {
+        let access = self.access.borrow();
+        let clusters = access.iter().flat_map(|access| access.clusters.values());
+        clusters.filter_map(|cluster| Some(cluster.instance.as_ref()?.data_dir.clone())).collect()
     }
 
     async fn backup(
@@ -64,10 +80,14 @@ impl HostWork {
         let cluster = known(&access, job, &order.repository)?;
         let instance = cluster.instance.as_ref().ok_or_else(|| no_instance(cluster))?;
         let connection = connection(instance.clone()).await?;
-        let shipper = self.archiving.shipper(&instance.data_dir).await;
+        let (archiving, data_dir) = (Arc::clone(&self.archiving), instance.data_dir.clone());
+        let shipper = self.threads.normal().spawn(async move { archiving.shipper(&data_dir).await });
+        let shipper = threads::settled(shipper).await;
+        let allowance = self.limits.allowance(cancel);
+        let open = access.open_or_begin(cluster).await?;
         let archiving = |message| Failure::new("backup.archiving", ExitCode::Failed, Remedy::Retry, message);
         let request = BackupRequest {
-            cluster: access.open_or_begin(cluster).await?,
+            cluster: open.paced(Arc::new(allowance.clone())),
             kin: cluster.kin()?,
             signer: Arc::new(access.key.signer().map_err(AccessError::from)?),
             member: access.member.clone(),
@@ -81,6 +101,7 @@ impl HostWork {
             read_all: order.read_all,
             compression_level: order.compression_level.unwrap_or(cluster.compression_level),
             processes: order.processes.unwrap_or(cluster.processes),
+            allowance,
             shipper: shipper.map_err(archiving)?,
             wal_wait: WAL_WAIT,
         };
@@ -101,8 +122,10 @@ impl HostWork {
         let access = self.access()?;
         let cluster = known(&access, job, &order.repository)?;
         let repository = &cluster.repository;
+        let allowance = self.limits.allowance(cancel);
+        let open = access.open(repository, cluster.name.clone()).await?;
         let request = RestoreRequest {
-            cluster: access.open(repository, cluster.name.clone()).await?,
+            cluster: open.paced(Arc::new(allowance.clone())),
             key_file: access.key.path.clone(),
             url: repository.url.clone(),
             options: repository.options.clone(),
@@ -116,6 +139,8 @@ impl HostWork {
             port: order.port,
             plan_only: order.plan_only,
             processes: cluster.processes,
+            allowance,
+            normal: self.threads.normal().clone(),
             bin_dirs: self.config.postgres.bin_dirs.clone(),
             program: self.program.clone(),
         };
@@ -131,7 +156,8 @@ impl HostWork {
     ) -> Result<Report, Failure> {
         let access = self.access()?;
         let cluster = known(&access, job, &order.repository)?;
-        let open = access.open(&cluster.repository, cluster.name.clone()).await?;
+        let allowance = self.limits.allowance(cancel);
+        let open = access.open(&cluster.repository, cluster.name.clone()).await?.paced(Arc::new(allowance.clone()));
         let depth = if order.deep { Depth::Content } else { Depth::Stored };
         let spec = VerifySpec { backup: order.backup.clone(), depth };
         progress.enter("verify", 0);
@@ -156,10 +182,17 @@ impl HostWork {
 #[async_trait]
 impl Work for HostWork {
     async fn run(&self, order: JobOrder, progress: Progress, cancel: CancellationToken) -> Result<Report, Failure> {
-        match &order.work {
-            WorkOrder::Backup(backup) => self.backup(&order, backup, &progress, &cancel).await,
-            WorkOrder::Restore(restore) => self.restore(&order, restore, &progress, &cancel).await,
-            WorkOrder::Verify(verify) => self.verify(&order, verify, &progress, &cancel).await,
+        let work = self.clone();
+        let doing = async move {
+            match &order.work {
+                WorkOrder::Backup(backup) => work.backup(&order, backup, &progress, &cancel).await,
+                WorkOrder::Restore(restore) => work.restore(&order, restore, &progress, &cancel).await,
+                WorkOrder::Verify(verify) => work.verify(&order, verify, &progress, &cancel).await,
+            }
+        };
+        tokio::select! {
+            result = self.threads.run(doing) => result,
+            never = yielding::keep_yielding(Arc::clone(&self.limits), self.servers()) => match never {},
         }
     }
 }

@@ -10,10 +10,11 @@ use jiff::Timestamp;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use walfleet_proto::agent::v1::{
-    CancelJob, Desired, DesiredCluster, DesiredRepository, OutcomeReceived, agent_message::Message as FromAgent,
-    controller_message::Message as ToAgent,
+    CancelJob, Desired, DesiredCluster, DesiredRepository, Limits, OutcomeReceived,
+    agent_message::Message as FromAgent, controller_message::Message as ToAgent,
 };
 use walfleet_proto::job::v1 as job;
+use walfleet_repository::limits::LimitsSpec;
 
 use super::fake_controller::{FakeController, FakeStream, new_authority};
 use super::{Link, LinkState};
@@ -339,6 +340,7 @@ fn desired(generation: u64) -> ToAgent {
         }],
         clusters: vec![DesiredCluster { name: "orders".into(), repository: "main".into(), ..Default::default() }],
         writer_chain: Vec::new(),
+        limits: Some(Limits { cpu_percent: 25, upload_bytes_per_second: 5_000_000, ..Default::default() }),
     })
 }
 
@@ -368,7 +370,10 @@ async fn the_desired_state_outlives_the_controller_and_an_older_one_is_refused()
     let state = agent.stop().await;
     drop(controller);
     let agent = Agent::start(state, "https://localhost:1".into());
-    assert_eq!(agent.desired.watch().borrow().as_ref().unwrap().generation, 9);
+    let desired = agent.desired.watch().borrow().clone().unwrap();
+    assert_eq!(desired.generation, 9);
+    let (cpu, upload) = ("25%".parse().ok(), "5MB/s".parse().ok());
+    assert_eq!(desired.limits, LimitsSpec { cpu, upload, ..LimitsSpec::NONE });
     agent.stop().await;
 }
 

@@ -10,11 +10,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use jiff::Timestamp;
+use tokio::runtime::Handle;
 use tokio::sync::{Semaphore, watch};
 use walfleet_repository::ids::ChunkId;
 use walfleet_repository::postgres::{Branch, Lsn, Segment, SegmentSize, SystemId, Timeline, WalBranch};
 use walfleet_repository::wal_archive::{ArchiveError, Archived, OwnedSegment, WalArchive};
 
+use crate::limits::{HostLimits, threads};
 use crate::postgres::wal_record::Carry;
 use crate::wal::read::{SegmentContent, WalFile, WalReadError, read_segment};
 
@@ -55,6 +57,8 @@ pub struct ShipSource {
     pub archive: WalArchive,
     /// This agent's name.
     pub member: String,
+    /// What is shipped is counted there, and never waits.
+    pub limits: Arc<HostLimits>,
 }
 
 /// What the shipper has done, for facts and metrics.
@@ -109,9 +113,12 @@ pub struct Shipper {
     decoding: tokio::sync::Mutex<Option<(Segment, Carry)>>,
     slots: Arc<Semaphore>,
     status: watch::Sender<ShipStatus>,
+    /// The one it was made on: a backup that asks runs on threads that may have to wait.
+    runtime: Handle,
 }
 
 impl Shipper {
+    /// To be made on the runtime that it is to work on.
     pub fn new(source: ShipSource, options: ShipOptions) -> Arc<Shipper> {
         let (status, _) = watch::channel(ShipStatus::default());
         let fitting = (IN_FLIGHT_BYTES / source.segment_size.bytes()).max(1) as usize;
@@ -123,6 +130,7 @@ impl Shipper {
             state: Mutex::default(),
             decoding: tokio::sync::Mutex::new(None),
             status,
+            runtime: Handle::current(),
         })
     }
 
@@ -164,7 +172,7 @@ impl Shipper {
         }
         drop(state);
         let shipper = Arc::clone(self);
-        tokio::spawn(async move {
+        self.runtime.spawn(async move {
             let result = shipper.ship_file(file).await.map_err(Arc::new);
             shipper.note(file, &result);
             if result.is_err() {
@@ -213,7 +221,7 @@ impl Shipper {
             WalFile::BackupHistory(segment, offset) => {
                 let size = self.source.segment_size;
                 let content = self.read_small(&format!("{}.{offset:08X}.backup", segment.file_name(size))).await?;
-                let wal = self.branch(segment.timeline).await?;
+                let wal = self.find_branch(segment.timeline).await?;
                 let now = Timestamp::now().as_microsecond();
                 let place = (segment, size, offset);
                 Ok(self.source.archive.put_backup_history(wal, place, &content, &self.source.member, now).await?)
@@ -222,7 +230,7 @@ impl Shipper {
     }
 
     async fn ship_segment(&self, segment: Segment, form: SegmentForm) -> Result<Archived, ShipError> {
-        let wal = self.branch(segment.timeline).await?;
+        let wal = self.find_branch(segment.timeline).await?;
         let mut content = self.decode(segment, form).await?;
         if let Some(suspicion) = content.suspicion.filter(|_| form == SegmentForm::Whole) {
             content.facts.valid_bytes = self.source.segment_size.bytes();
@@ -272,7 +280,12 @@ impl Shipper {
 
     /// Where a timeline's WAL lies: said by the history file that lies in `pg_wal` at this moment, since a host can be
     /// rewound and promoted to the same number again. It is archived before any of the timeline's segments.
-    pub async fn branch(&self, timeline: Timeline) -> Result<WalBranch, ShipError> {
+    pub async fn branch(self: &Arc<Self>, timeline: Timeline) -> Result<WalBranch, ShipError> {
+        let shipper = Arc::clone(self);
+        threads::settled(self.runtime.spawn(async move { shipper.find_branch(timeline).await })).await
+    }
+
+    async fn find_branch(&self, timeline: Timeline) -> Result<WalBranch, ShipError> {
         let system_id = self.source.system_id;
         if timeline == Timeline::FIRST {
             return Ok(WalBranch { system_id, timeline, branch: Branch::ROOT });
@@ -322,6 +335,7 @@ impl Shipper {
             Ok(archived) => {
                 match archived {
                     Archived::Stored { stored_bytes } => {
+                        self.source.limits.note_upload(*stored_bytes);
                         status.shipped += 1;
                         status.stored_bytes += stored_bytes;
                     }

@@ -8,6 +8,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Channel;
 use tonic::{Status, Streaming};
 use walfleet_proto::agent::v1 as proto;
+use walfleet_repository::limits::{ByteRate, CpuShare, LimitsSpec};
 
 use super::{Reader, WireError, outcome};
 use crate::desired::{Desired, DesiredCluster, DesiredRepository, Recipient};
@@ -124,6 +125,31 @@ fn welcome(welcome: proto::Welcome) -> Result<Welcome, WireError> {
     })
 }
 
+/// A limit that cannot be read must not pass for none.
+fn limits(limits: proto::Limits) -> Result<LimitsSpec, WireError> {
+    let rate = |field, rate: u64| match rate {
+        0 => Ok(None),
+        rate => {
+            let known = ByteRate::from_bytes_per_second(rate);
+            known.map(Some).ok_or_else(|| DESIRED.value(field, rate, "it is 100 kB/s to 1000 GB/s"))
+        }
+    };
+    let cpu = match limits.cpu_percent {
+        0 => None,
+        percent => {
+            let share = CpuShare::from_percent(percent);
+            Some(share.ok_or_else(|| DESIRED.value("limits.cpu_percent", percent, "it is 1 to 100"))?)
+        }
+    };
+    Ok(LimitsSpec {
+        cpu,
+        read: rate("limits.read_bytes_per_second", limits.read_bytes_per_second)?,
+        write: rate("limits.write_bytes_per_second", limits.write_bytes_per_second)?,
+        upload: rate("limits.upload_bytes_per_second", limits.upload_bytes_per_second)?,
+        download: rate("limits.download_bytes_per_second", limits.download_bytes_per_second)?,
+    })
+}
+
 fn desired(desired: proto::Desired) -> Result<Desired, WireError> {
     let repository = |repository: proto::DesiredRepository| {
         Ok(DesiredRepository {
@@ -156,5 +182,6 @@ fn desired(desired: proto::Desired) -> Result<Desired, WireError> {
         repositories: desired.repositories.into_iter().map(repository).collect::<Result<_, WireError>>()?,
         clusters: desired.clusters.into_iter().map(cluster).collect::<Result<_, WireError>>()?,
         writer_chain: desired.writer_chain.into_iter().map(|bytes| bytes.to_vec()).collect(),
+        limits: desired.limits.map(limits).transpose()?.unwrap_or_default(),
     })
 }

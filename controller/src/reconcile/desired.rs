@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 use walfleet_repository::ids::{ClusterName, RecipientId};
+use walfleet_repository::limits::LimitsSpec;
 
 use crate::fleet::{AgentSeen, Assembly, ClusterSeen};
 use crate::jobs::{Job, JobKind};
@@ -26,6 +27,9 @@ pub struct DesiredSpec {
 pub struct DesiredContent {
     pub repositories: Vec<DesiredRepository>,
     pub clusters: Vec<DesiredCluster>,
+    /// Of the policies that bind the clusters it is a member of. Absent in states of earlier controllers.
+    #[serde(default)]
+    pub limits: LimitsSpec,
 }
 
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
@@ -126,6 +130,9 @@ pub fn plan(
         for name in &holders {
             // Listed in a document, but never joined.
             let Some(content) = desired.get_mut(name) else { continue };
+            if let (Some(policy), true) = (cluster.policy, members.contains_key(name)) {
+                content.limits = content.limits.and(policy.limits);
+            }
             content.clusters.push(DesiredCluster {
                 name: cluster.name.clone(),
                 repository: repository.to_owned(),

@@ -342,7 +342,7 @@ spec:
 
     #[test]
     fn every_fault_names_its_document_its_path_and_what_is_accepted() {
-        let table: [(&str, &str, &[&str]); 12] = [
+        let table: [(&str, &str, &[&str]); 15] = [
             ("kind: Policy", "kind: Polcy", &["document 2", "\"Polcy\"", "Policy, Repository and Cluster"]),
             ("kind: Policy", "kind: Hold", &["document 2", "yet"]),
             ("walfleet/v1\nkind: Policy", "v2\nkind: Policy", &["document 2", "\"v2\"", "walfleet/v1"]),
@@ -350,6 +350,13 @@ spec:
             ("jitter: 30m", "jitter: 30 min", &["document 2", "spec.backup.jitter", "HINT", "15m", "line"]),
             ("jitter: 30m", "jiter: 30m", &["document 2", "jiter", "expected one of"]),
             ("jitter: 30m", "processes: 4000", &["document 2", "\"gold\"", "spec.backup.processes", "1 to 256"]),
+            ("  backup:", "  limits: { cpu: 50 }\n  backup:", &["document 2", "spec.limits.cpu", "HINT", "1% to 100%"]),
+            (
+                "  backup:",
+                "  limits: { read: 10kB/s }\n  backup:",
+                &["document 2", "spec.limits.read", "HINT", "100kB/s"],
+            ),
+            ("  backup:", "  limits: { upload: 50MB/s }\n  backup:", &[]),
             ("Europe/Berlin", "Europe/Bern", &["document 2", "spec.backup.time_zone", "Europe/Bern"]),
             ("0 2 * * *", "0 2 * *", &["document 2", "spec.backup.schedule", "HINT"]),
             ("selector: env=prod", "selector: env=", &[]),
@@ -386,6 +393,11 @@ spec:
             "rpo:",
             "backup_age:",
             "hosts:",
+            "cpu:",
+            "read:",
+            "write:",
+            "upload:",
+            "download:",
             "selector:",
             "repository:",
             "url:",

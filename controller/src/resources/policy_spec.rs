@@ -1,6 +1,7 @@
 //! `kind: Policy`: which clusters it binds, when they are backed up and how, what is promised, who may restore.
 
 use serde::{Deserialize, Serialize};
+use walfleet_repository::limits::LimitsSpec;
 
 use super::document::{Spec, SpecFault};
 use super::selector::Selector;
@@ -16,6 +17,9 @@ pub struct PolicySpec {
     pub repository: String,
     #[serde(default)]
     pub backup: BackupSpec,
+    /// On each member's host, for all that is done there together. The lowest holds where several policies meet on one.
+    #[serde(default, skip_serializing_if = "is_none")]
+    pub limits: LimitsSpec,
     #[serde(default)]
     pub objectives: ObjectivesSpec,
     #[serde(default)]
@@ -87,6 +91,10 @@ pub struct RestoreSpec {
     /// enrolled with, not those a host claims later; `name` is every agent's own name.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub hosts: Option<Selector>,
+}
+
+fn is_none(limits: &LimitsSpec) -> bool {
+    *limits == LimitsSpec::NONE
 }
 
 impl PolicySpec {

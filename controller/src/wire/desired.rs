@@ -2,6 +2,7 @@
 
 use bytes::Bytes;
 use walfleet_proto::agent::v1 as pb;
+use walfleet_repository::limits::{ByteRate, LimitsSpec};
 
 use crate::reconcile::desired::{DesiredSpec, Standing};
 
@@ -38,6 +39,18 @@ pub fn desired_out(spec: &DesiredSpec, root_public_key: [u8; 32]) -> pb::Control
             repositories: repositories.collect(),
             clusters: clusters.collect(),
             writer_chain: spec.writer_chain.iter().map(|certificate| Bytes::copy_from_slice(certificate)).collect(),
+            limits: limits_out(spec.content.limits),
         })),
     }
+}
+
+fn limits_out(limits: LimitsSpec) -> Option<pb::Limits> {
+    let rate = |rate: Option<ByteRate>| rate.map_or(0, ByteRate::bytes_per_second);
+    (limits != LimitsSpec::NONE).then(|| pb::Limits {
+        cpu_percent: limits.cpu.map_or(0, |share| share.percent().into()),
+        read_bytes_per_second: rate(limits.read),
+        write_bytes_per_second: rate(limits.write),
+        upload_bytes_per_second: rate(limits.upload),
+        download_bytes_per_second: rate(limits.download),
+    })
 }

@@ -5,7 +5,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::Context;
-use rustix::process::Signal;
+use rustix::process::{Pid, Signal};
 use serde_json::{Map, Value, json};
 
 use super::Place;
@@ -211,6 +211,11 @@ impl Agent {
             Some(process) => Ok(process.ended()?.is_none()),
             None => Ok(false),
         }
+    }
+
+    /// Of the daemon, while it runs.
+    pub fn pid(&self) -> Option<Pid> {
+        self.process.as_ref().map(Process::pid)
     }
 
     pub fn log_text(&self) -> String {

@@ -13,6 +13,7 @@ mod failover;
 mod fleet;
 mod full_disks;
 mod killed_restores;
+mod limits;
 mod matrix;
 mod repository_on_s3;
 mod restore_targets;

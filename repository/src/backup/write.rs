@@ -11,6 +11,8 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
+use bytes::Bytes;
+use object_store::path::Path;
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinHandle;
 use tracing::Instrument;
@@ -22,7 +24,7 @@ use crate::format::pack::{FinishedPack, METADATA_PACK_TARGET_BYTES, PACK_TARGET_
 use crate::format::sealed::{Compressor, FramePlace, SealedError};
 use crate::ids::{BackupId, ClusterName, PackId};
 use crate::layout;
-use crate::store::{Store, StoreError};
+use crate::store::{Stopped, Store, StoreError};
 
 /// Packs being uploaded at once: enough to keep a store with latency busy, each costs 32 MiB of memory.
 const UPLOADS_IN_FLIGHT: usize = 2;
@@ -39,6 +41,8 @@ pub enum WriteError {
     UnfinishedPack,
     #[error("a parent's file does not read: {0}")]
     Parent(String),
+    #[error("cancelled")]
+    Stopped,
 }
 
 /// A pack by its number in this session, since a pack has no id before it is finished.
@@ -317,14 +321,21 @@ async fn upload_all(
         let key = layout::pack(&cluster, &session, full.pack.id);
         let upload = async move {
             let FullPack { pack, _counted } = full;
-            if let Err(error) = store.put_new(&key, pack.bytes).await {
-                let _ = failure.set(WriteError::Store(Arc::new(error)));
+            if let Err(error) = upload_one(&store, &key, pack.bytes).await {
+                let _ = failure.set(error);
             }
             drop(slot);
         };
         uploads.spawn(upload.in_current_span());
     }
     while uploads.join_next().await.is_some() {}
+}
+
+async fn upload_one(store: &Store, key: &Path, bytes: Bytes) -> Result<(), WriteError> {
+    if let Some(pace) = store.pace() {
+        pace.upload(bytes.len() as u64).await.map_err(|Stopped| WriteError::Stopped)?;
+    }
+    store.put_new(key, bytes).await.map_err(|error| WriteError::Store(Arc::new(error)))
 }
 
 /// A pack that is being filled.

@@ -5,12 +5,14 @@ use walfleet_repository::crypto::DomainKey;
 use walfleet_repository::format::changed_blocks::ForkName;
 use walfleet_repository::format::wal_segment::SegmentFacts;
 use walfleet_repository::keyring::Keyring;
+use walfleet_repository::limits::LimitsSpec;
 use walfleet_repository::postgres::{Branch, SystemId};
 use walfleet_repository::store::Store;
 use walfleet_repository::wal_archive::OwnedSegment;
 
 use super::*;
 use crate::backup::test_manifest::test_manifest;
+use crate::limits::HostLimits;
 use crate::postgres::control::ControlFile;
 use crate::postgres::test_server::{TestServer, oldest_and_newest};
 use crate::postgres::wal_record::digest_segment;
@@ -59,7 +61,8 @@ impl Host {
         let cluster: ClusterName = "orders".parse().unwrap();
         let archive = WalArchive::new(Store::in_memory(), cluster.clone(), keys, 3);
         let member = "db1".to_owned();
-        let source = ShipSource { data_dir, system_id, segment_size: size(), archive: archive.clone(), member };
+        let limits = HostLimits::new(LimitsSpec::NONE);
+        let source = ShipSource { data_dir, system_id, segment_size: size(), archive: archive.clone(), member, limits };
         let shipper = Shipper::new(source, ShipOptions { parallel: 1, read_ahead: 0 });
         Host { cluster, dir, archive, shipper }
     }

@@ -27,7 +27,7 @@ pub fn backup(args: BackupArgs) -> Result<(), Failure> {
         let order = JobOrder::of_a_person(job, args.cluster, WorkOrder::Backup(order));
         let progress = Progress::new();
         let lines = ProgressLines::show("backup", progress.clone());
-        let report = opened.work().run(order, progress, cancel).await?;
+        let report = opened.work()?.run(order, progress, cancel).await?;
         drop(lines);
         match report {
             Report::Backup(report) => print::output(args.output.format, &report, table),

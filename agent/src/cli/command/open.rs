@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use tokio::sync::watch;
 use walfleet_repository::ids::ClusterName;
+use walfleet_repository::limits::LimitsSpec;
 
 use crate::access::lineage::Relatives;
 use crate::access::{Access, ClusterAccess, HostKey, InstanceAccess, OWN_REPOSITORY};
@@ -16,11 +17,13 @@ use crate::desired::DesiredStore;
 use crate::failure::{ExitCode, Failure, Remedy};
 use crate::identity::IdentityFolder;
 use crate::jobs::work::HostWork;
+use crate::limits::HostLimits;
 
 /// What a command works with.
 pub struct Opened {
     pub config: Config,
     pub access: Access,
+    pub limits: LimitsSpec,
 }
 
 /// The repository that the flags name, else the configuration's, else what the controller last said.
@@ -56,7 +59,7 @@ fn standalone(config: Config, repository: RepositoryConfig) -> Result<Opened, Fa
     // Only a name in lists: a host's odd name must not keep anyone from a backup.
     let name = config.agent_name().unwrap_or_else(|_| "host".into());
     let access = Access::standalone(&config, name, &repository, key);
-    Ok(Opened { config, access })
+    Ok(Opened { limits: config.limits, config, access })
 }
 
 fn member(config: Config) -> Result<Opened, Failure> {
@@ -71,7 +74,7 @@ fn member(config: Config) -> Result<Opened, Failure> {
         )
     })?;
     let access = Access::member(&config, &identity, folder.host_key_path(), &desired)?;
-    Ok(Opened { config, access })
+    Ok(Opened { limits: config.limits.and(desired.limits), config, access })
 }
 
 impl Opened {
@@ -118,9 +121,10 @@ impl Opened {
     }
 
     /// The same work that jobs of a controller are done by.
-    pub fn work(self) -> HostWork {
+    pub fn work(self) -> Result<HostWork, Failure> {
         let (_, access) = watch::channel(Some(Arc::new(self.access)));
-        let archiving = Archiving::new(access.clone(), daemon::ship_options(&self.config));
-        HostWork::new(Arc::new(self.config), access, Arc::new(archiving))
+        let limits = HostLimits::new(self.limits);
+        let archiving = Archiving::new(access.clone(), daemon::ship_options(&self.config), Arc::clone(&limits));
+        HostWork::new(Arc::new(self.config), access, Arc::new(archiving), limits).map_err(super::failed)
     }
 }

@@ -43,7 +43,7 @@ pub fn restore(args: RestoreArgs) -> Result<(), Failure> {
         let order = JobOrder::of_a_person(JobId::generate(), args.cluster, WorkOrder::Restore(order));
         let progress = Progress::new();
         let lines = ProgressLines::show("restore", progress.clone());
-        let report = opened.work().run(order, progress, cancel).await?;
+        let report = opened.work()?.run(order, progress, cancel).await?;
         drop(lines);
         match report {
             Report::Restore(report) => print::output(args.output.format, &report, table),

@@ -18,7 +18,7 @@ pub fn verify(args: VerifyArgs) -> Result<(), Failure> {
         let order = JobOrder::of_a_person(JobId::generate(), args.cluster, WorkOrder::Verify(order));
         let progress = Progress::new();
         let lines = ProgressLines::show("verify", progress.clone());
-        let report = opened.work().run(order, progress, cancel).await?;
+        let report = opened.work()?.run(order, progress, cancel).await?;
         drop(lines);
         let Report::Verify(report) = report else {
             return Err(super::failed("the work answered with something else than a verification"));

@@ -5,6 +5,7 @@ use std::fs;
 use walfleet_repository::crypto::DomainKey;
 use walfleet_repository::format::wal_segment::SegmentFacts;
 use walfleet_repository::keyring::Keyring;
+use walfleet_repository::limits::LimitsSpec;
 use walfleet_repository::store::Store;
 
 use super::*;
@@ -36,6 +37,7 @@ async fn written() -> (TestServer, Arc<Shipper>, Vec<Segment>) {
         segment_size: segment_size(),
         archive,
         member: "db1".to_owned(),
+        limits: HostLimits::new(LimitsSpec::NONE),
     };
     let ready = ready_segments(&server.data_dir, segment_size());
     assert!(ready.len() >= 6, "{ready:?}");
