@@ -100,7 +100,7 @@ fn in_a_fleet_the_controller_lends_a_copy_its_first_parent() {
         scratch.allow_log("cannot be read");
         let version = PgVersion::of(16)?;
         let fleet = Fleet::start(scratch)?;
-        let host = fleet.protected(&version)?;
+        let _host = fleet.protected(&version)?;
         let original = fleet.backup(CLUSTER)?;
         let data_dir = scratch.join("copy");
         let mut copy = server_of(scratch, &version, &data_dir)?;
