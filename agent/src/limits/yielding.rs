@@ -20,13 +20,14 @@ const TICK: Duration = Duration::from_millis(100);
 const PROCESSES: usize = 64;
 
 /// Of the time that the server wants a CPU, what it may wait for one: chosen, not measured yet.
-const TOLERATED: f64 = 0.05;
+const TOLERATED: f64 = 0.2;
 
 /// Of one CPU: with less than this to do, a server's waits say nothing.
 const QUIET: f64 = 0.01;
 
-/// Of all cores: what is never taken away, so that a backup of a server that is always busy ends some day.
-const LEAST: f64 = 0.05;
+/// Of all cores: what is never taken away. A server that is always busy, or waits for others than us, must have its backup all
+/// the same, and in a time that can be foreseen.
+const LEAST: f64 = 0.2;
 /// A server that waits gets room within half a second; one that does not costs bulk work at most two and a half.
 const SHRINK: f64 = 0.6;
 const GROW: f64 = 0.04;
@@ -128,7 +129,7 @@ mod tests {
         for _ in 0..5 {
             share = next_share(share, 0.5);
         }
-        assert!(share < 0.1, "{share}");
+        assert!(share < 0.25, "{share}");
         for _ in 0..100 {
             share = next_share(share, 1.0);
         }
