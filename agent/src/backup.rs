@@ -14,6 +14,7 @@ pub mod manifest_json;
 mod many_files_tests;
 mod own_dead;
 pub mod pages;
+pub mod plan;
 pub mod scan;
 pub mod spare;
 pub mod stretch;
@@ -33,16 +34,18 @@ use walfleet_repository::backup::commit::{BackupSession, Parent, SessionError, S
 use walfleet_repository::backup::file_list::{PlacedFile, resolve_entry};
 use walfleet_repository::backup::write::{PackSession, WriteError};
 use walfleet_repository::cluster::{ClusterError, OpenCluster};
-use walfleet_repository::format::manifest::{Counters, FileEntry, Manifest, Tablespace};
+use walfleet_repository::format::manifest::{Counters, FileEntry, Manifest, ReadScope, Tablespace};
 use walfleet_repository::ids::BackupId;
 use walfleet_repository::lineage::Kin;
 use walfleet_repository::postgres::{Lsn, SystemId, WalBranch};
 use walfleet_repository::signature::Signer;
 
+use crate::backup::changes::Reading;
 use crate::backup::copy::{CopyError, CopyReport, CopySpec};
 use crate::backup::scan::{Scan, ScanError, ScanSpec, ScannedFile};
 use crate::backup::stretch::{PageCheck, StretchError};
 use crate::backup::wal_wait::WalWaitError;
+use crate::estimate::Past;
 use crate::facts::repository::summary;
 use crate::failure::{ExitCode, Failure, Remedy};
 use crate::jobs::report::BackupReport;
@@ -81,6 +84,8 @@ pub struct BackupRequest {
     pub shipper: Arc<Shipper>,
     /// How long to wait then for WAL that this host cannot ship itself.
     pub wal_wait: Duration,
+    /// What jobs of this cluster took.
+    pub past: Vec<Past>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -172,7 +177,6 @@ pub async fn run(
     progress: &Progress,
     cancel: &CancellationToken,
 ) -> Result<BackupReport, BackupError> {
-    let requests_before = request.cluster.repository().store().counters().requests();
     progress.enter("checkpoint", 0);
     let server = Server::connect(&request.connection).await?;
     let facts = server.facts().await?;
@@ -206,7 +210,7 @@ pub async fn run(
     tracing::info!(backup = %session.id(), start_lsn = %starting.start_lsn, parents = ?session.parents(), "backup started");
 
     let taken = take(&request, &session, parent, starting, &facts, wal, cluster_bytes, (progress, cancel)).await;
-    let (manifest, packs, damaged) = match taken {
+    let Taken { mut manifest, packs, damaged, because } = match taken {
         Ok(taken) => taken,
         Err(error) => {
             abort(session, &error).await;
@@ -214,9 +218,7 @@ pub async fn run(
         }
     };
     progress.enter("commit", 0);
-    let mut manifest = manifest;
-    manifest.counters.store_requests =
-        request.cluster.repository().store().counters().requests().saturating_sub(requests_before);
+    manifest.counters.store_requests = request.cluster.repository().store().counters().requests();
     let committing = session.commit(&manifest, packs, damaged);
     let committed = match committing.instrument(tracing::info_span!("commit")).await {
         Ok(committed) => committed,
@@ -227,7 +229,9 @@ pub async fn run(
     };
     tracing::info!(backup = %committed.reference.backup, stop_lsn = %committed.reference.stop_lsn,
         read_bytes = manifest.counters.read_bytes, stored_bytes = manifest.counters.stored_bytes, "backup committed");
-    Ok(summary(&committed))
+    let report = summary(&committed);
+    // The reason in full: what lies in the repository is a kind of reason only.
+    Ok(BackupReport { read_all_because: because.or(report.read_all_because.clone()), ..report })
 }
 
 async fn abort(session: BackupSession, error: &(dyn std::error::Error + Sync)) {
@@ -245,7 +249,15 @@ async fn standing(cluster: &OpenCluster, backup: &BackupId) -> Result<BackupRepo
     found.ok_or_else(|| SessionError::Aborted(backup.clone()).into())
 }
 
-type Taken = (Manifest, Vec<walfleet_repository::backup::write::UsedPack>, u64);
+/// A backup that is ready to be committed.
+struct Taken {
+    manifest: Manifest,
+    packs: Vec<walfleet_repository::backup::write::UsedPack>,
+    /// Pages.
+    damaged: u64,
+    /// Why everything was read.
+    because: Option<String>,
+}
 
 /// Everything between the session's opening and its commit.
 #[allow(clippy::too_many_arguments, reason = "one caller, which owns them all for the time of the backup")]
@@ -285,7 +297,7 @@ async fn take(
             return Err(lost.into());
         }
     };
-    let (mut copied, control, control_entry) = copied;
+    let Copied { mut copied, control, entry: control_entry, scope, because } = copied;
     progress.enter("stop", 0);
     let stop = starting.stop().await?;
     if stop.timeline != facts.timeline {
@@ -313,13 +325,24 @@ async fn take(
         new_packs,
         store_requests: 0,
         unexplained_slots: copied.unexplained_slots,
+        read_scope: scope,
     };
     let damage = std::mem::take(&mut copied.damage).judge(stop.stop_lsn);
     damage.tell();
     let times = (started_at_us, start_lsn);
     let mut manifest = manifest(request, session, facts, wal, times, stop, copied, &control, control_entry, counters);
     manifest.damaged_pages = damage.for_manifest();
-    Ok((manifest, used, damage.count))
+    Ok(Taken { manifest, packs: used, damaged: damage.count, because })
+}
+
+/// What came of copying.
+struct Copied {
+    copied: CopyReport,
+    control: ControlFile,
+    entry: FileEntry,
+    scope: ReadScope,
+    /// Why everything was read.
+    because: Option<String>,
 }
 
 /// Copies all files, pg_control last, on a thread of its own.
@@ -331,7 +354,7 @@ async fn copy_files(
     packs: &Arc<PackSession>,
     progress: &Progress,
     cancel: &CancellationToken,
-) -> Result<(CopyReport, ControlFile, FileEntry), BackupError> {
+) -> Result<Copied, BackupError> {
     let scan_spec = ScanSpec {
         data_dir: request.data_dir.clone(),
         major: facts.version_num / 10_000,
@@ -339,7 +362,7 @@ async fn copy_files(
         without_content: facts.log_directory.iter().cloned().collect(),
     };
     let blocks_per_segment = ControlFile::read(&request.data_dir)?.blocks_per_segment;
-    let known = match &parent {
+    let reading = match &parent {
         Some(parent) => {
             let beginning = changes::Beginning {
                 shipper: &request.shipper,
@@ -353,12 +376,16 @@ async fn copy_files(
                 member: &request.member,
                 cluster: request.cluster.name(),
             };
-            changes::known(parent, &beginning, blocks_per_segment).await
+            changes::reading(parent, &beginning, blocks_per_segment).await
         }
-        None => None,
+        None => Reading::first(),
     };
+    let cluster_bytes = progress.read().total_bytes;
+    if let Some(expected) = plan::expected(&request.past, &reading, cluster_bytes, &request.member) {
+        progress.expect(expected);
+    }
     let spec = CopySpec {
-        known,
+        known: reading.known,
         threads: request.processes.max(1) as usize,
         pages: PageCheck {
             rules: PageRules {
@@ -384,7 +411,8 @@ async fn copy_files(
         let (control, entry) = copy_control(&data_dir, &control_file, &packs)?;
         Ok::<_, BackupError>((report, control, entry))
     });
-    copied.await.map_err(|_| BackupError::CopyLost)?
+    let (copied, control, entry) = copied.await.map_err(|_| BackupError::CopyLost)??;
+    Ok(Copied { copied, control, entry, scope: reading.scope, because: reading.because })
 }
 
 /// pg_control is read last, whole and by its own checksum: it can be caught half written, and on a standby its

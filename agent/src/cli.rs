@@ -13,6 +13,7 @@ use crate::config;
 use crate::failure::{ExitCode, Failure, Remedy};
 
 mod command;
+mod cost;
 mod print;
 mod progress;
 pub mod target;
@@ -158,6 +159,9 @@ pub struct BackupArgs {
     /// Read every file whole, and hold what the WAL says did not change against the parent backup.
     #[arg(long)]
     pub read_all: bool,
+    /// Say what it would cost, as far as earlier backups tell, and take none.
+    #[arg(long, conflicts_with_all = ["fast", "processes", "compression_level"])]
+    pub plan: bool,
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=64))]
     pub processes: Option<u32>,
     #[arg(long, value_parser = clap::value_parser!(i32).range(1..=19))]

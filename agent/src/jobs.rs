@@ -22,15 +22,18 @@ use tracing::Instrument;
 use walfleet_repository::ids::JobId;
 
 use crate::durable::DurableError;
+use crate::estimate::Expected;
 use crate::failure::{Failure, Remedy};
 use crate::journal::{Ending, JobOutcome, JobRecord, JobState, Journal};
 use crate::progress::{Progress, ProgressReading};
 
+pub mod cost;
 mod decide;
 pub mod order;
 pub mod report;
 pub mod work;
 
+use cost::JobCost;
 pub use decide::{Answer, Claim, decide};
 use order::{JobOrder, WorkKind};
 use report::Report;
@@ -56,6 +59,8 @@ pub struct RunningJob {
     pub fencing_token: u64,
     pub kind: WorkKind,
     pub progress: ProgressReading,
+    /// What it was expected to take when it began.
+    pub expected: Option<Arc<Expected>>,
 }
 
 struct Running {
@@ -174,6 +179,7 @@ impl Jobs {
             fencing_token: running.record.fencing_token,
             kind: running.record.work,
             progress: running.progress.read(),
+            expected: running.progress.expected(),
         };
         self.running().values().map(view).collect()
     }
@@ -212,15 +218,16 @@ impl Jobs {
                 tracing::info!("job started");
                 // A task of its own, so that a panic in the work is an outcome and not the end of the runner.
                 let work = Arc::clone(&jobs.work);
-                let inner = tokio::spawn(async move { work.run(order, progress, cancel).await }.in_current_span());
+                let its_own = progress.clone();
+                let inner = tokio::spawn(async move { work.run(order, its_own, cancel).await }.in_current_span());
                 let result = inner.await.unwrap_or_else(|error| Err(panicked(&error)));
-                jobs.finish(record, result).await;
+                jobs.finish(record, result, progress.cost()).await;
             }
             .instrument(span),
         );
     }
 
-    async fn finish(&self, record: JobRecord, result: Result<Report, Failure>) {
+    async fn finish(&self, record: JobRecord, result: Result<Report, Failure>, cost: JobCost) {
         let ending = ending(result, self.stopping.is_cancelled());
         match &ending {
             Ending::Succeeded(_) => tracing::info!("job succeeded"),
@@ -229,8 +236,9 @@ impl Jobs {
         }
         let now = Timestamp::now();
         let (job, token) = (record.job.clone(), record.fencing_token);
-        let ended = JobRecord { state: JobState::Ended { ending: ending.clone(), at: now }, ..record };
-        let stored = self.in_journal(move |journal| journal.end(&job, token, ending, now)).await;
+        let state = JobState::Ended { ending: ending.clone(), at: now };
+        let ended = JobRecord { state, cost: Some(cost.clone()), ..record };
+        let stored = self.in_journal(move |journal| journal.end(&job, token, ending, Some(cost), now)).await;
         if let Err(error) = stored {
             // Until it can be written the job counts as running here: after a restart it is reported as interrupted,
             // and the controller asks the repository's log.

@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use walfleet_repository::ids::{ClusterName, JobId};
 
 use crate::durable::{self, DurableError, FileKind};
+use crate::jobs::cost::JobCost;
 use crate::jobs::order::{JobOrder, WorkKind};
 use crate::jobs::report::Report;
 
@@ -34,6 +35,9 @@ pub struct JobRecord {
     pub subject: String,
     pub started_at: Timestamp,
     pub state: JobState,
+    /// Once it is over; absent if the agent died with it.
+    #[serde(default)]
+    pub cost: Option<JobCost>,
 }
 
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
@@ -62,6 +66,7 @@ pub struct JobOutcome {
     pub attempt: u32,
     pub fencing_token: u64,
     pub ending: Ending,
+    pub cost: Option<JobCost>,
     pub started_at: Timestamp,
     pub finished_at: Timestamp,
 }
@@ -77,6 +82,7 @@ impl JobRecord {
             subject,
             started_at: now,
             state: JobState::Running,
+            cost: None,
         }
     }
 
@@ -90,6 +96,7 @@ impl JobRecord {
             attempt: self.attempt,
             fencing_token: self.fencing_token,
             ending: ending.clone(),
+            cost: self.cost.clone(),
             started_at: self.started_at,
             finished_at: *at,
         })
@@ -145,18 +152,28 @@ impl Journal {
         Ok(())
     }
 
-    /// Records how an attempt ended. Nothing changes if the record is of another attempt.
-    pub fn end(&self, job: &JobId, fencing_token: u64, ending: Ending, now: Timestamp) -> Result<(), DurableError> {
-        self.change(job, fencing_token, |state| match state {
-            JobState::Running => Some(JobState::Ended { ending, at: now }),
+    /// Records how an attempt ended, and what it cost. Nothing changes if the record is of another attempt.
+    pub fn end(
+        &self,
+        job: &JobId,
+        fencing_token: u64,
+        ending: Ending,
+        cost: Option<JobCost>,
+        now: Timestamp,
+    ) -> Result<(), DurableError> {
+        self.change(job, fencing_token, |record| match &record.state {
+            JobState::Running => Some(JobRecord { state: JobState::Ended { ending, at: now }, cost, ..record.clone() }),
             JobState::Ended { .. } | JobState::Acknowledged { .. } => None,
         })
     }
 
     /// The controller has the outcome. Nothing changes if the record is of another attempt, or still running.
     pub fn acknowledge(&self, job: &JobId, fencing_token: u64, now: Timestamp) -> Result<(), DurableError> {
-        self.change(job, fencing_token, |state| match state {
-            JobState::Ended { ending, at } => Some(JobState::Acknowledged { ending: ending.clone(), at: *at }),
+        self.change(job, fencing_token, |record| match &record.state {
+            JobState::Ended { ending, at } => {
+                let state = JobState::Acknowledged { ending: ending.clone(), at: *at };
+                Some(JobRecord { state, ..record.clone() })
+            }
             JobState::Running | JobState::Acknowledged { .. } => None,
         })?;
         self.forget_old(now)
@@ -166,14 +183,13 @@ impl Journal {
         &self,
         job: &JobId,
         fencing_token: u64,
-        next: impl FnOnce(&JobState) -> Option<JobState>,
+        next: impl FnOnce(&JobRecord) -> Option<JobRecord>,
     ) -> Result<(), DurableError> {
         let mut records = self.lock();
         let Some(record) = records.get_mut(job).filter(|record| record.fencing_token == fencing_token) else {
             return Ok(());
         };
-        if let Some(state) = next(&record.state) {
-            let changed = JobRecord { state, ..record.clone() };
+        if let Some(changed) = next(record) {
             let written = durable::write(&self.path(job), KIND, &changed);
             // Memory follows even if the disk is full: the outcome still reaches the controller. Should the agent then
             // die, it reports the job as interrupted, which a controller that has the outcome ignores.
@@ -192,7 +208,7 @@ impl Journal {
             .collect();
         for (job, token) in running {
             tracing::warn!(%job, "the agent stopped while this job ran; it is reported as failed");
-            self.end(&job, token, Ending::restarted(), now)?;
+            self.end(&job, token, Ending::restarted(), None, now)?;
         }
         Ok(())
     }
@@ -269,6 +285,7 @@ mod tests {
             subject: "instance orders".into(),
             started_at: Timestamp::UNIX_EPOCH,
             state: JobState::Running,
+            cost: None,
         }
     }
 
@@ -297,16 +314,16 @@ mod tests {
         journal.put(record("job_a")).unwrap();
         journal.acknowledge(&job, 7, at(0)).unwrap();
         assert_eq!(journal.get(&job).unwrap().state, JobState::Running, "what runs cannot be acknowledged");
-        journal.end(&job, 6, Ending::Cancelled, at(1)).unwrap();
+        journal.end(&job, 6, Ending::Cancelled, None, at(1)).unwrap();
         assert_eq!(journal.get(&job).unwrap().state, JobState::Running, "another attempt's end is not this one's");
-        journal.end(&job, 7, Ending::Cancelled, at(1)).unwrap();
+        journal.end(&job, 7, Ending::Cancelled, Some(JobCost::default()), at(1)).unwrap();
         drop(journal);
 
         let journal = Journal::open(folder.path(), at(2)).unwrap();
         assert_eq!(journal.unsettled().len(), 1);
         journal.acknowledge(&job, 7, at(3)).unwrap();
         assert!(journal.unsettled().is_empty());
-        assert!(journal.get(&job).unwrap().outcome().is_some());
+        assert!(journal.get(&job).unwrap().outcome().unwrap().cost.is_some());
         drop(journal);
 
         let week_later = at(2 + 8 * 24 * 3600);

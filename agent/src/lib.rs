@@ -12,7 +12,8 @@
 //! - `limits`: how much of the host all of that may take, and how it makes way for Postgres.
 //! - `jobs`: what is asked of this host, run once and journalled, whoever asks: a controller, or a person at the command line.
 //! - `facts`, `doctor`, `metrics`: what is told. `link`: the stream to the controller. `daemon`: which tasks there are and
-//!   in which order they end. `cli`: arguments in, exit codes out. `memory`: how the allocator treats large buffers.
+//!   in which order they end. `estimate` and `history`: what jobs will take, from what they took. `progress`: how far one is.
+//!   `cli`: arguments in, exit codes out. `memory`: how the allocator treats large buffers.
 //!
 //! `wire` alone names generated protobuf types. The host's two contracts with PostgreSQL are the exit codes of `wal push`
 //! and `wal fetch` ([`wal::client`]).
@@ -26,8 +27,10 @@ pub mod daemon;
 pub mod desired;
 pub mod doctor;
 pub mod durable;
+pub mod estimate;
 pub mod facts;
 pub mod failure;
+pub mod history;
 pub mod identity;
 pub mod jobs;
 pub mod journal;

@@ -29,9 +29,11 @@ use walfleet_repository::ids::BackupId;
 use walfleet_repository::postgres::SystemId;
 
 use crate::backup::manifest_json::{self, ManifestWriter};
+use crate::estimate::{self, Expected, Past, RestoreNeeds};
 use crate::failure::{ExitCode, Failure, Remedy};
+use crate::history;
 use crate::jobs::order::RecoveryTarget;
-use crate::jobs::report::RestoreReport;
+use crate::jobs::report::{PLANNED, RestoreReport};
 use crate::limits::{Allowance, threads};
 use crate::postgres::instance::{self, BinariesError};
 use crate::progress::Progress;
@@ -82,6 +84,10 @@ pub struct RestoreRequest {
     pub bin_dirs: Vec<PathBuf>,
     /// This program, for restore_command.
     pub program: PathBuf,
+    /// This agent's name.
+    pub host: String,
+    /// What jobs of this cluster took.
+    pub past: Vec<Past>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -156,13 +162,15 @@ pub async fn run(
     cancel: &CancellationToken,
 ) -> Result<RestoreReport, RestoreError> {
     progress.enter("plan", 0);
-    let requests_before = request.cluster.repository().store().counters().requests();
     let plan = plan::plan(&request.cluster, &request.target, request.backup.as_ref()).await?;
     let log = request.cluster.log().await?;
     let reader = Arc::new(request.cluster.open_backup(&plan.backup, log.state()).await?);
     let destination = Destination::map(&request.data_dir, &reader.manifest.tablespaces, &request.tablespaces)?;
     let cluster_bytes = reader.manifest.counters.cluster_bytes;
-    let mut report = planned(&request, &plan, cluster_bytes);
+    let needs = RestoreNeeds { cluster_bytes, wal_bytes: plan.wal_bytes() };
+    let past = history::gather(&request.past, Vec::new(), plan.measured.clone());
+    let expected = estimate::restore(&past, needs, &request.host);
+    let mut report = planned(&request, &plan, &reader, expected.as_ref());
     let system_id = plan.backup.reference.wal.system_id;
     let check = || match request.delta {
         true => destination.check_copy(cluster_bytes, system_id),
@@ -182,6 +190,9 @@ pub async fn run(
     let bin_dir = programs(&request, &reader)?;
     tracing::info!(backup = %plan.backup.reference.backup, data_dir = %request.data_dir.display(),
         target = recovery::describe(&plan.target, Some(plan.wal_to)), "restore started");
+    if let Some(expected) = expected {
+        progress.expect(expected);
+    }
     let began = Instant::now();
     progress.enter("restore", cluster_bytes);
     let mode = if reader.manifest.group_access { DirectoryMode::Group } else { DirectoryMode::Owner };
@@ -240,7 +251,8 @@ pub async fn run(
             start::LOG_FILE
         ));
     }
-    report.store_requests = request.cluster.repository().store().counters().requests().saturating_sub(requests_before);
+    report.store_requests = request.cluster.repository().store().counters().requests();
+    report.at_most = false;
     tracing::info!(data_dir = %request.data_dir.display(), state = report.server_state, "restore finished");
     Ok(report)
 }
@@ -260,23 +272,35 @@ async fn remove_rest(
     Ok(())
 }
 
-fn planned(request: &RestoreRequest, plan: &RestorePlan, cluster_bytes: u64) -> RestoreReport {
+fn planned(
+    request: &RestoreRequest,
+    plan: &RestorePlan,
+    reader: &BackupReader,
+    expected: Option<&Expected>,
+) -> RestoreReport {
+    let asked_already = request.cluster.repository().store().counters().requests();
+    let cluster_bytes = reader.manifest.counters.cluster_bytes;
     RestoreReport {
         data_dir: request.data_dir.clone(),
         backup: plan.backup.reference.backup.clone(),
         cluster_bytes,
         fetched_bytes: plan.stored_bytes(),
-        store_requests: plan.store_requests(),
+        // A restore plans as this plan did, and reads the file list twice.
+        store_requests: asked_already + plan.fetch_requests() + 2 * reader.manifest.file_list.len() as u64,
         wal_from_lsn: plan.wal_from,
         wal_to_lsn: plan.wal_to,
         timeline: plan.timeline(),
         reached_lsn: None,
         reached_commit: None,
-        server_state: "planned".to_owned(),
+        server_state: PLANNED.to_owned(),
         connection: None,
         copy_seconds: 0.0,
         replay_seconds: 0.0,
-        estimated_seconds: plan.estimated_seconds(cluster_bytes),
+        estimated_seconds: expected.map(|expected| expected.seconds),
+        estimated_from: expected.map(|expected| expected.basis.clone()),
+        at_most: request.delta,
+        wal_bytes: plan.wal_bytes(),
+        wal_segments: plan.wal_segments(),
         notes: plan.notes.clone(),
     }
 }

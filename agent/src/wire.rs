@@ -7,6 +7,7 @@ mod facts;
 mod job;
 mod link;
 mod outcome;
+mod past;
 
 pub use enrolment::{Enrolled, Enrolment, JoinAsk, Met, who_am_i};
 pub use link::{Attached, attach};

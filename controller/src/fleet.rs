@@ -81,6 +81,20 @@ pub struct Progress {
     pub done_bytes: u64,
     pub total_bytes: u64,
     pub at: Timestamp,
+    /// Of those done, what need not be read.
+    pub spared_bytes: u64,
+    pub bytes_per_second: Option<u64>,
+    pub left_seconds: Option<u64>,
+    pub still_seconds: u64,
+    pub store_requests: u64,
+    pub expected: Option<Expected>,
+}
+
+/// What the agent expects of the whole job, and why.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Expected {
+    pub seconds: f64,
+    pub basis: String,
 }
 
 #[derive(Default)]

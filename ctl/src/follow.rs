@@ -5,7 +5,6 @@
 
 mod bars;
 mod lines;
-mod pace;
 
 use std::time::Duration;
 
@@ -25,6 +24,9 @@ use lines::Lines;
 
 /// Between attempts to find the controller again; doubles up to the second.
 const RECONNECT: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(8));
+
+/// A running job's agent says something every ten seconds at least. What it said last is no estimate any more after this.
+const SILENCE: Duration = Duration::from_secs(30);
 
 #[derive(Args, Debug, Clone, Default)]
 pub struct WaitArgs {
@@ -90,18 +92,25 @@ pub async fn to_the_end(
     let mut updates = Updates { client, id: job.id.clone(), watch: None, pause: RECONNECT.0, lost: false };
     let mut interrupt = std::pin::pin!(tokio::signal::ctrl_c());
     let mut job = job;
+    let mut heard = Instant::now();
     reporter.job(session, &job);
     while !job.state.is_over() {
-        // Dropping `updates.next` loses at most an update: both other arms end the waiting.
+        // Dropping `updates.next` loses at most an update, which the next one replaces.
         tokio::select! {
             update = updates.next() => match update? {
                 Update::Job(now) => {
                     job = *now;
+                    heard = Instant::now();
                     reporter.job(session, &job);
                 }
                 Update::Lost(error) => reporter.note(session, &lost(&error)),
                 Update::Found => reporter.note(session, "the controller is back"),
             },
+            () = tokio::time::sleep_until(heard + SILENCE) => {
+                // An agent tells of a job that stands still; one that says nothing is out of reach.
+                heard = Instant::now();
+                reporter.silence(session, &job);
+            }
             () = past(deadline) => {
                 let why = format!("is not over after {}", seconds(began.elapsed().as_secs_f64()));
                 reporter.finish();
@@ -227,6 +236,19 @@ impl Reporter {
                 }
             }
         }
+    }
+
+    /// Nothing was heard of the job for a while.
+    fn silence(&mut self, session: &mut Session<'_>, job: &Job) {
+        if job.state != JobState::Running {
+            return;
+        }
+        let mut silent = job.clone();
+        if let Some(progress) = &mut silent.progress {
+            (progress.bytes_per_second, progress.left_seconds, progress.still_seconds) = (None, None, None);
+        }
+        silent.reason = Some("its agent has not said for a while how far it is".to_owned());
+        self.job(session, &silent);
     }
 
     fn note(&mut self, session: &mut Session<'_>, text: &str) {

@@ -9,6 +9,7 @@ pub mod backup;
 pub mod change;
 pub mod cluster;
 pub mod context;
+pub mod cost;
 pub mod job;
 pub mod resource;
 pub mod restore;

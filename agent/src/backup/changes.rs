@@ -14,7 +14,7 @@ use std::sync::Arc;
 use futures::stream::{self, StreamExt, TryStreamExt};
 use walfleet_repository::backup::commit::Parent;
 use walfleet_repository::format::changed_blocks::ChangedBlocks;
-use walfleet_repository::format::manifest::Manifest;
+use walfleet_repository::format::manifest::{Manifest, ReadScope};
 use walfleet_repository::ids::ClusterName;
 use walfleet_repository::postgres::{HistoryError, Lsn, Segment, SegmentSize, Timeline, TimelineHistory, WalBranch};
 use walfleet_repository::wal_archive::{ArchiveError, WalArchive};
@@ -74,35 +74,78 @@ pub struct Beginning<'a> {
     pub cluster: &'a ClusterName,
 }
 
-/// What a backup may take from its parent unread; `None`, with the reason in the log: nothing.
-pub async fn known(parent: &Parent, now: &Beginning<'_>, blocks_per_segment: u32) -> Option<Known> {
+impl Unproven {
+    fn scope(&self) -> ReadScope {
+        match self {
+            Unproven::OtherSystem | Unproven::Checksums | Unproven::ParentAhead { .. } | Unproven::OtherHistory(_) => {
+                ReadScope::AllOtherHistory
+            }
+            Unproven::Foreign { .. }
+            | Unproven::Segment(_)
+            | Unproven::Branch(_)
+            | Unproven::Archive(_)
+            | Unproven::Read { .. }
+            | Unproven::Wal { .. }
+            | Unproven::History { .. } => ReadScope::AllWalNotKnown,
+        }
+    }
+}
+
+/// What a backup takes from its parent unread, and why nothing, if nothing.
+pub struct Reading {
+    /// `None`: everything is read.
+    pub known: Option<Known>,
+    pub scope: ReadScope,
+    /// Why everything is read, in words.
+    pub because: Option<String>,
+}
+
+impl Reading {
+    /// There is no parent.
+    pub fn first() -> Reading {
+        Reading::all(ReadScope::AllFirst, None)
+    }
+
+    fn all(scope: ReadScope, because: Option<String>) -> Reading {
+        let because = because.or_else(|| scope.read_all_because().map(str::to_owned));
+        Reading { known: None, scope, because }
+    }
+}
+
+/// What a backup may take from its parent unread, or why that is nothing.
+pub async fn reading(parent: &Parent, now: &Beginning<'_>, blocks_per_segment: u32) -> Reading {
     let (manifest, reference) = (&parent.reader.manifest, &parent.backup.reference);
-    if reference.cluster != *now.cluster {
-        tracing::info!(parent = %reference.backup, of = %reference.cluster, "everything is read: the parent is a backup of the cluster that this one is a copy of");
-        return None;
-    }
     let named: usize = manifest.damaged_pages.iter().map(|damaged| damaged.blocks.len()).sum();
-    if reference.damaged_page_count > named as u64 {
-        tracing::info!(parent = %reference.backup, "everything is read: the parent found more damaged pages than it names");
-        return None;
-    }
-    match since(manifest, now).await {
-        Ok(changed) => {
-            tracing::info!(parent = %reference.backup, pages = changed.block_count(), "only what changed is read");
-            let since = Since { changed: Arc::new(changed), block_bytes: manifest.block_bytes, blocks_per_segment };
-            let distrusted = manifest.damaged_pages.iter().map(|damaged| damaged.path.clone().into_bytes()).collect();
-            let proof = Proof {
-                since_us: if now.read_all { i64::MIN } else { manifest.started_at_us },
-                until_us: jiff::Timestamp::now().as_microsecond(),
-                compares: now.data_checksums && manifest.member == now.member,
-            };
-            Some(Known { since, distrusted, proof })
+    let reading = if reference.cluster != *now.cluster {
+        Reading::all(ReadScope::AllCopy, None)
+    } else if reference.damaged_page_count > named as u64 {
+        Reading::all(ReadScope::AllDamage, None)
+    } else {
+        match since(manifest, now).await {
+            Ok(changed) => {
+                tracing::info!(parent = %reference.backup, pages = changed.block_count(), "only what changed is read");
+                let since = Since { changed: Arc::new(changed), block_bytes: manifest.block_bytes, blocks_per_segment };
+                let distrusted = manifest.damaged_pages.iter();
+                let proof = Proof {
+                    since_us: if now.read_all { i64::MIN } else { manifest.started_at_us },
+                    until_us: jiff::Timestamp::now().as_microsecond(),
+                    compares: now.data_checksums && manifest.member == now.member,
+                };
+                let known = Known {
+                    since,
+                    distrusted: distrusted.map(|damaged| damaged.path.clone().into_bytes()).collect(),
+                    proof,
+                };
+                let scope = if now.read_all { ReadScope::AllAsked } else { ReadScope::Changes };
+                Reading { known: Some(known), ..Reading::all(scope, None) }
+            }
+            Err(reason) => Reading::all(reason.scope(), Some(reason.to_string())),
         }
-        Err(reason) => {
-            tracing::info!(parent = %reference.backup, "everything is read: {reason}");
-            None
-        }
+    };
+    if let (None, Some(because)) = (&reading.known, &reading.because) {
+        tracing::info!(parent = %reference.backup, "everything is read: {because}");
     }
+    reading
 }
 
 /// The pages that any WAL between the parent's start and this backup's changes.

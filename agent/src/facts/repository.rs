@@ -214,5 +214,6 @@ fn summary_of(reference: &ReferencePart, state: BackupState) -> BackupReport {
         state,
         store_requests: reference.counters.store_requests,
         unexplained_slots: reference.counters.unexplained_slots,
+        read_all_because: reference.counters.read_scope.read_all_because().map(str::to_owned),
     }
 }

@@ -20,6 +20,8 @@ impl Claim {
                 format!("restore into {}", folder.display())
             }
             WorkOrder::Verify(_) => format!("verification of {}", order.cluster),
+            // It only looks: any number may run, beside anything.
+            WorkOrder::BackupPlan(_) => format!("{}: backup plan of {}", order.job, order.cluster),
         })
     }
 
@@ -90,6 +92,7 @@ mod tests {
             fencing_token,
             cluster: "orders".parse().unwrap(),
             traceparent: None,
+            past: Vec::new(),
             work: WorkOrder::Verify(VerifyOrder { repository: "main".into(), backup: None, deep: false }),
         }
     }
@@ -104,6 +107,7 @@ mod tests {
             subject: "verification of orders".into(),
             started_at: Timestamp::UNIX_EPOCH,
             state,
+            cost: None,
         }
     }
 

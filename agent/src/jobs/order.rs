@@ -11,8 +11,10 @@ use walfleet_repository::ids::{BackupId, ClusterName, JobId};
 use walfleet_repository::postgres::{Lsn, Timeline};
 use walfleet_repository::recovery_window::{BranchName, BranchNameError};
 
+use crate::estimate::Past;
+
 /// One attempt of one job. Re-delivery of the same changes nothing.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Debug)]
 pub struct JobOrder {
     pub job: JobId,
     /// From 1.
@@ -22,13 +24,15 @@ pub struct JobOrder {
     pub cluster: ClusterName,
     /// W3C trace context of the call that made the job.
     pub traceparent: Option<String>,
+    /// What others say that jobs of this cluster took, newest first.
+    pub past: Vec<Past>,
     pub work: WorkOrder,
 }
 
 impl JobOrder {
     /// Given at the host itself, where nothing can come before it.
     pub fn of_a_person(job: JobId, cluster: ClusterName, work: WorkOrder) -> JobOrder {
-        JobOrder { job, attempt: 1, fencing_token: 0, cluster, traceparent: None, work }
+        JobOrder { job, attempt: 1, fencing_token: 0, cluster, traceparent: None, past: Vec::new(), work }
     }
 }
 
@@ -37,6 +41,7 @@ pub enum WorkOrder {
     Backup(BackupOrder),
     Restore(RestoreOrder),
     Verify(VerifyOrder),
+    BackupPlan(BackupPlanOrder),
 }
 
 impl WorkOrder {
@@ -45,6 +50,7 @@ impl WorkOrder {
             WorkOrder::Backup(_) => WorkKind::Backup,
             WorkOrder::Restore(_) => WorkKind::Restore,
             WorkOrder::Verify(_) => WorkKind::Verify,
+            WorkOrder::BackupPlan(_) => WorkKind::BackupPlan,
         }
     }
 }
@@ -55,16 +61,18 @@ pub enum WorkKind {
     Backup,
     Restore,
     Verify,
+    BackupPlan,
 }
 
 impl WorkKind {
-    pub const ALL: [WorkKind; 3] = [WorkKind::Backup, WorkKind::Restore, WorkKind::Verify];
+    pub const ALL: [WorkKind; 4] = [WorkKind::Backup, WorkKind::Restore, WorkKind::Verify, WorkKind::BackupPlan];
 
     pub fn name(self) -> &'static str {
         match self {
             WorkKind::Backup => "backup",
             WorkKind::Restore => "restore",
             WorkKind::Verify => "verify",
+            WorkKind::BackupPlan => "backup_plan",
         }
     }
 }
@@ -121,6 +129,14 @@ pub struct VerifyOrder {
     pub backup: Option<BackupId>,
     /// Decrypt, decompress and check chunk ids, beyond comparing hashes of stored bytes.
     pub deep: bool,
+}
+
+/// What a backup would cost. Nothing is read of the server's files, nothing is written.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct BackupPlanOrder {
+    /// The repository's name in the desired state.
+    pub repository: String,
+    pub read_all: bool,
 }
 
 /// Where recovery is to stop, and what Postgres does there.

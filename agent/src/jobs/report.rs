@@ -15,6 +15,7 @@ pub enum Report {
     Backup(BackupReport),
     Restore(RestoreReport),
     Verify(VerifyReport),
+    BackupPlan(BackupPlanReport),
 }
 
 impl Report {
@@ -23,6 +24,7 @@ impl Report {
             Report::Backup(_) => WorkKind::Backup,
             Report::Restore(_) => WorkKind::Restore,
             Report::Verify(_) => WorkKind::Verify,
+            Report::BackupPlan(_) => WorkKind::BackupPlan,
         }
     }
 }
@@ -55,6 +57,16 @@ pub struct BackupReport {
     /// Slots that were other than the parent's though no WAL says so.
     #[serde(default)]
     pub unexplained_slots: u64,
+    /// Why everything was read; `None`: only what the WAL says has changed.
+    #[serde(default)]
+    pub read_all_because: Option<String>,
+}
+
+impl BackupReport {
+    /// Of the cluster's bytes, those that the backup knew without reading them.
+    pub fn spared_bytes(&self) -> u64 {
+        self.cluster_bytes.saturating_sub(self.read_bytes)
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -93,9 +105,45 @@ pub struct RestoreReport {
     pub connection: Option<String>,
     pub copy_seconds: f64,
     pub replay_seconds: f64,
-    /// What restoring will cost, when only planned.
-    pub estimated_seconds: f64,
+    /// What it was expected to take; `None`: nothing is known that it could be told from.
+    pub estimated_seconds: Option<f64>,
+    /// What that was made of, for people.
+    #[serde(default)]
+    pub estimated_from: Option<String>,
+    /// Of a plan: bytes to fetch, requests and time are what it takes at most, since what is right already is kept.
+    #[serde(default)]
+    pub at_most: bool,
+    /// That replay reads.
+    #[serde(default)]
+    pub wal_bytes: u64,
+    #[serde(default)]
+    pub wal_segments: u64,
     /// Settings changed and things to know, one a line.
+    pub notes: Vec<String>,
+}
+
+/// Of [`RestoreReport::server_state`].
+pub const PLANNED: &str = "planned";
+
+impl RestoreReport {
+    pub fn is_planned(&self) -> bool {
+        self.server_state == PLANNED
+    }
+}
+
+/// What a backup is expected to cost; of what nothing is known there is no figure.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct BackupPlanReport {
+    /// Of the cluster now.
+    pub cluster_bytes: u64,
+    pub read_bytes: Option<u64>,
+    pub stored_bytes: Option<u64>,
+    pub store_requests: Option<u64>,
+    pub estimated_seconds: Option<f64>,
+    /// What the figures were made of, for people.
+    pub estimated_from: Option<String>,
+    /// Why everything would be read, as far as that is known beforehand.
+    pub read_all_because: Option<String>,
     pub notes: Vec<String>,
 }
 
@@ -154,6 +202,7 @@ mod tests {
             state: BackupState::Committed,
             store_requests: 1,
             unexplained_slots: 0,
+            read_all_because: Some("it was asked for".into()),
         });
         let text = serde_json::to_string(&report).unwrap();
         for part in

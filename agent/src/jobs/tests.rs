@@ -78,6 +78,7 @@ fn order(job: &str, fencing_token: u64, cluster: &str) -> JobOrder {
         fencing_token,
         cluster: cluster.parse().unwrap(),
         traceparent: None,
+        past: Vec::new(),
         work: WorkOrder::Backup(BackupOrder {
             repository: "main".into(),
             run: job.into(),

@@ -8,16 +8,20 @@ use std::time::Duration;
 use async_trait::async_trait;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
+use walfleet_repository::cluster::ClusterError;
 use walfleet_repository::verify::{Depth, VerifyError, VerifySpec, verify};
 
 use super::Work;
-use super::order::{BackupOrder, Checkpoint, JobOrder, RestoreOrder, VerifyOrder, WorkOrder};
+use super::order::{BackupOrder, BackupPlanOrder, Checkpoint, JobOrder, RestoreOrder, VerifyOrder, WorkOrder};
 use super::report::{Report, VerifyFinding, VerifyReport};
 use crate::access::{Access, AccessError, ClusterAccess, InstanceAccess, cluster_failure};
 use crate::archiving::Archiving;
+use crate::backup::plan::BackupPlanRequest;
 use crate::backup::{self, BackupRequest};
 use crate::config::Config;
+use crate::estimate::Past;
 use crate::failure::{ExitCode, Failure, Remedy};
+use crate::history::{self, History};
 use crate::limits::HostLimits;
 use crate::limits::threads::{self, BulkThreads};
 use crate::limits::yielding;
@@ -40,6 +44,7 @@ pub struct HostWork {
     threads: Arc<BulkThreads>,
     /// As it was started: a package upgrade replaces the file under the running agent.
     program: PathBuf,
+    history: History,
 }
 
 impl HostWork {
@@ -52,7 +57,8 @@ impl HostWork {
     ) -> std::io::Result<HostWork> {
         let threads = Arc::new(BulkThreads::new(&limits)?);
         let program = std::env::current_exe().unwrap_or_else(|_| PathBuf::from("walfleet-agent"));
-        Ok(HostWork { config, access, archiving, limits, threads, program })
+        let history = History::new(&config.state_dir);
+        Ok(HostWork { config, access, archiving, limits, threads, program, history })
     }
 
     fn access(&self) -> Result<Arc<Access>, Failure> {
@@ -67,6 +73,55 @@ impl HostWork {
         let access = self.access.borrow();
         let clusters = access.iter().flat_map(|access| access.clusters.values());
         clusters.filter_map(|cluster| Some(cluster.instance.as_ref()?.data_dir.clone())).collect()
+    }
+
+    /// What jobs of the cluster took, as the controller says and as this host remembers.
+    async fn past(&self, job: &JobOrder) -> Vec<Past> {
+        let (history, cluster) = (self.history.clone(), job.cluster.clone());
+        let kept = tokio::task::spawn_blocking(move || history.of(&cluster)).await.unwrap_or_default();
+        history::gather(&job.past, kept, Vec::new())
+    }
+
+    async fn remember(&self, job: &JobOrder, report: &Report, progress: &Progress) {
+        let Ok(access) = self.access() else { return };
+        let delta = matches!(&job.work, WorkOrder::Restore(restore) if restore.delta);
+        let Some(past) = history::past_of(report, &progress.cost(), &access.member, delta) else { return };
+        let (history, cluster) = (self.history.clone(), job.cluster.clone());
+        // Lost with the process at worst, as any history of this host.
+        let _ = tokio::task::spawn_blocking(move || history.add(&cluster, past)).await;
+    }
+
+    async fn backup_plan(
+        &self,
+        job: &JobOrder,
+        order: &BackupPlanOrder,
+        progress: &Progress,
+        cancel: &CancellationToken,
+    ) -> Result<Report, Failure> {
+        let access = self.access()?;
+        let cluster = known(&access, job, &order.repository)?;
+        let instance = cluster.instance.as_ref().ok_or_else(|| no_instance(cluster))?;
+        progress.enter("plan", 0);
+        let opened = match access.open(&cluster.repository, cluster.name.clone()).await {
+            Err(AccessError::Cluster(ClusterError::Unknown(_))) => None,
+            opened => Some(opened?),
+        };
+        if let Some(open) = &opened {
+            progress.count(open.repository().store());
+        }
+        let request = BackupPlanRequest {
+            cluster: opened,
+            connection: connection(instance.clone()).await?,
+            read_all: order.read_all,
+            host: access.member.clone(),
+            past: self.past(job).await,
+        };
+        let planned = tokio::select! {
+            // It only reads.
+            () = cancel.cancelled() => return Err(Failure::cancelled()),
+            planned = backup::plan::plan(request) => planned?,
+        };
+        Ok(Report::BackupPlan(planned))
     }
 
     async fn backup(
@@ -104,7 +159,9 @@ impl HostWork {
             allowance,
             shipper: shipper.map_err(archiving)?,
             wal_wait: WAL_WAIT,
+            past: self.past(job).await,
         };
+        progress.count(request.cluster.repository().store());
         Ok(Report::Backup(backup::run(request, progress, cancel).await?))
     }
 
@@ -143,7 +200,10 @@ impl HostWork {
             normal: self.threads.normal().clone(),
             bin_dirs: self.config.postgres.bin_dirs.clone(),
             program: self.program.clone(),
+            host: access.member.clone(),
+            past: self.past(job).await,
         };
+        progress.count(request.cluster.repository().store());
         Ok(Report::Restore(restore::run(request, progress, cancel).await?))
     }
 
@@ -160,6 +220,7 @@ impl HostWork {
         let open = access.open(&cluster.repository, cluster.name.clone()).await?.paced(Arc::new(allowance.clone()));
         let depth = if order.deep { Depth::Content } else { Depth::Stored };
         let spec = VerifySpec { backup: order.backup.clone(), depth };
+        progress.count(open.repository().store());
         progress.enter("verify", 0);
         let report = verify(&open, &spec, |bytes| progress.add(bytes), cancel).await.map_err(verify_failure)?;
         Ok(Report::Verify(VerifyReport {
@@ -184,11 +245,14 @@ impl Work for HostWork {
     async fn run(&self, order: JobOrder, progress: Progress, cancel: CancellationToken) -> Result<Report, Failure> {
         let work = self.clone();
         let doing = async move {
-            match &order.work {
+            let report = match &order.work {
                 WorkOrder::Backup(backup) => work.backup(&order, backup, &progress, &cancel).await,
                 WorkOrder::Restore(restore) => work.restore(&order, restore, &progress, &cancel).await,
                 WorkOrder::Verify(verify) => work.verify(&order, verify, &progress, &cancel).await,
-            }
+                WorkOrder::BackupPlan(plan) => work.backup_plan(&order, plan, &progress, &cancel).await,
+            }?;
+            work.remember(&order, &report, &progress).await;
+            Ok::<Report, Failure>(report)
         };
         tokio::select! {
             result = self.threads.run(doing) => result,

@@ -214,6 +214,7 @@ fn offer(job: &str, cluster: &str, fencing_token: u64) -> ToAgent {
         fencing_token,
         cluster: cluster.into(),
         traceparent: String::new(),
+        past: Vec::new(),
         work: Some(job::job_order::Work::Verify(job::VerifyOrder {
             repository: "main".into(),
             backup: String::new(),

@@ -16,14 +16,10 @@ use walfleet_repository::recovery_window::{
 use walfleet_repository::wal_archive::ArchiveError;
 use walfleet_repository::wal_catalog;
 
+use crate::estimate::Past;
 use crate::failure::{ExitCode, Remedy};
+use crate::history;
 use crate::jobs::order::{RecoveryTarget, TargetAction, TargetPoint, TargetTimeline};
-
-/// What a restore moves in a second where nothing is known yet: writing to one disk, measured (docs/performance.md).
-const ASSUMED_BYTES_PER_SECOND: f64 = 400e6;
-
-/// Replay of WAL in a second, as above.
-const ASSUMED_REPLAY_PER_SECOND: f64 = 80e6;
 
 #[derive(Debug, thiserror::Error)]
 pub enum PlanError {
@@ -107,6 +103,8 @@ pub struct RestorePlan {
     pub wal_to: Lsn,
     pub ends: PlanEnd,
     pub notes: Vec<String>,
+    /// What the cluster's backups took, as the repository tells.
+    pub measured: Vec<Past>,
 }
 
 impl RestorePlan {
@@ -119,20 +117,27 @@ impl RestorePlan {
         self.packs().map(|pack| pack.used_bytes).sum()
     }
 
-    /// Requests that a restore makes, roughly: a pack is read in ranges of 8 MiB.
-    pub fn store_requests(&self) -> u64 {
-        let packs: u64 = self.packs().map(|pack| pack.used_bytes.div_ceil(8 << 20)).sum();
-        let segment = u64::from(self.backup.reference.segment_size.bytes());
-        packs + self.wal_to.saturating_sub(self.wal_from).div_ceil(segment)
+    /// Requests that fetching takes, roughly: a pack is read in ranges of 8 MiB.
+    pub fn fetch_requests(&self) -> u64 {
+        self.packs().map(|pack| pack.used_bytes.div_ceil(8 << 20)).sum()
+    }
+
+    /// Bytes of WAL that replay reads, of records, before compression.
+    pub fn wal_bytes(&self) -> u64 {
+        self.wal_to.saturating_sub(self.wal_from)
+    }
+
+    /// And in how many segments they lie.
+    pub fn wal_segments(&self) -> u64 {
+        let size = u64::from(self.backup.reference.segment_size.bytes());
+        match self.wal_bytes() {
+            0 => 0,
+            _ => (self.wal_to.0 - 1) / size - self.wal_from.0 / size + 1,
+        }
     }
 
     fn packs(&self) -> impl Iterator<Item = &walfleet_repository::format::reference::PackUse> {
         self.backup.reference.sessions.iter().flat_map(|session| &session.packs)
-    }
-
-    pub fn estimated_seconds(&self, cluster_bytes: u64) -> f64 {
-        let replay = self.wal_to.saturating_sub(self.wal_from) as f64 / ASSUMED_REPLAY_PER_SECOND;
-        cluster_bytes as f64 / ASSUMED_BYTES_PER_SECOND + replay
     }
 }
 
@@ -175,9 +180,10 @@ pub async fn plan(
         }
         _ => choice,
     };
+    let measured = backups.iter().filter_map(|backup| history::past_of_stored(&backup.reference)).collect();
     let chosen = backups.into_iter().find(|backup| backup.reference.backup == choice.backup);
     let chosen = chosen.ok_or_else(|| PlanError::Vanished(choice.backup.clone()))?;
-    Ok(finish(target, choice, chosen, notes))
+    Ok(RestorePlan { measured, ..finish(target, choice, chosen, notes) })
 }
 
 /// Transactions end in another order than that of their numbers, and the archive's index has no numbers.
@@ -224,7 +230,8 @@ fn finish(target: &RecoveryTarget, choice: Choice, backup: CommittedBackup, mut 
             backup.reference.damaged_page_count
         ));
     }
-    RestorePlan { wal_from: choice.from, wal_to: choice.to, backup, chain, target, ends, notes }
+    let measured = Vec::new();
+    RestorePlan { wal_from: choice.from, wal_to: choice.to, backup, chain, target, ends, notes, measured }
 }
 
 fn timeline(timeline: TargetTimeline) -> TimelineChoice {

@@ -9,15 +9,19 @@ use walfleet_proto::recovery::v1 as recovery;
 
 use super::{Reader, WireError};
 use crate::jobs::order::{
-    BackupOrder, Checkpoint, JobOrder, RecoveryTarget, RestoreOrder, TargetAction, TargetPoint, TargetTimeline,
-    VerifyOrder, WorkOrder,
+    BackupOrder, BackupPlanOrder, Checkpoint, JobOrder, RecoveryTarget, RestoreOrder, TargetAction, TargetPoint,
+    TargetTimeline, VerifyOrder, WorkOrder,
 };
 
 const ORDER: Reader = Reader { message: "job order" };
 const BACKUP: Reader = Reader { message: "backup order" };
 const RESTORE: Reader = Reader { message: "restore order" };
 const VERIFY: Reader = Reader { message: "verify order" };
+const BACKUP_PLAN: Reader = Reader { message: "backup plan order" };
 const TARGET: Reader = Reader { message: "recovery target" };
+
+/// Past jobs believed of one order: the contract's number.
+const MOST_PAST: usize = 32;
 
 pub(super) fn order(order: proto::JobOrder) -> Result<JobOrder, WireError> {
     let work = match order.work.ok_or(ORDER.missing("work"))? {
@@ -27,6 +31,10 @@ pub(super) fn order(order: proto::JobOrder) -> Result<JobOrder, WireError> {
             repository: VERIFY.text("repository", verify.repository)?,
             backup: VERIFY.parse_optional("backup", &verify.backup)?,
             deep: verify.deep,
+        }),
+        proto::job_order::Work::BackupPlan(plan) => WorkOrder::BackupPlan(BackupPlanOrder {
+            repository: BACKUP_PLAN.text("repository", plan.repository)?,
+            read_all: plan.read_all,
         }),
     };
     if order.attempt == 0 {
@@ -38,6 +46,7 @@ pub(super) fn order(order: proto::JobOrder) -> Result<JobOrder, WireError> {
         fencing_token: order.fencing_token,
         cluster: ORDER.parse("cluster", &order.cluster)?,
         traceparent: Some(order.traceparent).filter(|context| !context.is_empty()),
+        past: order.past.into_iter().take(MOST_PAST).filter_map(super::past::past).collect(),
         work,
     })
 }
@@ -132,6 +141,7 @@ mod tests {
             fencing_token: 1,
             cluster: "orders".into(),
             traceparent: String::new(),
+            past: Vec::new(),
             work: Some(proto::job_order::Work::Restore(restore)),
         })
     }

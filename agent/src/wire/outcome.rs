@@ -4,9 +4,9 @@ use walfleet_proto::agent::v1 as agent;
 use walfleet_proto::job::v1 as proto;
 use walfleet_proto::recovery::v1 as recovery;
 
-use super::{path_text, text_of};
+use super::{past, path_text, text_of};
 use crate::jobs::RunningJob;
-use crate::jobs::report::{BackupReport, Report, RestoreReport, VerifyReport};
+use crate::jobs::report::{BackupPlanReport, BackupReport, Report, RestoreReport, VerifyReport};
 use crate::journal::{Ending, JobOutcome, JobRecord};
 
 pub(super) fn journal_entry(record: &JobRecord) -> agent::JournalEntry {
@@ -36,6 +36,15 @@ pub(super) fn progress(running: &RunningJob, at: jiff::Timestamp) -> proto::JobP
         done_bytes: running.progress.done_bytes,
         total_bytes: running.progress.total_bytes,
         at_us: at.as_microsecond(),
+        spared_bytes: running.progress.spared_bytes,
+        bytes_per_second: running.progress.bytes_per_second,
+        left_seconds: running.progress.left_seconds,
+        still_seconds: running.progress.still_seconds,
+        store_requests: running.progress.store_requests,
+        expected: running
+            .expected
+            .as_ref()
+            .map(|expected| proto::Expected { seconds: expected.seconds, basis: expected.basis.clone() }),
     }
 }
 
@@ -46,6 +55,7 @@ pub(super) fn outcome(outcome: &JobOutcome) -> proto::JobOutcome {
         fencing_token: outcome.fencing_token,
         started_at_us: outcome.started_at.as_microsecond(),
         finished_at_us: outcome.finished_at.as_microsecond(),
+        cost: outcome.cost.as_ref().map(past::cost),
         ..Default::default()
     };
     match &outcome.ending {
@@ -75,6 +85,7 @@ fn report(report: &Report) -> proto::job_outcome::Report {
         Report::Backup(backup) => proto::job_outcome::Report::Backup(backup_summary(backup)),
         Report::Restore(restore) => proto::job_outcome::Report::Restore(restore_report(restore)),
         Report::Verify(verify) => proto::job_outcome::Report::Verify(verify_report(verify)),
+        Report::BackupPlan(plan) => proto::job_outcome::Report::BackupPlan(backup_plan_report(plan)),
     }
 }
 
@@ -99,6 +110,7 @@ pub(super) fn backup_summary(backup: &BackupReport) -> recovery::BackupSummary {
         state: backup.state.name().to_owned(),
         store_requests: backup.store_requests,
         unexplained_slots: backup.unexplained_slots,
+        read_all_because: backup.read_all_because.clone().unwrap_or_default(),
     }
 }
 
@@ -118,8 +130,25 @@ fn restore_report(restore: &RestoreReport) -> proto::RestoreReport {
         connection: restore.connection.clone().unwrap_or_default(),
         copy_seconds: restore.copy_seconds,
         replay_seconds: restore.replay_seconds,
-        estimated_seconds: restore.estimated_seconds,
+        estimated_seconds: restore.estimated_seconds.unwrap_or_default(),
         notes: restore.notes.clone(),
+        wal_bytes: restore.wal_bytes,
+        wal_segments: restore.wal_segments,
+        estimated_from: restore.estimated_from.clone().unwrap_or_default(),
+        at_most: restore.at_most,
+    }
+}
+
+fn backup_plan_report(plan: &BackupPlanReport) -> proto::BackupPlanReport {
+    proto::BackupPlanReport {
+        cluster_bytes: plan.cluster_bytes,
+        read_bytes: plan.read_bytes,
+        stored_bytes: plan.stored_bytes,
+        store_requests: plan.store_requests,
+        seconds: plan.estimated_seconds,
+        basis: plan.estimated_from.clone().unwrap_or_default(),
+        read_all_because: plan.read_all_because.clone().unwrap_or_default(),
+        notes: plan.notes.clone(),
     }
 }
 

@@ -18,6 +18,7 @@ use super::{Api, now};
 use crate::fleet::link::{self, LinkEnd};
 use crate::fleet::{LinkId, ToAgent};
 use crate::identity::{PeerIdentity, Role, peer};
+use crate::jobs::store::HISTORY;
 use crate::jobs::{Event, FencingToken, JobStoreError};
 use crate::wire::agent::{self as wire, Answer, FromAgent, JournalEntry, PROTOCOL_VERSION, Welcome};
 use crate::wire::desired::desired_out;
@@ -86,7 +87,7 @@ impl Api {
         self.send(out, wire::welcome_out(welcome)).await?;
         // Before the agent can be offered anything: what it brings decides what it has.
         for said in self.settle_journal(agent, journal).await.map_err(of_job)? {
-            self.send(out, wire::to_agent(said)).await?;
+            self.say(out, said).await?;
         }
         let (link, end) = link::pair();
         tracing::info!(agent, version = hello.version, hostname = hello.hostname, "an agent attached");
@@ -125,7 +126,7 @@ impl Api {
                     deadline = tokio::time::Instant::now() + lost_after;
                     self.hear(agent, end.id, message, out).await?;
                 }
-                Some(said) = end.queue.recv() => self.send(out, wire::to_agent(said)).await?,
+                Some(said) = end.queue.recv() => self.say(out, said).await?,
                 Ok(()) = end.desired.changed() => {
                     let spec = end.desired.borrow_and_update().clone();
                     if let Some(spec) = spec {
@@ -134,6 +135,16 @@ impl Api {
                 }
             }
         }
+    }
+
+    /// An offer goes out with what jobs of its cluster took; without, if that cannot be read: an estimate is worth no
+    /// delay.
+    async fn say(&self, out: &mpsc::Sender<ToStream>, said: ToAgent) -> Result<(), Status> {
+        let past = match &said {
+            ToAgent::Offer(job) => self.reconciler.jobs.done(Some(&job.cluster), HISTORY).await.unwrap_or_default(),
+            _ => Vec::new(),
+        };
+        self.send(out, wire::to_agent(said, &past)).await
     }
 
     /// Waits for the agent to read, but not for ever.
@@ -165,7 +176,7 @@ impl Api {
         match message {
             FromAgent::Heartbeat { at_us, running } => {
                 fleet.running(agent, running);
-                self.send(out, wire::to_agent(ToAgent::HeartbeatSeen { at_us })).await
+                self.say(out, ToAgent::HeartbeatSeen { at_us }).await
             }
             FromAgent::Facts(facts) => {
                 fleet.observe(agent, facts);
@@ -186,7 +197,7 @@ impl Api {
             FromAgent::Outcome { job, token, outcome } => {
                 self.apply(agent, &job, token, Event::Ended { token, outcome: *outcome }).await.map_err(of_job)?;
                 // Durable, or of no standing: the agent may forget it either way.
-                self.send(out, wire::to_agent(ToAgent::OutcomeReceived { job, token })).await
+                self.say(out, ToAgent::OutcomeReceived { job, token }).await
             }
         }
     }

@@ -14,7 +14,7 @@ use super::{Api, now, watch};
 use crate::fleet::clusters::ClusterSeen;
 use crate::fleet::{Fleet, InstanceRole};
 use crate::identity::{PeerIdentity, peer};
-use crate::jobs::work::{BackupWork, VerifyWork, Work};
+use crate::jobs::work::{BackupPlanWork, BackupWork, VerifyWork, Work};
 use crate::jobs::{Event, Job, JobKind, NewJob, Refusal, dispatch};
 use crate::reconcile::Picture;
 use crate::reconcile::schedules::backup_work;
@@ -41,23 +41,7 @@ impl Api {
         let assembly = picture.assemble();
         let cluster = find(&assembly, &wanted.cluster)?;
         let work = backup_work(cluster).ok_or_else(|| no_repository(cluster))?;
-        let on = match wanted.agent.as_str() {
-            "" => {
-                any_ready(&self.reconciler.fleet, &picture, cluster, JobKind::Backup)?;
-                None
-            }
-            agent => {
-                let member = cluster.members.iter().find(|member| member.agent == agent);
-                let member = member.ok_or_else(|| not_a_member(agent, cluster))?;
-                if member.instance.role == InstanceRole::Down {
-                    return Err(Status::failed_precondition(format!(
-                        "the server of {agent} does not answer\nHINT: `walfleet agent show {agent}` says what is wrong."
-                    )));
-                }
-                ready(&self.reconciler.fleet, &picture, agent, JobKind::Backup)?;
-                Some(agent.to_owned())
-            }
-        };
+        let on = self.member(&picture, cluster, &wanted.agent, JobKind::Backup)?;
         self.create(NewJob {
             cluster: cluster.name.clone(),
             work: Work::Backup(BackupWork {
@@ -71,6 +55,52 @@ impl Api {
             idempotency_key: Some(wanted.idempotency_key).filter(|key| !key.is_empty()),
             traceparent: telemetry::current_traceparent(),
             retries: cluster.policy.map_or(0, |policy| policy.backup.retries),
+        })
+        .await
+    }
+
+    /// The member that is to do what needs a server; `None`: any.
+    fn member(
+        &self,
+        picture: &Picture,
+        cluster: &ClusterSeen<'_>,
+        agent: &str,
+        kind: JobKind,
+    ) -> Result<Option<String>, Status> {
+        if agent.is_empty() {
+            any_ready(&self.reconciler.fleet, picture, cluster, kind)?;
+            return Ok(None);
+        }
+        let member = cluster.members.iter().find(|member| member.agent == agent);
+        let member = member.ok_or_else(|| not_a_member(agent, cluster))?;
+        if member.instance.role == InstanceRole::Down {
+            return Err(Status::failed_precondition(format!(
+                "the server of {agent} does not answer\nHINT: `walfleet agent show {agent}` says what is wrong."
+            )));
+        }
+        ready(&self.reconciler.fleet, picture, agent, kind)?;
+        Ok(Some(agent.to_owned()))
+    }
+
+    async fn start_backup_plan_job(
+        &self,
+        peer: &PeerIdentity,
+        wanted: pb::StartBackupPlanRequest,
+    ) -> Result<Job, Status> {
+        let picture = self.picture().await?;
+        let assembly = picture.assemble();
+        let cluster = find(&assembly, &wanted.cluster)?;
+        let repository = cluster.repository.ok_or_else(|| no_repository(cluster))?.to_owned();
+        let on = self.member(&picture, cluster, &wanted.agent, JobKind::BackupPlan)?;
+        self.create(NewJob {
+            cluster: cluster.name.clone(),
+            work: Work::BackupPlan(BackupPlanWork { repository, read_all: wanted.read_all }),
+            on,
+            requested_by: peer.name.to_string(),
+            run: None,
+            idempotency_key: Some(wanted.idempotency_key).filter(|key| !key.is_empty()),
+            traceparent: telemetry::current_traceparent(),
+            retries: 0,
         })
         .await
     }
@@ -196,7 +226,9 @@ fn ready(fleet: &Fleet, picture: &Picture, agent: &str, kind: JobKind) -> Result
 /// Whether any member could. Otherwise the reason is each one's.
 fn any_ready(fleet: &Fleet, picture: &Picture, cluster: &ClusterSeen<'_>, kind: JobKind) -> Result<(), Status> {
     let candidates = match kind {
-        JobKind::Backup => dispatch::backup_order(cluster).map_err(Status::failed_precondition)?,
+        JobKind::Backup | JobKind::BackupPlan => {
+            dispatch::backup_order(cluster).map_err(Status::failed_precondition)?
+        }
         JobKind::Restore | JobKind::Verify => cluster.members.iter().map(|member| member.agent).collect(),
     };
     if candidates.is_empty() {
@@ -253,6 +285,18 @@ impl Jobs for Api {
         let object = format!("cluster {}", wanted.cluster);
         let started = self.start_verify_job(&peer, wanted).await;
         let job = self.audited(&peer, "Jobs.StartVerify", &object, started).await?;
+        Ok(Response::new(pb::StartJobReply { job: Some(self.job_view(&job)) }))
+    }
+
+    async fn start_backup_plan(
+        &self,
+        request: Request<pb::StartBackupPlanRequest>,
+    ) -> Result<Response<pb::StartJobReply>, Status> {
+        let peer = peer(&request)?;
+        let wanted = request.into_inner();
+        let object = format!("cluster {}", wanted.cluster);
+        let started = self.start_backup_plan_job(&peer, wanted).await;
+        let job = self.audited(&peer, "Jobs.StartBackupPlan", &object, started).await?;
         Ok(Response::new(pb::StartJobReply { job: Some(self.job_view(&job)) }))
     }
 

@@ -63,4 +63,7 @@ pub struct BackupSummary {
     pub store_requests: u64,
     #[serde(default)]
     pub unexplained_slots: u64,
+    /// Empty: only what changed was read.
+    #[serde(default)]
+    pub read_all_because: String,
 }

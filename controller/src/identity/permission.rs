@@ -47,6 +47,7 @@ const JOBS: &[(&str, Needs)] = &[
     ("StartBackup", Needs::Role(Role::Operator)),
     ("StartRestore", Needs::Role(Role::Operator)),
     ("StartVerify", Needs::Role(Role::Operator)),
+    ("StartBackupPlan", Needs::Role(Role::Operator)),
     ("GetJob", Needs::Role(Role::Viewer)),
     ("ListJobs", Needs::Role(Role::Viewer)),
     ("WatchJob", Needs::Role(Role::Viewer)),

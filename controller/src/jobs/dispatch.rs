@@ -64,7 +64,10 @@ impl<'a> Taken<'a> {
         if job.work.kind() == JobKind::Backup {
             self.backups.insert(&job.cluster, &job.id);
         }
-        self.agents.insert((agent.to_owned(), job.work.kind()), &job.id);
+        // A plan only looks, and keeps nobody waiting.
+        if job.work.kind() != JobKind::BackupPlan {
+            self.agents.insert((agent.to_owned(), job.work.kind()), &job.id);
+        }
     }
 }
 
@@ -99,7 +102,7 @@ fn members_for<'s>(job: &Job, assembly: &'s Assembly<'_>) -> Result<Vec<&'s str>
     let cluster = assembly.clusters.get(&job.cluster).filter(|cluster| !cluster.members.is_empty());
     let cluster = cluster.ok_or_else(|| format!("no agent declares an instance of {}", job.cluster))?;
     match job.work.kind() {
-        JobKind::Backup => backup_order(cluster),
+        JobKind::Backup | JobKind::BackupPlan => backup_order(cluster),
         JobKind::Verify | JobKind::Restore => Ok(cluster.members.iter().map(|member| member.agent).collect()),
     }
 }

@@ -11,6 +11,10 @@ pub struct Outcome {
     pub started_at: Option<Timestamp>,
     pub finished_at: Option<Timestamp>,
     pub report: Option<Report>,
+    /// What it asked of the store and where its time went, as it came: encoded protobuf in hexadecimal, which
+    /// `wire::job` alone reads.
+    #[serde(default)]
+    pub cost: Option<String>,
 }
 
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -42,12 +46,13 @@ pub enum Report {
     /// protobuf in hexadecimal, which `wire::job` alone reads.
     Restore(String),
     Verify(String),
+    BackupPlan(String),
 }
 
 impl Outcome {
     /// The controller's own conclusion, where no agent can tell.
     pub fn concluded(verdict: Verdict, now: Timestamp) -> Outcome {
-        Outcome { verdict, started_at: None, finished_at: Some(now), report: None }
+        Outcome { verdict, started_at: None, finished_at: Some(now), report: None, cost: None }
     }
 }
 

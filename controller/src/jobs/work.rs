@@ -13,6 +13,7 @@ pub enum Work {
     Backup(BackupWork),
     Restore(RestoreWork),
     Verify(VerifyWork),
+    BackupPlan(BackupPlanWork),
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
@@ -21,6 +22,7 @@ pub enum JobKind {
     Backup,
     Restore,
     Verify,
+    BackupPlan,
 }
 
 impl JobKind {
@@ -30,6 +32,7 @@ impl JobKind {
             JobKind::Backup => "backup",
             JobKind::Restore => "restore",
             JobKind::Verify => "verify",
+            JobKind::BackupPlan => "backup_plan",
         }
     }
 }
@@ -73,12 +76,20 @@ pub struct VerifyWork {
     pub deep: bool,
 }
 
+/// What a backup would cost, asked of an agent that could take it.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct BackupPlanWork {
+    pub repository: String,
+    pub read_all: bool,
+}
+
 impl Work {
     pub fn kind(&self) -> JobKind {
         match self {
             Work::Backup(_) => JobKind::Backup,
             Work::Restore(_) => JobKind::Restore,
             Work::Verify(_) => JobKind::Verify,
+            Work::BackupPlan(_) => JobKind::BackupPlan,
         }
     }
 
@@ -87,6 +98,7 @@ impl Work {
             Work::Backup(work) => &work.repository,
             Work::Restore(work) => &work.repository,
             Work::Verify(work) => &work.repository,
+            Work::BackupPlan(work) => &work.repository,
         }
     }
 }

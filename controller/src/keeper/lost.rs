@@ -106,6 +106,7 @@ impl Keeper {
             started_at,
             finished_at,
             report: Some(Report::Backup(Box::new(backup))),
+            cost: None,
         }))
     }
 }
@@ -137,5 +138,6 @@ async fn summary(
         state: "committed".to_owned(),
         store_requests: part.counters.store_requests,
         unexplained_slots: part.counters.unexplained_slots,
+        read_all_because: part.counters.read_scope.read_all_because().unwrap_or_default().to_owned(),
     })
 }

@@ -7,8 +7,8 @@ use walfleet_repository::ids::{JobId, RecipientId};
 use super::{WireError, bounded, job, lsn_in, lsn_out, recovery, required_time_in, time_in, time_out};
 use crate::fleet::link::ToAgent;
 use crate::fleet::observed::{ArchiveObserved, InstanceObserved, InstanceRole, TablespaceObserved};
-use crate::fleet::{FactsObserved, HelloObserved, Progress};
-use crate::jobs::{FencingToken, Outcome};
+use crate::fleet::{Expected, FactsObserved, HelloObserved, Progress};
+use crate::jobs::{FencingToken, Job, Outcome};
 use crate::resources::selector::{is_label_key, is_label_value};
 
 /// Of this protocol.
@@ -117,6 +117,15 @@ pub fn message_in(message: pb::AgentMessage, now: Timestamp) -> Result<FromAgent
                 done_bytes: progress.done_bytes,
                 total_bytes: progress.total_bytes,
                 at: now,
+                spared_bytes: progress.spared_bytes,
+                bytes_per_second: progress.bytes_per_second,
+                left_seconds: progress.left_seconds,
+                still_seconds: progress.still_seconds,
+                store_requests: progress.store_requests,
+                expected: progress
+                    .expected
+                    .filter(|expected| expected.seconds.is_finite())
+                    .map(|expected| Expected { seconds: expected.seconds, basis: bounded(expected.basis) }),
             },
         }),
         Some(Message::Outcome(outcome)) => Ok(FromAgent::Outcome {
@@ -247,10 +256,11 @@ fn archive_out(archive: &ArchiveObserved) -> pb::ArchiveFacts {
     }
 }
 
-pub fn to_agent(message: ToAgent) -> pb::ControllerMessage {
+/// `past`: for an offer, what jobs of its cluster took.
+pub fn to_agent(message: ToAgent, past: &[Job]) -> pb::ControllerMessage {
     use pb::controller_message::Message;
     let message = match message {
-        ToAgent::Offer(offered) => Message::Offer(job::order_out(&offered)),
+        ToAgent::Offer(offered) => Message::Offer(job::offer_out(&offered, past)),
         ToAgent::Cancel { job, token } => {
             Message::Cancel(pb::CancelJob { job: job.to_string(), fencing_token: token.0 })
         }

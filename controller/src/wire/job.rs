@@ -1,5 +1,7 @@
 //! `walfleet.job.v1`: orders outward, outcomes and restore requests inward.
 
+mod past;
+
 use std::fmt::Write;
 
 use prost::Message;
@@ -22,12 +24,21 @@ pub fn phase_out(phase: Phase) -> pb::JobState {
     }
 }
 
+/// An order on its way to the agent, with what finished jobs of the cluster took. `past`: newest first.
+pub fn offer_out(job: &Job, past: &[Job]) -> pb::JobOrder {
+    let past = past.iter().filter_map(past::past_out).take(past::MOST).collect();
+    pb::JobOrder { past, ..order_out(job) }
+}
+
 pub fn order_out(job: &Job) -> pb::JobOrder {
     use pb::job_order::Work as Order;
     let work = match &job.work {
         Work::Backup(work) => Order::Backup(backup_out(job, work)),
         Work::Restore(work) => Order::Restore(restore_out(work)),
         Work::Verify(work) => Order::Verify(verify_out(work)),
+        Work::BackupPlan(work) => {
+            Order::BackupPlan(pb::BackupPlanOrder { repository: work.repository.clone(), read_all: work.read_all })
+        }
     };
     pb::JobOrder {
         job: job.id.to_string(),
@@ -35,6 +46,7 @@ pub fn order_out(job: &Job) -> pb::JobOrder {
         fencing_token: job.token.0,
         cluster: job.cluster.to_string(),
         traceparent: job.traceparent.clone(),
+        past: Vec::new(),
         work: Some(work),
     }
 }
@@ -146,6 +158,7 @@ pub fn outcome_in(outcome: pb::JobOutcome) -> Outcome {
         started_at: time_in("started_at_us", outcome.started_at_us).ok().flatten(),
         finished_at: time_in("finished_at_us", outcome.finished_at_us).ok().flatten(),
         report: outcome.report.and_then(|report| report_in(report).ok()),
+        cost: outcome.cost.map(|cost| hex(&bounded_cost(cost).encode_to_vec())),
     }
 }
 
@@ -158,6 +171,10 @@ fn report_in(report: pb::job_outcome::Report) -> Result<Report, WireError> {
         Wire::Backup(backup) => recovery::backup_in(backup)
             .map(|backup| Report::Backup(Box::new(backup)))
             .map_err(|error| error.within("outcome.backup")),
+        Wire::BackupPlan(mut plan) => {
+            plan.notes.truncate(200);
+            Ok(Report::BackupPlan(hex(&plan.encode_to_vec())))
+        }
         Wire::Restore(mut restore) => {
             restore.notes.truncate(200);
             Ok(Report::Restore(hex(&restore.encode_to_vec())))
@@ -175,6 +192,9 @@ fn report_out(report: &Report) -> Option<pb::job_outcome::Report> {
     match report {
         Report::Backup(backup) => Some(Wire::Backup(recovery::backup_out(backup))),
         Report::Restore(encoded) => pb::RestoreReport::decode(unhex(encoded)?.as_slice()).ok().map(Wire::Restore),
+        Report::BackupPlan(encoded) => {
+            pb::BackupPlanReport::decode(unhex(encoded)?.as_slice()).ok().map(Wire::BackupPlan)
+        }
         Report::Verify(encoded) => pb::VerifyReport::decode(unhex(encoded)?.as_slice()).ok().map(Wire::Verify),
     }
 }
@@ -197,6 +217,7 @@ pub fn outcome_out(job: &Job, outcome: &Outcome) -> pb::JobOutcome {
         started_at_us: time_out(outcome.started_at),
         finished_at_us: time_out(outcome.finished_at),
         report: outcome.report.as_ref().and_then(report_out),
+        cost: past::cost_of(outcome),
     }
 }
 
@@ -209,7 +230,23 @@ pub fn progress_out(job: &Job, progress: &Progress) -> pb::JobProgress {
         done_bytes: progress.done_bytes,
         total_bytes: progress.total_bytes,
         at_us: progress.at.as_microsecond(),
+        spared_bytes: progress.spared_bytes,
+        bytes_per_second: progress.bytes_per_second,
+        left_seconds: progress.left_seconds,
+        still_seconds: progress.still_seconds,
+        store_requests: progress.store_requests,
+        expected: progress
+            .expected
+            .as_ref()
+            .map(|expected| pb::Expected { seconds: expected.seconds, basis: expected.basis.clone() }),
     }
+}
+
+/// A job has a handful of phases; a bound for the state.
+fn bounded_cost(mut cost: pb::JobCost) -> pb::JobCost {
+    cost.phases.truncate(32);
+    cost.phases.iter_mut().for_each(|phase| phase.phase = bounded(std::mem::take(&mut phase.phase)));
+    cost
 }
 
 fn hex(bytes: &[u8]) -> String {

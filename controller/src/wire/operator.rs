@@ -80,6 +80,7 @@ pub fn job_out(row: &Job, progress: Option<&Progress>) -> pb::JobView {
         Work::Backup(_) => "backup",
         Work::Restore(_) => "restore",
         Work::Verify(_) => "verify",
+        Work::BackupPlan(_) => "backup_plan",
     };
     // Of an earlier attempt it says nothing about this one.
     let progress = progress.filter(|progress| progress.token == row.token);

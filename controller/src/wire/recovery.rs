@@ -94,6 +94,7 @@ pub fn backup_in(backup: pb::BackupSummary) -> Result<BackupSummary, WireError> 
         state: bounded(backup.state),
         store_requests: backup.store_requests,
         unexplained_slots: backup.unexplained_slots,
+        read_all_because: bounded(backup.read_all_because),
     })
 }
 
@@ -118,6 +119,7 @@ pub fn backup_out(backup: &BackupSummary) -> pb::BackupSummary {
         state: backup.state.clone(),
         store_requests: backup.store_requests,
         unexplained_slots: backup.unexplained_slots,
+        read_all_because: backup.read_all_because.clone(),
     }
 }
 

@@ -1,14 +1,19 @@
 //! `walfleet backup`
 
+use std::time::Duration;
+
 use clap::{Args, Subcommand};
 
 use crate::failure::Failure;
-use crate::follow::{WaitArgs, started};
+use crate::follow::{self, WaitArgs, started};
+use crate::quantity::parse_duration;
 use crate::session::Session;
 use crate::view::backup::Backups;
+use crate::view::cost::PlannedBackup;
 
 #[derive(Subcommand, Debug)]
 pub enum BackupCommand {
+    Plan(PlanArgs),
     Start(StartArgs),
     /// List the backups of a cluster
     List {
@@ -19,6 +24,43 @@ pub enum BackupCommand {
         id: String,
     },
     Verify(VerifyArgs),
+}
+
+/// A plan asks a server and reads a few small objects; one that takes longer is stuck.
+const PLAN_LIMIT: Duration = Duration::from_secs(120);
+
+/// Say what a backup would take: how many bytes read and stored, how many requests, how long
+///
+/// Nothing is changed. The figures are those of the cluster's last backups of the same kind; where there are none, there
+/// is no figure.
+#[derive(Args, Debug)]
+#[command(after_help = "Examples:
+  walfleet backup plan orders
+  walfleet backup plan orders --on db2 --read-all")]
+pub struct PlanArgs {
+    /// The cluster
+    name: String,
+    /// The member it would be taken from [default: the controller chooses, a standby if it can]
+    #[arg(long, value_name = "AGENT", default_value = "", hide_default_value = true)]
+    on: String,
+    /// As if every file were read whole
+    #[arg(long)]
+    read_all: bool,
+    /// Stop waiting for the plan after this long (exit code 6) [default: 2m]
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
+    timeout: Option<Duration>,
+}
+
+impl PlanArgs {
+    async fn run(self, session: &mut Session<'_>) -> Result<(), Failure> {
+        let client = session.client().await?;
+        let job = client.start_backup_plan(&self.name, &self.on, self.read_all).await?;
+        let job = follow::to_the_end(session, &client, job, Some(self.timeout.unwrap_or(PLAN_LIMIT))).await?;
+        follow::succeeded(&job)?;
+        let empty = || Failure::Usage("the plan came back empty".to_owned());
+        let plan = job.backup_plan.ok_or_else(empty)?;
+        session.show(&PlannedBackup { cluster: job.cluster, agent: job.agent.unwrap_or_default(), plan })
+    }
 }
 
 /// Take a backup of a cluster now
@@ -69,6 +111,7 @@ pub struct VerifyArgs {
 impl BackupCommand {
     pub async fn run(self, session: &mut Session<'_>) -> Result<(), Failure> {
         match self {
+            BackupCommand::Plan(args) => args.run(session).await,
             BackupCommand::Start(args) => {
                 let client = session.client().await?;
                 let job = client.start_backup(&args.name, &args.on, args.spread_checkpoint, args.read_all).await?;

@@ -34,6 +34,9 @@ pub enum RestoreCommand {
 pub struct PlanArgs {
     #[command(flatten)]
     what: WhatArgs,
+    /// Over a copy of the same cluster: says what it takes at most, since what is right already is kept
+    #[arg(long)]
+    delta: bool,
     /// Stop waiting for the plan after this long (exit code 6) [default: 2m]
     #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
     timeout: Option<Duration>,
@@ -177,7 +180,7 @@ impl RestoreCommand {
 
 impl PlanArgs {
     async fn run(self, session: &mut Session<'_>) -> Result<(), Failure> {
-        let spec = RestoreSpec { plan_only: true, ..self.what.spec(&self.target, session)? };
+        let spec = RestoreSpec { plan_only: true, delta: self.delta, ..self.what.spec(&self.target, session)? };
         let client = session.client().await?;
         let job = client.start_restore(&spec).await?;
         let job = follow::to_the_end(session, &client, job, Some(self.timeout.unwrap_or(PLAN_LIMIT))).await?;

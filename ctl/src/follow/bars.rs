@@ -4,23 +4,22 @@ use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-use super::pace::Pace;
 use crate::ink;
 use crate::quantity::size;
-use crate::view::job::Job;
+use crate::view::job::{Expected, Job};
 
 pub struct Bars {
     bar: ProgressBar,
-    pace: Pace,
     colour: bool,
     measured: Option<bool>,
+    told: Option<Expected>,
 }
 
 impl Bars {
     pub fn new(colour: bool) -> Bars {
         let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr_with_hz(10));
         bar.enable_steady_tick(Duration::from_millis(200));
-        Bars { bar, pace: Pace::default(), colour, measured: None }
+        Bars { bar, colour, measured: None, told: None }
     }
 
     pub fn update(&mut self, job: &Job) {
@@ -32,6 +31,10 @@ impl Bars {
             None => job.state.word().to_owned(),
         };
         if let Some(progress) = progress {
+            if progress.expected.is_some() && progress.expected != self.told {
+                self.told.clone_from(&progress.expected);
+                self.note(&self.told.as_ref().map(Expected::shown).unwrap_or_default());
+            }
             if let Some(total) = total {
                 self.bar.set_length(total);
                 self.bar.set_position(progress.done_bytes.min(total));
@@ -39,7 +42,7 @@ impl Bars {
             } else if progress.done_bytes > 0 {
                 message.push_str(&format!("  {}", size(progress.done_bytes)));
             }
-            let pace = self.pace.after(progress);
+            let pace = progress.pace();
             if !pace.is_empty() {
                 message.push_str(&format!("  {pace}"));
             }

@@ -4,8 +4,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::pace::Pace;
-use crate::view::job::Job;
+use crate::view::job::{Expected, Job, Progress};
 
 const EVERY: Duration = Duration::from_secs(1);
 
@@ -13,14 +12,14 @@ const EVERY: Duration = Duration::from_secs(1);
 pub struct Lines {
     last: Option<(String, Instant)>,
     last_line: String,
-    pace: Pace,
+    told: Option<Expected>,
 }
 
 impl Lines {
     /// The line that this state of the job is worth, if any.
     pub fn line(&mut self, job: &Job, now: Instant) -> Option<String> {
-        let progress = job.progress.as_ref().filter(|_| !job.state.is_over());
-        let pace = progress.map(|progress| self.pace.after(progress)).unwrap_or_default();
+        let progress = progress_of(job);
+        let pace = progress.map(|progress| progress.pace()).unwrap_or_default();
         let phase = progress.map(|progress| progress.phase.as_str()).unwrap_or_default();
         let stage = format!("{}/{}/{}/{:?}/{:?}", job.state.word(), job.attempt, phase, job.agent, job.reason);
         let due = match &self.last {
@@ -41,14 +40,23 @@ impl Lines {
         }
         self.last = Some((stage, now));
         self.last_line.clone_from(&line);
+        let expected = progress_of(job).and_then(|progress| progress.expected.as_ref());
+        if let Some(expected) = expected.filter(|expected| self.told.as_ref() != Some(expected)) {
+            line.push_str(&format!("  {}", expected.shown()));
+            self.told = Some(expected.clone());
+        }
         Some(line)
     }
+}
+
+fn progress_of(job: &Job) -> Option<&Progress> {
+    job.progress.as_ref().filter(|_| !job.state.is_over())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::view::job::{JobState, Progress};
+    use crate::view::job::JobState;
 
     fn job(state: JobState, phase: &str, done: u64) -> Job {
         Job {
@@ -63,13 +71,43 @@ mod tests {
             started_at: None,
             finished_at: None,
             requested_by: "ann".to_owned(),
-            progress: Some(Progress { phase: phase.to_owned(), done_bytes: done, total_bytes: Some(100), at: None }),
+            progress: Some(Progress {
+                phase: phase.to_owned(),
+                done_bytes: done,
+                total_bytes: Some(100),
+                at: None,
+                spared_bytes: 0,
+                bytes_per_second: None,
+                left_seconds: None,
+                still_seconds: None,
+                store_requests: 0,
+                expected: None,
+            }),
             order: None,
             error: None,
             backup: None,
             restore: None,
             verification: None,
+            backup_plan: None,
+            cost: None,
         }
+    }
+
+    #[test]
+    fn what_is_expected_is_told_once() {
+        let mut lines = Lines::default();
+        let start = Instant::now();
+        let expecting = |done| {
+            let mut job = job(JobState::Running, "copy", done);
+            let expected = Some(Expected { seconds: 200.0, basis: "the last 5 backups".to_owned() });
+            job.progress = job.progress.map(|progress| Progress { expected, ..progress });
+            job
+        };
+        let first = lines.line(&expecting(1), start).unwrap();
+        assert!(first.ends_with("(1%)  about 3m 20s in all, as the last 5 backups"), "{first}");
+        assert_eq!(lines.line(&expecting(1), start + EVERY), None, "nothing new");
+        let second = lines.line(&expecting(2), start + EVERY).unwrap();
+        assert!(second.ends_with("(2%)"), "{second}");
     }
 
     #[test]

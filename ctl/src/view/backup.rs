@@ -33,6 +33,10 @@ pub struct Backup {
     pub damaged_pages: u64,
     pub store_requests: u64,
     pub unexplained_slots: u64,
+    /// Known without reading.
+    pub spared_bytes: u64,
+    /// Null: only what the WAL says has changed was read.
+    pub read_all_because: Option<String>,
 }
 
 impl Backup {
@@ -44,6 +48,17 @@ impl Backup {
             size(self.new_bytes),
             size(self.stored_bytes)
         )
+    }
+
+    /// `1.2 GiB; 46.8 GiB known to be as before`, or `48.0 GiB: everything, since it was asked for`
+    fn shown_read(&self) -> String {
+        match &self.read_all_because {
+            Some(because) => format!("{}: everything, since {because}", size(self.read_bytes)),
+            None if self.spared_bytes > 0 => {
+                format!("{}; {} known to be as before", size(self.read_bytes), size(self.spared_bytes))
+            }
+            None => size(self.read_bytes),
+        }
     }
 
     fn shown_damage(&self) -> String {
@@ -74,7 +89,7 @@ impl View for Backup {
             ("system identifier", self.system_identifier.clone().unwrap_or_default()),
             ("WAL", format!("{} to {} on timeline {}", self.start_lsn, self.stop_lsn, self.timeline)),
             ("size restored", size(self.cluster_bytes)),
-            ("read", size(self.read_bytes)),
+            ("read", self.shown_read()),
             ("new", size(self.new_bytes)),
             ("stored", format!("{} in {} requests", size(self.stored_bytes), self.store_requests)),
             ("damaged pages", damage),

@@ -6,6 +6,7 @@ use jiff::Timestamp;
 use serde::Serialize;
 
 use super::backup::Backup;
+use super::cost::{BackupPlan, Cost};
 use super::restore::Restore;
 use super::verify::Verification;
 use crate::ink::Ink;
@@ -80,6 +81,10 @@ pub struct Job {
     pub restore: Option<Restore>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub verification: Option<Verification>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub backup_plan: Option<BackupPlan>,
+    /// Null: it is not over, or its agent did not count.
+    pub cost: Option<Cost>,
 }
 
 #[derive(Clone, PartialEq, Debug, Serialize)]
@@ -89,6 +94,24 @@ pub struct Progress {
     /// Null: not known.
     pub total_bytes: Option<u64>,
     pub at: Option<Timestamp>,
+    /// Of those done, what need not be read.
+    pub spared_bytes: u64,
+    /// What moved lately. Null: nothing does, or it is too early to tell.
+    pub bytes_per_second: Option<u64>,
+    /// Until the job is over. Null: not known.
+    pub left_seconds: Option<u64>,
+    /// How long neither phase nor bytes have changed. Null: they do.
+    pub still_seconds: Option<u64>,
+    pub store_requests: u64,
+    /// Of the whole job, when it began. Null: nothing was known.
+    pub expected: Option<Expected>,
+}
+
+#[derive(Clone, PartialEq, Debug, Serialize)]
+pub struct Expected {
+    pub seconds: f64,
+    /// What it was made of: "the last 5 backups that read what changed".
+    pub basis: String,
 }
 
 #[derive(Clone, Debug, Serialize)]
@@ -124,8 +147,8 @@ impl Job {
     /// `backup of orders on db1`
     pub fn title(&self) -> String {
         let kind = match self.order.as_ref().and_then(|order| order.plan_only) {
-            Some(true) => "restore plan",
-            _ => self.kind.as_str(),
+            Some(true) => "restore plan".to_owned(),
+            _ => self.kind.replace('_', " "),
         };
         let on = self.agent.as_ref().map(|agent| format!(" on {agent}")).unwrap_or_default();
         format!("{kind} of {}{on}", self.cluster)
@@ -155,10 +178,24 @@ impl Job {
         if let Some(verification) = &self.verification {
             verification.draw(&self.cluster, page);
         }
+        if let Some(plan) = &self.backup_plan {
+            plan.draw(&self.cluster, agent, page);
+        }
     }
 }
 
 impl Progress {
+    /// `310.0 MiB/s, about 12s left`, or that it stands still; empty while there is nothing to say.
+    pub fn pace(&self) -> String {
+        let mut parts = Vec::new();
+        parts.extend(self.bytes_per_second.map(|rate| format!("{}/s", size(rate))));
+        parts.extend(self.left_seconds.map(|left| format!("about {} left", seconds(left as f64))));
+        let counts = self.total_bytes.is_some() || self.done_bytes > 0;
+        let word = if counts { "stalled for" } else { "for" };
+        parts.extend(self.still_seconds.map(|still| format!("{word} {}", seconds(still as f64))));
+        parts.join(", ")
+    }
+
     /// `copy  1.2 GiB of 4.8 GiB (25%)`
     pub fn shown(&self) -> String {
         match self.total_bytes {
@@ -169,6 +206,18 @@ impl Progress {
             None if self.done_bytes > 0 => format!("{}  {}", self.phase, size(self.done_bytes)),
             None => self.phase.clone(),
         }
+    }
+}
+
+fn now(progress: &Progress) -> String {
+    let pace = progress.pace();
+    if pace.is_empty() { progress.shown() } else { format!("{}  {pace}", progress.shown()) }
+}
+
+impl Expected {
+    /// `about 3m 20s in all, as the last 5 backups that read what changed`
+    pub fn shown(&self) -> String {
+        format!("about {} in all, as {}", seconds(self.seconds), self.basis)
     }
 }
 
@@ -187,7 +236,13 @@ impl View for Job {
             ("attempt", if self.attempt > 1 { self.attempt.to_string() } else { String::new() }),
             ("target", order.target.unwrap_or_default()),
             ("data directory", order.data_dir.unwrap_or_default()),
-            ("now", progress.map(Progress::shown).unwrap_or_default()),
+            ("now", progress.map(now).unwrap_or_default()),
+            (
+                "expected",
+                progress.and_then(|progress| progress.expected.as_ref()).map(Expected::shown).unwrap_or_default(),
+            ),
+            ("store", self.cost.as_ref().map(Cost::shown_store).unwrap_or_default()),
+            ("time", self.cost.as_ref().map(Cost::shown_phases).unwrap_or_default()),
             (
                 "error",
                 self.error
@@ -196,7 +251,8 @@ impl View for Job {
                     .map_or(String::new(), |error| format!("{} ({})", Ink::Bad.on(&error.message), error.code)),
             ),
         ]);
-        if self.backup.is_some() || self.restore.is_some() || self.verification.is_some() {
+        let is_report = self.backup.is_some() || self.restore.is_some() || self.verification.is_some();
+        if is_report || self.backup_plan.is_some() {
             page.gap();
             self.draw_report(page);
         }

@@ -3,7 +3,7 @@
 use jiff::Timestamp;
 use serde::Serialize;
 
-use crate::print::{Page, View};
+use crate::print::{Page, View, count};
 use crate::quantity::{seconds, size};
 use crate::when;
 
@@ -28,6 +28,13 @@ pub struct Restore {
     pub replay_seconds: f64,
     pub estimated_seconds: Option<f64>,
     pub notes: Vec<String>,
+    /// That replay reads: records, and the segments they lie in.
+    pub wal_bytes: u64,
+    pub wal_segments: u64,
+    /// What the estimate was made of.
+    pub estimated_from: Option<String>,
+    /// Of a plan over a copy: what it takes at most, since what is right already is kept.
+    pub at_most: bool,
 }
 
 impl Restore {
@@ -77,13 +84,24 @@ impl Restore {
 
     pub fn draw_plan(&self, cluster: &str, agent: &str, target: &str, page: &mut Page) {
         page.line(format!("plan: restore {cluster} on {agent} into {}; nothing is changed", self.data_dir));
+        let at_most = if self.at_most { "at most " } else { "" };
+        let time = match (self.estimated_seconds, &self.estimated_from) {
+            (Some(time), Some(from)) => format!("{at_most}about {}, as {from}", seconds(time)),
+            // An older agent, which assumed.
+            (Some(time), None) => seconds(time),
+            (None, _) => "not known: neither a restore nor a backup that read everything is known".to_owned(),
+        };
         page.pairs(&[
             ("target", target.to_owned()),
             ("backup", self.backup.clone()),
             ("WAL", self.shown_wal()),
-            ("size restored", size(self.cluster_bytes)),
-            ("to fetch", format!("{} in {} requests", size(self.fetched_bytes), self.store_requests)),
-            ("estimated time", self.estimated_seconds.map(seconds).unwrap_or_default()),
+            ("to write", format!("{at_most}{}", size(self.cluster_bytes))),
+            ("to fetch", format!("{at_most}{} in {} requests", size(self.fetched_bytes), self.store_requests)),
+            (
+                "to replay",
+                format!("{} of WAL in {}", size(self.wal_bytes), count(self.wal_segments as usize, "segment")),
+            ),
+            ("estimated time", time),
             ("notes", self.notes.join("\n")),
         ]);
     }

@@ -14,7 +14,8 @@ use crate::client::{CallError, Client, LARGEST_ANSWER, Transport};
 use crate::exit::Exit;
 use crate::target::Target;
 use crate::view::backup::Backup;
-use crate::view::job::{Job, JobError, JobState, Order, Progress};
+use crate::view::cost::{BackupPlan, Cost, Phase};
+use crate::view::job::{Expected, Job, JobError, JobState, Order, Progress};
 use crate::view::restore::Restore;
 use crate::view::verify::{Finding, Verification};
 
@@ -61,6 +62,17 @@ impl Client {
         };
         let attempt = || async { self.jobs().start_backup(self.request(message.clone())).await };
         self.started(insist(attempt).await, "start backup")
+    }
+
+    pub async fn start_backup_plan(&self, cluster: &str, agent: &str, read_all: bool) -> Result<Job, CallError> {
+        let message = proto::StartBackupPlanRequest {
+            cluster: cluster.to_owned(),
+            agent: agent.to_owned(),
+            read_all,
+            idempotency_key: fresh_key(),
+        };
+        let attempt = || async { self.jobs().start_backup_plan(self.request(message.clone())).await };
+        self.started(insist(attempt).await, "plan backup")
     }
 
     pub async fn start_restore(&self, spec: &RestoreSpec) -> Result<Job, CallError> {
@@ -179,11 +191,12 @@ impl From<proto::JobView> for Job {
         let outcome = wire.outcome.unwrap_or_default();
         let failed = matches!(state, JobState::Failed | JobState::Cancelled);
         let error = if failed { Some(error_of(state, &outcome)) } else { None };
-        let (mut backup, mut restore, mut verification) = (None, None, None);
+        let (mut backup, mut restore, mut verification, mut backup_plan) = (None, None, None, None);
         match outcome.report {
             Some(Report::Backup(report)) => backup = Some(Backup::from(report)),
             Some(Report::Restore(report)) => restore = Some(Restore::from(report)),
             Some(Report::Verify(report)) => verification = Some(Verification::from(report)),
+            Some(Report::BackupPlan(report)) => backup_plan = Some(BackupPlan::from(report)),
             None => {}
         }
         Job {
@@ -204,6 +217,45 @@ impl From<proto::JobView> for Job {
             backup,
             restore,
             verification,
+            backup_plan,
+            cost: outcome.cost.map(Cost::from),
+        }
+    }
+}
+
+impl From<job_proto::JobCost> for Cost {
+    fn from(wire: job_proto::JobCost) -> Cost {
+        let requests = [wire.gets, wire.puts, wire.heads, wire.lists].into_iter().fold(0, u64::saturating_add);
+        let phase = |phase: job_proto::PhaseCost| Phase {
+            phase: phase.phase,
+            seconds: phase.seconds,
+            bytes: number(phase.bytes),
+        };
+        Cost {
+            store_requests: requests,
+            gets: wire.gets,
+            puts: wire.puts,
+            heads: wire.heads,
+            lists: wire.lists,
+            retries: wire.retries,
+            received_bytes: wire.received_bytes,
+            sent_bytes: wire.sent_bytes,
+            phases: wire.phases.into_iter().map(phase).collect(),
+        }
+    }
+}
+
+impl From<job_proto::BackupPlanReport> for BackupPlan {
+    fn from(wire: job_proto::BackupPlanReport) -> BackupPlan {
+        BackupPlan {
+            cluster_bytes: wire.cluster_bytes,
+            read_bytes: wire.read_bytes,
+            stored_bytes: wire.stored_bytes,
+            store_requests: wire.store_requests,
+            estimated_seconds: wire.seconds,
+            estimated_from: text(wire.basis),
+            read_all_because: text(wire.read_all_because),
+            notes: wire.notes,
         }
     }
 }
@@ -228,6 +280,12 @@ impl From<job_proto::JobProgress> for Progress {
             done_bytes: wire.done_bytes,
             total_bytes: number(wire.total_bytes),
             at: moment(wire.at_us),
+            spared_bytes: wire.spared_bytes,
+            bytes_per_second: wire.bytes_per_second,
+            left_seconds: wire.left_seconds,
+            still_seconds: number(wire.still_seconds),
+            store_requests: wire.store_requests,
+            expected: wire.expected.map(|expected| Expected { seconds: expected.seconds, basis: expected.basis }),
         }
     }
 }
@@ -237,6 +295,7 @@ impl From<job_proto::job_order::Work> for Order {
         use job_proto::job_order::Work;
         match wire {
             Work::Backup(order) => Order { repository: text(order.repository), ..Order::default() },
+            Work::BackupPlan(order) => Order { repository: text(order.repository), ..Order::default() },
             Work::Verify(order) => Order {
                 repository: text(order.repository),
                 backup: text(order.backup),
@@ -276,6 +335,10 @@ impl From<job_proto::RestoreReport> for Restore {
             replay_seconds: wire.replay_seconds,
             estimated_seconds: number(wire.estimated_seconds),
             notes: wire.notes,
+            wal_bytes: wire.wal_bytes,
+            wal_segments: wire.wal_segments,
+            estimated_from: text(wire.estimated_from),
+            at_most: wire.at_most,
         }
     }
 }

@@ -34,6 +34,8 @@ impl From<proto::BackupSummary> for Backup {
             damaged_pages: wire.damaged_pages,
             store_requests: wire.store_requests,
             unexplained_slots: wire.unexplained_slots,
+            spared_bytes: wire.cluster_bytes.saturating_sub(wire.read_bytes),
+            read_all_because: text(wire.read_all_because),
         }
     }
 }

@@ -33,13 +33,14 @@ pub fn backup() -> BackupSummary {
         member: "db2".to_owned(),
         parents: vec!["bk_06dznc4v2b7k9m3p5r8t".to_owned()],
         cluster_bytes: 48 * GIB,
-        read_bytes: 48 * GIB,
+        read_bytes: 2 * GIB,
         new_bytes: GIB + GIB / 8,
         stored_bytes: 310 << 20,
         damaged_pages: 0,
         state: "committed".to_owned(),
         store_requests: 412,
         unexplained_slots: 0,
+        read_all_because: String::new(),
     }
 }
 
@@ -49,6 +50,8 @@ fn older_backup() -> BackupSummary {
         started_at_us: at("2026-06-03T02:00:02Z"),
         finished_at_us: at("2026-06-03T02:21:40Z"),
         parents: Vec::new(),
+        read_bytes: 48 * GIB,
+        read_all_because: "there was no backup to compare with".to_owned(),
         new_bytes: 47 * GIB,
         stored_bytes: 11 * GIB,
         damaged_pages: 3,
@@ -220,14 +223,57 @@ pub fn running(phase: &str, done: u64, total: u64) -> JobView {
         done_bytes: done,
         total_bytes: total,
         at_us: at("2026-06-04T14:40:05Z"),
+        store_requests: 4,
+        expected: Some(Expected { seconds: 200.0, basis: "the last 5 backups that read what changed".to_owned() }),
         ..JobProgress::default()
     };
     JobView { progress: Some(progress), ..job(JobState::Running) }
 }
 
+/// Moving, or not.
+pub fn paced(bytes_per_second: Option<u64>, left_seconds: Option<u64>, still_seconds: u64) -> JobView {
+    let copying = running("copy", 3 * GIB, 12 * GIB);
+    let progress = copying.progress.clone().unwrap_or_default();
+    let progress = JobProgress { bytes_per_second, left_seconds, still_seconds, spared_bytes: GIB, ..progress };
+    JobView { progress: Some(progress), ..copying }
+}
+
+pub fn cost() -> JobCost {
+    let phase = |phase: &str, seconds, bytes| PhaseCost { phase: phase.to_owned(), seconds, bytes };
+    JobCost {
+        gets: 35,
+        heads: 0,
+        puts: 15,
+        lists: 2,
+        retries: 1,
+        received_bytes: 2 << 20,
+        sent_bytes: 310 << 20,
+        phases: vec![
+            phase("checkpoint", 2.5, 0),
+            phase("copy", 182.0, 48 * GIB),
+            phase("wait for wal", 3.8, 0),
+            phase("commit", 0.4, 0),
+        ],
+    }
+}
+
+pub fn planned_backup(report: BackupPlanReport) -> JobView {
+    let outcome = JobOutcome {
+        state: JobState::Succeeded.into(),
+        report: Some(job_outcome::Report::BackupPlan(report)),
+        ..JobOutcome::default()
+    };
+    JobView { kind: "backup_plan".to_owned(), outcome: Some(outcome), ..job(JobState::Succeeded) }
+}
+
 pub fn backed_up() -> JobView {
     let report = job_outcome::Report::Backup(backup());
-    let outcome = JobOutcome { state: JobState::Succeeded.into(), report: Some(report), ..JobOutcome::default() };
+    let outcome = JobOutcome {
+        state: JobState::Succeeded.into(),
+        report: Some(report),
+        cost: Some(cost()),
+        ..JobOutcome::default()
+    };
     JobView { finished_at_us: at("2026-06-04T14:43:20Z"), outcome: Some(outcome), ..job(JobState::Succeeded) }
 }
 
@@ -260,6 +306,10 @@ pub fn restore_report() -> RestoreReport {
         replay_seconds: 14.0,
         estimated_seconds: 0.0,
         notes: vec!["archive_mode is off".to_owned(), "listen_addresses is 'localhost'".to_owned()],
+        wal_bytes: 319 << 20,
+        wal_segments: 20,
+        estimated_from: String::new(),
+        at_most: false,
     }
 }
 
@@ -415,7 +465,7 @@ pub fn fleet() -> Script {
         ],
         tokens: tokens(),
         audit: audit(),
-        jobs: vec![running("copy", 3 * GIB, 12 * GIB), waiting],
+        jobs: vec![paced(Some(310 << 20), Some(30), 0), waiting],
         changes: changes(),
         ..Script::default()
     }

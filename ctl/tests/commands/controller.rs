@@ -53,6 +53,7 @@ pub enum Asked {
     Backup(StartBackupRequest),
     Restore(Box<StartRestoreRequest>),
     Verify(StartVerifyRequest),
+    BackupPlan(StartBackupPlanRequest),
     Apply(ApplyRequest),
     Delete(DeleteResourceRequest),
     Token(CreateTokenRequest),
@@ -177,6 +178,13 @@ impl Jobs for Desk {
 
     async fn start_verify(&self, request: Request<StartVerifyRequest>) -> Result<Response<StartJobReply>, Status> {
         self.started(Asked::Verify(request.into_inner()))
+    }
+
+    async fn start_backup_plan(
+        &self,
+        request: Request<StartBackupPlanRequest>,
+    ) -> Result<Response<StartJobReply>, Status> {
+        self.started(Asked::BackupPlan(request.into_inner()))
     }
 
     async fn get_job(&self, request: Request<GetJobRequest>) -> Result<Response<JobView>, Status> {

@@ -28,7 +28,10 @@ async fn waiting() {
     let steps = vec![
         step(canned::job(JobState::Offered)),
         step(canned::running("checkpoint", 0, 0)),
-        step(canned::running("copy", 3 << 30, 12 << 30)),
+        step(canned::paced(Some(310 << 20), Some(30), 0)),
+        Step::Pause(Duration::from_millis(1100)),
+        step(canned::paced(None, None, 20)),
+        Step::Pause(Duration::from_millis(1100)),
         step(offered),
         step(canned::running("wait for wal", 0, 0)),
         step(canned::backed_up()),

@@ -1,7 +1,7 @@
 //! Every view as people and scripts get it.
 
 use walfleet_ctl::Exit;
-use walfleet_proto::job::v1::{JobState, VerifyFinding, VerifyReport};
+use walfleet_proto::job::v1::{BackupPlanReport, JobState, RestoreReport, VerifyFinding, VerifyReport};
 
 use crate::canned::{self, fleet};
 use crate::controller::{Asked, Controller, Script, Step};
@@ -30,6 +30,7 @@ async fn help_texts() {
         "walfleet backup --help",
         "walfleet backup start --help",
         "walfleet backup verify --help",
+        "walfleet backup plan --help",
         "walfleet restore --help",
         "walfleet restore plan --help",
         "walfleet restore start --help",
@@ -141,6 +142,46 @@ async fn the_rest_of_the_fleet() {
 }
 
 #[tokio::test]
+async fn what_jobs_cost_and_will_cost() {
+    let mut transcript = Transcript::of("cost");
+    let controller = Controller::with(Script { jobs: vec![canned::backed_up()], ..fleet() }).await;
+    let terminal = Terminal::alone().at(&controller);
+    transcript.types(&terminal, "walfleet job show job_06e3a1b2c3d4e5f6g7h8").await;
+    transcript.types(&terminal, "walfleet job show job_06e3a1b2c3d4e5f6g7h8 -o json").await;
+    transcript.remark("while it runs, and when it stalls");
+    for job in [canned::paced(Some(310 << 20), Some(30), 0), canned::paced(None, None, 20)] {
+        controller.script().jobs = vec![job];
+        transcript.types(&terminal, "walfleet job show job_06e3a1b2c3d4e5f6g7h8").await;
+    }
+    transcript.types(&terminal, "walfleet job show job_06e3a1b2c3d4e5f6g7h8 -o json").await;
+    transcript.remark("a plan, and one of which nothing is known");
+    let known = BackupPlanReport {
+        cluster_bytes: 48 << 30,
+        read_bytes: Some(2 << 30),
+        stored_bytes: Some(310 << 20),
+        store_requests: Some(52),
+        seconds: Some(188.7),
+        basis: "the last 5 backups that read what changed".to_owned(),
+        read_all_because: String::new(),
+        notes: Vec::new(),
+    };
+    let unknown = BackupPlanReport {
+        cluster_bytes: 48 << 30,
+        read_bytes: Some(48 << 30),
+        read_all_because: "there was no backup to compare with".to_owned(),
+        ..BackupPlanReport::default()
+    };
+    controller.script().jobs = vec![canned::job(JobState::Queued)];
+    for (report, flags) in
+        [(known.clone(), ""), (known, " -o json"), (unknown.clone(), " --read-all"), (unknown, " -o json")]
+    {
+        controller.script().watch.extend([Step::Job(Box::new(canned::planned_backup(report)))]);
+        transcript.types(&terminal, &format!("walfleet backup plan orders{flags}")).await;
+    }
+    transcript.check();
+}
+
+#[tokio::test]
 async fn applying() {
     let mut transcript = Transcript::of("apply");
     let controller = Controller::with(fleet()).await;
@@ -211,12 +252,21 @@ async fn restoring() {
     planned.reached_lsn.clear();
     planned.connection.clear();
     planned.estimated_seconds = 107.0;
+    planned.estimated_from = "the last 3 restores".to_owned();
     planned.notes = vec!["/srv/pg has 210.0 GiB free".to_owned()];
     controller.script().jobs = vec![canned::restore_job(JobState::Queued, true)];
     for line in ["", " -o json"] {
         controller.script().watch.extend([Step::Job(Box::new(canned::restored(planned.clone(), true)))]);
         let plan = "walfleet restore plan orders --on lab1 --data-dir /srv/pg/orders";
         transcript.types(&terminal, &format!("{plan} --to '2026-06-04 14:31:59 UTC'{line}")).await;
+    }
+
+    transcript.remark("over a copy, and where nothing of the kind was ever done");
+    let over = RestoreReport { at_most: true, ..planned.clone() };
+    let unknown = RestoreReport { estimated_seconds: 0.0, estimated_from: String::new(), ..planned };
+    for report in [over, unknown] {
+        controller.script().watch.extend([Step::Job(Box::new(canned::restored(report, true)))]);
+        transcript.types(&terminal, "walfleet restore plan orders --on lab1 --data-dir /srv/pg/orders").await;
     }
 
     transcript.remark("what cannot be reached");

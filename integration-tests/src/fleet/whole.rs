@@ -155,6 +155,7 @@ impl Fleet {
     /// PostgreSQL would ask three times and then rest for a minute (pgarch.c).
     pub fn wait_until_bound(&self, agent: &Agent, server: &PgServer) -> anyhow::Result<()> {
         self.scratch.allow_log("belongs to no cluster of this agent");
+        self.scratch.allow_log("has not heard yet which clusters");
         // Known to the agent a moment before the keeper has made it.
         self.scratch.allow_log("holds no repository");
         let session = server.session()?;

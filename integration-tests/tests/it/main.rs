@@ -6,6 +6,7 @@ mod barrier;
 mod branches;
 mod chains;
 mod copies;
+mod costs;
 mod crashes;
 mod damage;
 mod delta_restores;

@@ -87,6 +87,70 @@ pub struct Counters {
     pub store_requests: u64,
     /// Slots that were other than the parent's though no WAL says so.
     pub unexplained_slots: u64,
+    pub read_scope: ReadScope,
+}
+
+/// Whether a backup read only what changed, or why everything. No more than this is told in the clear.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum ReadScope {
+    /// By a version that did not say, or that knows more reasons than this one.
+    #[default]
+    Unknown,
+    Changes,
+    /// There was no backup to compare with.
+    AllFirst,
+    AllAsked,
+    /// The parent is of another system, checksum setting or timeline, or ended later.
+    AllOtherHistory,
+    /// What some WAL since the parent changed is not known.
+    AllWalNotKnown,
+    /// The parent found more damaged pages than it names.
+    AllDamage,
+    /// The parent is a backup of the cluster that this one is a copy of.
+    AllCopy,
+}
+
+impl ReadScope {
+    /// Why everything was read, in words; `None`: it was not, or nobody said.
+    pub fn read_all_because(self) -> Option<&'static str> {
+        match self {
+            ReadScope::Unknown | ReadScope::Changes => None,
+            ReadScope::AllFirst => Some("there was no backup to compare with"),
+            ReadScope::AllAsked => Some("it was asked for"),
+            ReadScope::AllOtherHistory => {
+                Some("the parent backup is of another system, checksum setting or timeline, or ended later")
+            }
+            ReadScope::AllWalNotKnown => Some("what some WAL since the parent backup changed is not known"),
+            ReadScope::AllDamage => Some("the parent backup found more damaged pages than it names"),
+            ReadScope::AllCopy => Some("the parent backup is of the cluster that this one is a copy of"),
+        }
+    }
+
+    fn to_wire(self) -> wire::ReadScope {
+        match self {
+            ReadScope::Unknown => wire::ReadScope::Unspecified,
+            ReadScope::Changes => wire::ReadScope::Changes,
+            ReadScope::AllFirst => wire::ReadScope::AllFirst,
+            ReadScope::AllAsked => wire::ReadScope::AllAsked,
+            ReadScope::AllOtherHistory => wire::ReadScope::AllOtherHistory,
+            ReadScope::AllWalNotKnown => wire::ReadScope::AllWalNotKnown,
+            ReadScope::AllDamage => wire::ReadScope::AllDamage,
+            ReadScope::AllCopy => wire::ReadScope::AllCopy,
+        }
+    }
+
+    fn from_wire(scope: wire::ReadScope) -> ReadScope {
+        match scope {
+            wire::ReadScope::Unspecified => ReadScope::Unknown,
+            wire::ReadScope::Changes => ReadScope::Changes,
+            wire::ReadScope::AllFirst => ReadScope::AllFirst,
+            wire::ReadScope::AllAsked => ReadScope::AllAsked,
+            wire::ReadScope::AllOtherHistory => ReadScope::AllOtherHistory,
+            wire::ReadScope::AllWalNotKnown => ReadScope::AllWalNotKnown,
+            wire::ReadScope::AllDamage => ReadScope::AllDamage,
+            wire::ReadScope::AllCopy => ReadScope::AllCopy,
+        }
+    }
 }
 
 /// One file or directory of the backup.
@@ -276,6 +340,7 @@ impl Counters {
             new_packs: self.new_packs,
             store_requests: self.store_requests,
             unexplained_slots: self.unexplained_slots,
+            read_scope: self.read_scope.to_wire().into(),
         }
     }
 
@@ -289,6 +354,8 @@ impl Counters {
             new_packs: c.new_packs,
             store_requests: c.store_requests,
             unexplained_slots: c.unexplained_slots,
+            // prost gives the default for a number that it does not know.
+            read_scope: ReadScope::from_wire(c.read_scope()),
         }
     }
 }
@@ -418,7 +485,7 @@ pub(crate) mod tests {
             has_overlays: true,
             control_file: entry("global/pg_control", 3),
             damaged_pages: vec![DamagedPages { path: "base/1/2".into(), blocks: vec![1, 9] }],
-            counters: Counters { cluster_bytes: 1, ..Counters::default() },
+            counters: Counters { cluster_bytes: 1, read_scope: ReadScope::AllAsked, ..Counters::default() },
         }
     }
 

@@ -231,7 +231,7 @@ impl<'a> Walk<'a> {
             _ => None,
         };
         let Some(content) = content else { return Ok(Some(file)) };
-        self.progress.add(file.size);
+        self.progress.spare(file.size);
         let kind = PlacedKind::File { size: file.size, crc32c: known.parent_crc32c, content };
         self.assembly.push(file, FileState::Known(kind));
         Ok(None)
@@ -250,7 +250,7 @@ impl<'a> Walk<'a> {
             return Ok(Some(file));
         }
         if plan.is_empty() && known.parent_size == file.size {
-            self.progress.add(file.size);
+            self.progress.spare(file.size);
             let crc32c = known.parent_crc32c;
             let content = compose(self.session, (&parent, place), &plan, file.size, PagesResult::default())?;
             let kind = self.assembly.of_parent(file.size, crc32c, content);
@@ -261,7 +261,7 @@ impl<'a> Walk<'a> {
             self.assembly.push(file, FileState::Vanished);
             return Ok(None);
         };
-        self.progress.add(file.size.saturating_sub(plan.bytes(SLOT_BYTES)));
+        self.progress.spare(file.size.saturating_sub(plan.bytes(SLOT_BYTES)));
         let job = Arc::new(PagesJob {
             file: open,
             path: file.absolute.clone(),

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use walfleet_repository::ids::JobId;
 
+use crate::cli::cost::{self, Costed};
 use crate::cli::progress::ProgressLines;
 use crate::cli::{RestoreArgs, print, usage};
 use crate::failure::Failure;
@@ -43,26 +44,49 @@ pub fn restore(args: RestoreArgs) -> Result<(), Failure> {
         let order = JobOrder::of_a_person(JobId::generate(), args.cluster, WorkOrder::Restore(order));
         let progress = Progress::new();
         let lines = ProgressLines::show("restore", progress.clone());
-        let report = opened.work()?.run(order, progress, cancel).await?;
+        let report = opened.work()?.run(order, progress.clone(), cancel).await?;
         drop(lines);
-        match report {
-            Report::Restore(report) => print::output(args.output.format, &report, table),
+        let cost = &progress.cost();
+        match &report {
+            Report::Restore(report) => {
+                print::output(args.output.format, &Costed { report, spared_bytes: None, cost }, table)
+            }
             _ => Err(super::failed("the work answered with something else than a restore")),
         }
     })
 }
 
-fn table(report: &RestoreReport) -> String {
+fn table(costed: &Costed<'_, RestoreReport>) -> String {
+    let report = costed.report;
+    let at_most = if report.at_most { "at most " } else { "" };
+    let fetched = if report.is_planned() { "to fetch" } else { "fetched" };
     let mut fields = vec![
         ("data directory", report.data_dir.display().to_string()),
         ("state", report.server_state.clone()),
         ("backup", report.backup.to_string()),
-        ("WAL", format!("{} to {}, timeline {}", report.wal_from_lsn, report.wal_to_lsn, report.timeline)),
+        (
+            "WAL",
+            format!(
+                "{} to {}, timeline {}: {} in {} segment{}",
+                report.wal_from_lsn,
+                report.wal_to_lsn,
+                report.timeline,
+                print::bytes(report.wal_bytes),
+                report.wal_segments,
+                if report.wal_segments == 1 { "" } else { "s" }
+            ),
+        ),
         ("cluster size", print::bytes(report.cluster_bytes)),
-        ("fetched", format!("{} in {} requests", print::bytes(report.fetched_bytes), report.store_requests)),
+        (fetched, format!("{at_most}{} in {} requests", print::bytes(report.fetched_bytes), report.store_requests)),
     ];
-    if report.estimated_seconds > 0.0 {
-        fields.push(("would take", print::seconds(report.estimated_seconds)));
+    if report.is_planned() {
+        fields.push((
+            "would take",
+            match (report.estimated_seconds, &report.estimated_from) {
+                (Some(seconds), Some(from)) => format!("{at_most}about {}, as {from}", print::seconds(seconds)),
+                _ => "not known: neither a restore nor a backup that read everything is known".to_owned(),
+            },
+        ));
     }
     if report.copy_seconds > 0.0 {
         fields.push(("copied in", print::seconds(report.copy_seconds)));
@@ -77,6 +101,9 @@ fn table(report: &RestoreReport) -> String {
     }
     if let Some(connection) = &report.connection {
         fields.push(("connect with", format!("psql \"{connection}\"")));
+    }
+    if !report.is_planned() {
+        fields.extend(cost::fields(costed.cost));
     }
     fields.extend(report.notes.iter().map(|note| ("note", note.clone())));
     print::fields(&fields)

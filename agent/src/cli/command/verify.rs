@@ -2,6 +2,7 @@
 
 use walfleet_repository::ids::JobId;
 
+use crate::cli::cost::{self, Costed};
 use crate::cli::progress::ProgressLines;
 use crate::cli::{VerifyArgs, print};
 use crate::failure::{ExitCode, Failure, Remedy};
@@ -18,12 +19,13 @@ pub fn verify(args: VerifyArgs) -> Result<(), Failure> {
         let order = JobOrder::of_a_person(JobId::generate(), args.cluster, WorkOrder::Verify(order));
         let progress = Progress::new();
         let lines = ProgressLines::show("verify", progress.clone());
-        let report = opened.work()?.run(order, progress, cancel).await?;
+        let report = opened.work()?.run(order, progress.clone(), cancel).await?;
         drop(lines);
         let Report::Verify(report) = report else {
             return Err(super::failed("the work answered with something else than a verification"));
         };
-        print::output(args.output.format, &report, table)?;
+        let costed = Costed { report: &report, spared_bytes: None, cost: &progress.cost() };
+        print::output(args.output.format, &costed, table)?;
         match report.findings.len() {
             0 => Ok(()),
             count => {
@@ -34,13 +36,16 @@ pub fn verify(args: VerifyArgs) -> Result<(), Failure> {
     })
 }
 
-fn table(report: &VerifyReport) -> String {
-    let mut text = print::fields(&[
+fn table(costed: &Costed<'_, VerifyReport>) -> String {
+    let report = costed.report;
+    let mut fields = vec![
         ("packs", report.packs.to_string()),
         ("WAL segments", report.segments.to_string()),
         ("bytes", print::bytes(report.bytes)),
         ("damaged", report.findings.len().to_string()),
-    ]);
+    ];
+    fields.extend(cost::fields(costed.cost));
+    let mut text = print::fields(&fields);
     let rows: Vec<Vec<String>> = report
         .findings
         .iter()

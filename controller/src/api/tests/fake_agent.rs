@@ -180,6 +180,7 @@ impl FakeAgent {
             done_bytes,
             total_bytes: 100,
             at_us: 1,
+            ..Default::default()
         }))
         .await;
     }

@@ -73,6 +73,7 @@ fn healthy() -> InstanceObserved {
             state: "committed".to_owned(),
             store_requests: 0,
             unexplained_slots: 0,
+            read_all_because: String::new(),
         }],
         problems: vec![],
         tablespaces: BTreeMap::new(),

@@ -3,7 +3,7 @@ use std::sync::Arc;
 use super::*;
 use crate::fleet::clusters::{Enrolled, Pin, assemble};
 use crate::fleet::observed::{AgentObserved, FactsObserved, HelloObserved, InstanceObserved};
-use crate::jobs::work::{BackupWork, VerifyWork, Work};
+use crate::jobs::work::{BackupPlanWork, BackupWork, VerifyWork, Work};
 use crate::jobs::{FencingToken, JobState};
 use crate::resources::document;
 use crate::resources::stored::Catalog;
@@ -142,6 +142,25 @@ fn a_cluster_is_backed_up_by_one_job_at_a_time_even_if_that_one_is_unknown() {
     assert_eq!(decide(&jobs, &agents, "standby"), ["job_1 backs orders up now"]);
     let jobs = [job("job_1", backup(), queued(), None), job("job_2", backup(), queued(), None)];
     assert_eq!(decide(&jobs, &agents, "standby"), ["to db2", "job_1 backs orders up now"]);
+}
+
+#[test]
+fn a_plan_waits_for_no_job_and_no_job_for_a_plan_and_an_older_agent_is_not_asked_for_one() {
+    let plan = || Work::BackupPlan(BackupPlanWork { repository: "main".to_owned(), read_all: false });
+    let older = agent(InstanceRole::Primary, 100, true);
+    let mut newer = older.clone();
+    let hello = Arc::make_mut(&mut newer.observed).hello.as_mut().expect("it said hello");
+    hello.capabilities.push("backup_plan".to_owned());
+    let running = JobState::Running { since: at(0) };
+    let jobs = [
+        job("job_1", backup(), running.clone(), Some("db1")),
+        job("job_2", plan(), running, Some("db1")),
+        job("job_3", plan(), queued(), None),
+    ];
+    assert_eq!(decide(&jobs, &[("db1", newer.clone())], "primary"), ["to db1"]);
+    let jobs = [job("job_1", plan(), queued(), None), job("job_2", backup(), queued(), None)];
+    assert_eq!(decide(&jobs, &[("db1", newer)], "primary"), ["to db1", "to db1"]);
+    assert_eq!(decide(&jobs, &[("db1", older)], "primary"), ["agent db1 does not offer backup_plan", "to db1"]);
 }
 
 #[test]

@@ -40,11 +40,11 @@ fn job(retries: u32) -> Job {
 
 fn failed(retryable: bool) -> Outcome {
     let error = JobError { code: "store.away".to_owned(), message: "no answer".to_owned(), exit_code: 1, retryable };
-    Outcome { verdict: Verdict::Failed(error), started_at: None, finished_at: None, report: None }
+    Outcome { verdict: Verdict::Failed(error), started_at: None, finished_at: None, report: None, cost: None }
 }
 
 fn succeeded() -> Outcome {
-    Outcome { verdict: Verdict::Succeeded, started_at: None, finished_at: None, report: None }
+    Outcome { verdict: Verdict::Succeeded, started_at: None, finished_at: None, report: None, cost: None }
 }
 
 const TOKEN: FencingToken = FencingToken(7);
