@@ -203,16 +203,26 @@ class Packs:  # 9, 10
         place = message(place)
         return self.chunk(table[number(place, 1)], *(number(place, n) for n in (2, 3, 4)), raw(place, 5))
 
+    def slots(self, file_map, whole=False):
+        check(not (whole and 6 in file_map), "a map over a map over a map")
+        slots, table = message(raw(file_map, 4)), [None, *file_map.get(3, [])]
+        arrays, ids = (packed(raw(slots, n)) for n in (1, 2, 3)), raw(slots, 4)
+        return [(table[pack], *rest, ids[16 * i:16 * i + 16]) for i, (pack, *rest) in enumerate(zip(*arrays))]
+
     def content(self, table, entry):
         if 8 not in entry:
             return self.place(table, entry[7][0]) if 7 in entry else bytes(number(entry, 3))
         file_map = message(self.place(table, entry[8][0]))
-        slots, size, table = message(raw(file_map, 4)), number(file_map, 2), file_map.get(3, [])
-        places, start, content = zip(*(packed(raw(slots, n)) for n in (1, 2, 3))), 0, []
-        for i, (pack, offset, stored) in enumerate(places):
-            length, short = min(number(file_map, 1), size - start), raw(slots, 4)[16 * i:16 * i + 16]
-            content.append(self.chunk(table[pack - 1], offset, stored, length, short) if pack else bytes(length))
+        size, places, start, content = number(file_map, 2), self.slots(file_map), 0, []
+        if 6 in file_map:  # over another map, of which only the slots that differ are named
+            former = self.slots(message(self.place(file_map.get(3, []), file_map[6][0])), whole=True)
+            own = dict(zip(ascending(raw(file_map, 7)), places, strict=True))
+            places = [own.get(i) or former[i] for i in range(-(-size // number(file_map, 1)))]
+        for pack, offset, stored, short in places:
+            length = min(number(file_map, 1), size - start)
+            content.append(self.chunk(pack, offset, stored, length, short) if pack else bytes(length))
             start += length
+        table = file_map.get(3, [])
         check(start == size == number(entry, 3), "a file of another size")
         content, laid = bytearray(b"".join(content)), set()
         for overlay in map(message, file_map.get(5, [])):

@@ -139,7 +139,7 @@ impl ReadPlan {
         }
         let mut plan = ReadPlan::default();
         let count = size.div_ceil(u64::from(parent.slot_bytes)) as u32;
-        let now = FileMap { slot_bytes: parent.slot_bytes, size, slots: Vec::new(), overlays: Vec::new() };
+        let now = FileMap { slot_bytes: parent.slot_bytes, size, slots: Vec::new(), overlays: Vec::new(), base: None };
         for slot in 0..count {
             let first = slot * pages_per_slot;
             let range = first..first + pages_per_slot;

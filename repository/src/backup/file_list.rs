@@ -10,7 +10,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use crate::backup::write::{ChunkWriter, PackSession, Placed, PlacedSlot, WriteError};
-use crate::format::file_map::{ChunkPlace, FileMap, ShortId, Slot};
+use crate::format::file_map::{ChunkPlace, FileMap, MapBase, ShortId, Slot};
 use crate::format::manifest::{Content, EntryKind, FILES_PER_PART, FileEntry, encode_part};
 use crate::format::overlay::{Overlay, OverlayPage};
 
@@ -48,9 +48,16 @@ pub enum PlacedContent {
         slots: Vec<PlacedSlot>,
         /// Pages laid over the slots.
         overlays: Vec<PlacedOverlay>,
-        /// The parent's map of this file.
-        parent: Option<ChunkPlace>,
+        parent: Option<ParentMap>,
     },
+}
+
+/// The parent's map of a file.
+#[derive(Clone, Debug)]
+pub struct ParentMap {
+    pub place: ChunkPlace,
+    /// What the new map may be stored over; `None`: it was not read.
+    pub base: Option<Arc<MapBase>>,
 }
 
 /// A chunk of gathered pages and where they belong.
@@ -64,9 +71,10 @@ impl PlacedFile {
     /// Memory that it takes while it waits, about.
     fn held_bytes(&self) -> usize {
         let slots = match &self.kind {
-            PlacedKind::File { content: PlacedContent::Slots { slots, overlays, .. }, .. } => {
+            PlacedKind::File { content: PlacedContent::Slots { slots, overlays, parent, .. }, .. } => {
                 let pages: usize = overlays.iter().map(|overlay| overlay.pages.len()).sum();
-                slots.len() * size_of::<PlacedSlot>() + pages * size_of::<OverlayPage>()
+                let base = parent.as_ref().and_then(|parent| parent.base.as_ref()).map_or(0, |base| base.slots.len());
+                slots.len() * size_of::<PlacedSlot>() + base * size_of::<Slot>() + pages * size_of::<OverlayPage>()
             }
             _ => 0,
         };
@@ -205,8 +213,12 @@ impl FileListWriter {
     fn place_map(&mut self, resolved: Resolved) -> Result<Waiting, WriteError> {
         let Resolved { entry, map } = resolved;
         let Some((map, parent)) = map else { return Ok(Waiting::Ready(entry)) };
-        let placed = self.maps.store(&map.encode(), parent.as_ref())?;
-        self.session.count_use([&placed]);
+        let place = parent.as_ref().map(|parent| parent.place);
+        let base = parent.and_then(|parent| parent.base).filter(|base| self.session.adopt(&base.place).is_some());
+        let map = map.over(base);
+        let placed = self.maps.store(&map.encode(), place.as_ref())?;
+        let base = map.base.as_ref().and_then(|base| self.session.adopt(&base.place));
+        self.session.count_use(base.iter().chain([&placed]));
         Ok(Waiting::Map { entry, map: placed })
     }
 
@@ -236,7 +248,7 @@ impl FileListWriter {
 struct Resolved {
     entry: FileEntry,
     /// The file's map and the parent's, if it has one.
-    map: Option<(FileMap, Option<ChunkPlace>)>,
+    map: Option<(FileMap, Option<ParentMap>)>,
 }
 
 /// The entry with final places; `None` while a pack it needs is open. Counts its chunks as used once it succeeds.
@@ -268,13 +280,13 @@ fn resolve(session: &PackSession, file: &PlacedFile) -> Option<Resolved> {
                 Some(Overlay { chunk, pages: overlay.pages.clone() })
             });
             let (slots, overlays) = (resolved.collect::<Option<_>>()?, laid.collect::<Option<_>>()?);
-            let map = FileMap { slot_bytes: *slot_bytes, size: *size, slots, overlays };
+            let map = FileMap { slot_bytes: *slot_bytes, size: *size, slots, overlays, base: None };
             let chunks = placed_slots.iter().filter_map(|slot| match slot {
                 PlacedSlot::Zero => None,
                 PlacedSlot::Chunk(placed) => Some(placed),
             });
             session.count_use(chunks.chain(placed_overlays.iter().map(|overlay| &overlay.chunk)));
-            Some(Resolved { entry: whole(Content::Zero), map: Some((map, *parent)) })
+            Some(Resolved { entry: whole(Content::Zero), map: Some((map, parent.clone())) })
         }
     }
 }

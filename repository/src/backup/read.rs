@@ -8,16 +8,16 @@ use object_store::path::Path;
 
 use crate::crypto::DomainKey;
 use crate::format::clear::ObjectKind;
-use crate::format::file_map::{ChunkPlace, FileMap, MapError};
+use crate::format::file_map::{ChunkPlace, FileMap, MapError, StoredMap};
 use crate::format::manifest::{self, FileEntry, Manifest, ManifestError};
 use crate::format::sealed::{self, Header, Opener, SealedError};
 use crate::ids::PackId;
 use crate::keyring::Keyring;
 use crate::store::{Store, StoreError};
 
-/// Packs of metadata kept in memory: maps and lists are read in the order they were written, so two suffice and a third
-/// serves a parent read alongside.
-const CACHED_PACKS: usize = 3;
+/// Packs of metadata kept in memory: maps and lists are read in the order they were written, so two suffice; the others
+/// serve maps that are stored over older ones.
+const CACHED_PACKS: usize = 5;
 
 #[derive(Debug, thiserror::Error)]
 pub enum ReadError {
@@ -77,8 +77,14 @@ impl BackupReader {
         Ok(manifest::decode_part(&self.metadata(place).await?)?)
     }
 
+    /// A file's map, with what it takes from the one it is stored over.
     pub async fn file_map(&self, place: &ChunkPlace) -> Result<FileMap, ReadError> {
-        Ok(FileMap::decode(&self.metadata(place).await?)?)
+        let stored = StoredMap::decode(&self.metadata(place).await?)?;
+        let base = match stored.base()? {
+            Some(place) => Some(FileMap::decode(&self.metadata(&place).await?)?),
+            None => None,
+        };
+        Ok(stored.read(base.as_ref())?)
     }
 
     /// A chunk of metadata, through a small cache of whole packs.

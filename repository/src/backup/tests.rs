@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::commit::{BackupSession, SessionError, SessionSpec};
 use super::fetch::{FetchError, FetchOptions, FetchReport, FileNumber, Found, PieceFile, PieceSink, fetch_all};
-use super::file_list::{FileListWriter, PlacedContent, PlacedFile, PlacedKind};
+use super::file_list::{FileListWriter, ParentMap, PlacedContent, PlacedFile, PlacedKind};
 use super::write::{PackSession, PlacedSlot};
 use crate::cluster::OpenCluster;
 use crate::cluster_log::Author;
@@ -96,7 +96,9 @@ async fn back_up(ground: &Ground, files: &Files, run: Option<&str>) -> Result<(C
                 (1, Some(PlacedSlot::Chunk(placed))) => PlacedContent::Chunk(*placed),
                 _ => {
                     let parent = match parent.map(|(entry, _)| &entry.kind) {
-                        Some(EntryKind::File { content: Content::Map(place), .. }) => Some(*place),
+                        Some(EntryKind::File { content: Content::Map(place), .. }) => {
+                            Some(ParentMap { place: *place, base: None })
+                        }
                         _ => None,
                     };
                     PlacedContent::Slots { slot_bytes: SLOT_BYTES, slots, overlays: Vec::new(), parent }

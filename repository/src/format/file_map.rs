@@ -1,5 +1,7 @@
 //! File maps: the slots of one file, the pages laid over them, and the packs they lie in. A map is itself a chunk.
 
+use std::sync::Arc;
+
 use bytes::Bytes;
 use prost::Message;
 use roaring::RoaringBitmap;
@@ -11,6 +13,9 @@ use crate::ids::{ChunkId, PackId};
 
 /// Bytes of a slot: 16 pages. Measured (docs/format.md): zstd compresses 128 KiB as well as any larger unit.
 pub const SLOT_BYTES: u32 = 128 << 10;
+
+/// Where more than one slot in so many differs from its base, a map is stored whole: nothing is left to gain.
+const MOST_DIFFERING: usize = 8;
 
 /// The first half of a chunk id: all that a comparison by position needs.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Hash)]
@@ -48,6 +53,21 @@ pub struct FileMap {
     pub slots: Vec<Slot>,
     /// In the order they came to be. No page is in two of them.
     pub overlays: Vec<Overlay>,
+    /// The map that this one is stored over.
+    pub base: Option<Arc<MapBase>>,
+}
+
+/// A map that is stored whole, and that later maps of the file may be stored over: they name only the slots that differ.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct MapBase {
+    pub place: ChunkPlace,
+    pub slots: Vec<Slot>,
+}
+
+/// A stored map, before the one it may lie over is at hand.
+pub struct StoredMap {
+    map: wire::FileMap,
+    packs: Vec<PackId>,
 }
 
 /// Bytes of a chunk that are bytes of the file.
@@ -79,6 +99,8 @@ pub enum MapError {
     SlotCount { slots: usize, slot_bytes: u32, size: u64 },
     #[error("its slot arrays differ in length")]
     Arrays,
+    #[error("the map that it is stored over does not fit, or is not stored whole")]
+    Base,
     #[error("it refers to pack {number} of {count}")]
     PackNumber { number: u32, count: usize },
     #[error("a pack id has {0} bytes, expected 32")]
@@ -139,79 +161,49 @@ impl FileMap {
         u64::from(self.slot_bytes).min(self.size.saturating_sub(start)) as u32
     }
 
-    /// Equal content in equal places encodes to equal bytes, so that an unchanged file's map is found in its parent.
-    pub fn encode(&self) -> Vec<u8> {
-        let mut packs = PackTable::default();
-        let count = self.slots.len();
-        let mut slots = wire::Slots {
-            pack_plus_one: Vec::with_capacity(count),
-            offset: Vec::with_capacity(count),
-            stored_len: Vec::with_capacity(count),
-            ids: Bytes::new(),
-        };
-        let mut ids = Vec::with_capacity(16 * count);
-        for slot in &self.slots {
-            let (pack, offset, stored_len, id) = match slot {
-                Slot::Zero => (0, 0, 0, ShortId::default()),
-                Slot::Chunk(place) => {
-                    (packs.number(place.pack) + 1, place.frame.offset, place.frame.stored_len, place.id)
-                }
-            };
-            slots.pack_plus_one.push(pack);
-            slots.offset.push(offset);
-            slots.stored_len.push(stored_len);
-            ids.extend_from_slice(&id.0);
+    /// What a later map of the file may be stored over, if this one lies at `place`.
+    pub fn to_base(&self, place: ChunkPlace) -> Arc<MapBase> {
+        match &self.base {
+            Some(base) => Arc::clone(base),
+            None => Arc::new(MapBase { place, slots: self.slots.clone() }),
         }
-        slots.ids = ids.into();
-        let overlays = self.overlays.iter().map(|overlay| overlay.to_wire(packs.place(&overlay.chunk))).collect();
-        wire::FileMap {
-            slot_bytes: self.slot_bytes,
-            size: self.size,
-            packs: packs.into_wire(),
-            slots: Some(slots),
-            overlays,
-        }
-        .encode_to_vec()
     }
 
-    pub fn decode(bytes: &[u8]) -> Result<FileMap, MapError> {
-        let map = wire::FileMap::decode(bytes).map_err(|e| MapError::Decode(e.to_string()))?;
-        if map.slot_bytes == 0 || map.slot_bytes % 8192 != 0 || map.slot_bytes > 16 << 20 {
-            return Err(MapError::SlotSize(map.slot_bytes));
-        }
-        let packs = pack_ids(&map.packs)?;
-        let wire::Slots { pack_plus_one, offset, stored_len, ids } = map.slots.unwrap_or_default();
-        let count = pack_plus_one.len();
-        if offset.len() != count || stored_len.len() != count || ids.len() != 16 * count {
-            return Err(MapError::Arrays);
-        }
-        if map.size.div_ceil(u64::from(map.slot_bytes)) != count as u64 {
-            return Err(MapError::SlotCount { slots: count, slot_bytes: map.slot_bytes, size: map.size });
-        }
-        let mut result = FileMap {
-            slot_bytes: map.slot_bytes,
-            size: map.size,
-            slots: Vec::with_capacity(count),
-            overlays: Vec::new(),
+    /// Has the map stored over a base if that is smaller by far; one without overlays is stored whole, so that readers of
+    /// nothing else need not know of bases.
+    #[must_use]
+    pub fn over(mut self, base: Option<Arc<MapBase>>) -> FileMap {
+        let is_near = |base: &Arc<MapBase>| self.differing(base).count() * MOST_DIFFERING <= self.slots.len();
+        self.base = base.filter(|base| !self.overlays.is_empty() && is_near(base));
+        self
+    }
+
+    fn differing<'a>(&'a self, base: &'a MapBase) -> impl Iterator<Item = (u32, &'a Slot)> {
+        (0..).zip(&self.slots).filter(|(number, slot)| base.slots.get(*number as usize) != Some(slot))
+    }
+
+    /// Equal content in equal places, over an equal base, encodes to equal bytes, so that an unchanged file's map is found
+    /// in its parent.
+    pub fn encode(&self) -> Vec<u8> {
+        let mut packs = PackTable::default();
+        let base = self.base.as_ref().map(|base| packs.place(&base.place));
+        let (slots, slot_deltas) = match &self.base {
+            None => (slots_to_wire(self.slots.iter(), &mut packs), Vec::new()),
+            Some(base) => {
+                let slots = slots_to_wire(self.differing(base).map(|(_, slot)| slot), &mut packs);
+                (slots, overlay::deltas(self.differing(base).map(|(number, _)| number)))
+            }
         };
-        let entries = pack_plus_one.iter().zip(offset.iter().zip(&stored_len)).zip(ids.chunks_exact(16));
-        for (index, ((&pack_plus_one, (&offset, &stored_len)), id)) in entries.enumerate() {
-            let Some(number) = pack_plus_one.checked_sub(1) else {
-                result.slots.push(Slot::Zero);
-                continue;
-            };
-            let pack = *packs.get(number as usize).ok_or(MapError::PackNumber { number, count: packs.len() })?;
-            let frame = FramePlace { offset, stored_len, raw_len: result.slot_len(index) };
-            let mut short = ShortId::default();
-            short.0.copy_from_slice(id);
-            result.slots.push(Slot::Chunk(ChunkPlace { pack, frame, id: short }));
-        }
-        for overlay in &map.overlays {
-            let chunk = place_from_wire(&overlay::chunk_of(overlay), &packs)?;
-            result.overlays.push(Overlay::from_wire(overlay, chunk, map.size)?);
-        }
-        result.overlaid()?;
-        Ok(result)
+        let overlays = self.overlays.iter().map(|overlay| overlay.to_wire(packs.place(&overlay.chunk))).collect();
+        let packs = packs.into_wire();
+        let slots = Some(slots);
+        wire::FileMap { slot_bytes: self.slot_bytes, size: self.size, packs, slots, overlays, base, slot_deltas }
+            .encode_to_vec()
+    }
+
+    /// A map that is stored whole.
+    pub fn decode(bytes: &[u8]) -> Result<FileMap, MapError> {
+        StoredMap::decode(bytes)?.read(None)
     }
 
     /// Which pages are laid over; an error if one is twice.
@@ -277,6 +269,107 @@ impl FileMap {
     }
 }
 
+fn slots_to_wire<'a>(slots: impl Iterator<Item = &'a Slot>, packs: &mut PackTable) -> wire::Slots {
+    let mut stored = wire::Slots::default();
+    let mut ids = Vec::new();
+    for slot in slots {
+        let (pack, offset, stored_len, id) = match slot {
+            Slot::Zero => (0, 0, 0, ShortId::default()),
+            Slot::Chunk(place) => (packs.number(place.pack) + 1, place.frame.offset, place.frame.stored_len, place.id),
+        };
+        stored.pack_plus_one.push(pack);
+        stored.offset.push(offset);
+        stored.stored_len.push(stored_len);
+        ids.extend_from_slice(&id.0);
+    }
+    stored.ids = ids.into();
+    stored
+}
+
+impl StoredMap {
+    pub fn decode(bytes: &[u8]) -> Result<StoredMap, MapError> {
+        let map = wire::FileMap::decode(bytes).map_err(|e| MapError::Decode(e.to_string()))?;
+        if map.slot_bytes == 0 || map.slot_bytes % 8192 != 0 || map.slot_bytes > 16 << 20 {
+            return Err(MapError::SlotSize(map.slot_bytes));
+        }
+        let packs = pack_ids(&map.packs)?;
+        Ok(StoredMap { map, packs })
+    }
+
+    /// Where the map lies that this one is stored over.
+    pub fn base(&self) -> Result<Option<ChunkPlace>, MapError> {
+        self.map.base.as_ref().map(|place| place_from_wire(place, &self.packs)).transpose()
+    }
+
+    /// The map. `base`: what lies at [`base`](Self::base), stored whole.
+    pub fn read(self, base: Option<&FileMap>) -> Result<FileMap, MapError> {
+        let place = self.base()?;
+        let base = match (place, base) {
+            (Some(place), Some(base)) if base.base.is_none() && base.slot_bytes == self.map.slot_bytes => {
+                Some(base.to_base(place))
+            }
+            (None, None) => None,
+            _ => return Err(MapError::Base),
+        };
+        let StoredMap { map, packs } = self;
+        let count = map.size.div_ceil(u64::from(map.slot_bytes));
+        let mut result = FileMap {
+            slot_bytes: map.slot_bytes,
+            size: map.size,
+            slots: Vec::new(),
+            overlays: Vec::new(),
+            base: base.clone(),
+        };
+        let wire::Slots { pack_plus_one, offset, stored_len, ids } = map.slots.unwrap_or_default();
+        let stored = pack_plus_one.len();
+        if offset.len() != stored || stored_len.len() != stored || ids.len() != 16 * stored {
+            return Err(MapError::Arrays);
+        }
+        let numbers = match &base {
+            None => (0..stored as u32).collect(),
+            Some(_) => overlay::sums(&map.slot_deltas)?,
+        };
+        if numbers.len() != stored || numbers.last().is_some_and(|last| u64::from(*last) >= count) {
+            return Err(MapError::Arrays);
+        }
+        let entries = pack_plus_one.iter().zip(offset.iter().zip(&stored_len)).zip(ids.chunks_exact(16));
+        let mut own = numbers.into_iter().zip(entries).peekable();
+        let mut former = base.iter().flat_map(|base| &base.slots);
+        // As many as there are slots for: a foreign size alone makes no memory.
+        for number in 0..count {
+            let inherited = former.next();
+            let slot = match own.next_if(|(at, _)| u64::from(*at) == number) {
+                Some((number, ((&pack_plus_one, (&offset, &stored_len)), id))) => match pack_plus_one.checked_sub(1) {
+                    None => Slot::Zero,
+                    Some(table) => {
+                        let unknown = MapError::PackNumber { number: table, count: packs.len() };
+                        let pack = *packs.get(table as usize).ok_or(unknown)?;
+                        let frame = FramePlace { offset, stored_len, raw_len: result.slot_len(number as usize) };
+                        let mut short = ShortId::default();
+                        short.0.copy_from_slice(id);
+                        Slot::Chunk(ChunkPlace { pack, frame, id: short })
+                    }
+                },
+                None => *inherited.ok_or(MapError::SlotCount {
+                    slots: stored,
+                    slot_bytes: map.slot_bytes,
+                    size: map.size,
+                })?,
+            };
+            if matches!(slot, Slot::Chunk(place) if place.frame.raw_len != result.slot_len(number as usize)) {
+                return Err(MapError::Base);
+            }
+            result.slots.push(slot);
+        }
+        for overlay in &map.overlays {
+            let chunk = place_from_wire(&overlay::chunk_of(overlay), &packs)?;
+            result.overlays.push(Overlay::from_wire(overlay, chunk, map.size)?);
+        }
+        result.overlaid()?;
+        Ok(result)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -285,7 +378,7 @@ mod tests {
     fn map(kinds: &[Option<u8>], tail: u32) -> FileMap {
         let slot_bytes = 16384;
         let size = (kinds.len() as u64 * u64::from(slot_bytes)).saturating_sub(u64::from(tail));
-        let mut map = FileMap { slot_bytes, size, slots: Vec::new(), overlays: Vec::new() };
+        let mut map = FileMap { slot_bytes, size, slots: Vec::new(), overlays: Vec::new(), base: None };
         for (i, kind) in kinds.iter().enumerate() {
             let raw_len = map.slot_len(i);
             map.slots.push(match kind {
@@ -298,6 +391,16 @@ mod tests {
             });
         }
         map
+    }
+
+    fn chunk(number: u8) -> ChunkPlace {
+        let frame = FramePlace { offset: 9, stored_len: 9, raw_len: PAGE_BYTES };
+        ChunkPlace { pack: PackId([number; 32]), frame, id: ShortId([number; 16]) }
+    }
+
+    /// The file's first page.
+    fn one_overlay() -> Overlay {
+        Overlay::of_chunk(chunk(9), [0])
     }
 
     proptest! {
@@ -370,13 +473,59 @@ mod tests {
             }
         }
 
+        /// Whatever the file became: longer, shorter, other slots.
         #[test]
-        fn no_bytes_make_the_reader_panic(flip in 0usize..400, bit in 0u8..8, cut in 0usize..400) {
-            let mut bytes = map(&[Some(1), None, Some(2)], 5).encode();
+        fn a_map_over_another_reads_back_as_written_and_names_only_what_differs(
+            before in prop::collection::vec(prop::option::of(0u8..3), 1..100),
+            tails in (0u32..16384, 0u32..16384),
+            changes in prop::collection::btree_map(0usize..140, prop::option::of(7u8..9), 0..6),
+            len in 1usize..140,
+        ) {
+            let base = map(&before, tails.0);
+            let mut kinds = before.clone();
+            kinds.resize(len, Some(5));
+            changes.iter().filter(|(at, _)| **at < len).for_each(|(at, kind)| kinds[*at] = *kind);
+            let mut now = map(&kinds, tails.1);
+            now.overlays = vec![one_overlay()];
+            let place = chunk(3);
+            let over = FileMap { size: now.size.max(u64::from(PAGE_BYTES)), ..now }.over(Some(base.to_base(place)));
+            let stored = StoredMap::decode(&over.encode()).unwrap();
+            prop_assert_eq!(stored.base().unwrap(), over.base.as_ref().map(|_| place));
+            let differing = kinds.len() - (0..len).filter(|at| base.slots.get(*at) == over.slots.get(*at)).count();
+            prop_assert_eq!(over.base.is_some(), differing * MOST_DIFFERING <= len);
+            let at_hand = stored.base().unwrap().map(|_| &base);
+            if over.base.is_some() {
+                prop_assert_eq!(StoredMap::decode(&over.encode()).unwrap().read(None), Err(MapError::Base));
+                prop_assert!(over.encode().len() < 200 + 40 * differing);
+            }
+            prop_assert_eq!(stored.read(at_hand).unwrap(), over);
+        }
+
+        #[test]
+        fn no_bytes_make_the_reader_panic(flip in 0usize..400, bit in 0u8..8, cut in 0usize..400, based in any::<bool>()) {
+            let base = map(&[Some(1), None, Some(2)], 5);
+            let map = FileMap { overlays: vec![one_overlay()], ..base.clone() };
+            let mut bytes = if based { map.over(Some(base.to_base(chunk(3)))).encode() } else { map.encode() };
             let len = bytes.len();
             bytes[flip % len] ^= 1 << bit;
             bytes.truncate(cut.max(1));
             let _ = FileMap::decode(&bytes);
+            if let Ok(stored) = StoredMap::decode(&bytes) {
+                let _ = stored.read(Some(&base));
+            }
+        }
+
+        /// What lies where the base should be is another file's map, or one that is itself over another.
+        #[test]
+        fn a_base_that_does_not_fit_is_refused(len in 9usize..20, other in 0usize..9) {
+            let base = map(&vec![Some(1); len], 0);
+            let over = FileMap { overlays: vec![one_overlay()], ..base.clone() }.over(Some(base.to_base(chunk(3))));
+            let bytes = over.encode();
+            let read = |base: &FileMap| StoredMap::decode(&bytes).unwrap().read(Some(base));
+            prop_assert_eq!(read(&over), Err(MapError::Base));
+            prop_assert!(read(&map(&vec![Some(1); other], 0)).is_err());
+            let wrong = FileMap { slot_bytes: 8192, ..base };
+            prop_assert_eq!(read(&wrong), Err(MapError::Base));
         }
     }
 }

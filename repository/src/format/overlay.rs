@@ -72,7 +72,7 @@ pub(super) fn chunk_of(overlay: &wire::Overlay) -> wire::ChunkPlace {
 }
 
 /// The first, then how many lie between each and the one before it; so no two can be equal or descend.
-fn deltas(ascending: impl Iterator<Item = u32>) -> Vec<u32> {
+pub(super) fn deltas(ascending: impl Iterator<Item = u32>) -> Vec<u32> {
     let mut next = 0u32;
     ascending
         .map(|value| {
@@ -83,7 +83,7 @@ fn deltas(ascending: impl Iterator<Item = u32>) -> Vec<u32> {
         .collect()
 }
 
-fn sums(deltas: &[u32]) -> Result<Vec<u32>, MapError> {
+pub(super) fn sums(deltas: &[u32]) -> Result<Vec<u32>, MapError> {
     let mut next = 0u32;
     deltas
         .iter()

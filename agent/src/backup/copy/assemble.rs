@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use walfleet_repository::backup::file_list::{FileListWriter, PlacedContent, PlacedFile, PlacedKind};
+use walfleet_repository::backup::file_list::{FileListWriter, ParentMap, PlacedContent, PlacedFile, PlacedKind};
 use walfleet_repository::backup::write::{PackSession, PlacedSlot};
 use walfleet_repository::format::file_map::{ChunkPlace, FileMap, SLOT_BYTES};
 
@@ -181,6 +181,8 @@ impl<'a> Assembly<'a> {
                     strayed.retain(|slot| !(is_spgist && may_be_spgist_hint(*slot, &compared)));
                     self.note_strayed(&file, &strayed);
                 }
+                let parent =
+                    parent.map(|place| ParentMap { place, base: former.as_ref().map(|map| map.to_base(place)) });
                 let overlays = match former {
                     Some(map) => compared.into_overlays(self.session, &map, file.size)?,
                     None => Vec::new(),

@@ -1,6 +1,6 @@
 //! Puts a file together from what its parent has and what was read of it.
 
-use walfleet_repository::backup::file_list::{PlacedContent, PlacedOverlay};
+use walfleet_repository::backup::file_list::{ParentMap, PlacedContent, PlacedOverlay};
 use walfleet_repository::backup::write::{PackSession, PlacedSlot, WriteError};
 use walfleet_repository::format::file_map::{ChunkPlace, FileMap, Slot};
 use walfleet_repository::format::overlay::Overlay;
@@ -47,5 +47,10 @@ pub(super) fn compose(
     }
     let mut overlays = adopt_overlays(session, plan.kept_overlays(parent, size))?;
     overlays.extend(read.overlays);
-    Ok(PlacedContent::Slots { slot_bytes: parent.slot_bytes, slots, overlays, parent: Some(place) })
+    Ok(PlacedContent::Slots {
+        slot_bytes: parent.slot_bytes,
+        slots,
+        overlays,
+        parent: Some(ParentMap { place, base: Some(parent.to_base(place)) }),
+    })
 }

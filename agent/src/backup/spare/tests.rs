@@ -89,7 +89,7 @@ proptest! {
         let mut chunks = Chunks::default();
         let mut version = 1u64;
         let mut file: Vec<u64> = (0..length).map(|page| u64::from(page % 5) * 1000).collect();
-        let empty = FileMap { slot_bytes: SLOT_BYTES, size: 0, slots: Vec::new(), overlays: Vec::new() };
+        let empty = FileMap { slot_bytes: SLOT_BYTES, size: 0, slots: Vec::new(), overlays: Vec::new(), base: None };
         let (mut map, _) = backup(&mut chunks, &empty, &file, &FileChanges::default());
         prop_assert_eq!(&chunks.read(&map), &file);
         for events in rounds {
@@ -129,7 +129,7 @@ fn a_slot_that_would_be_mostly_laid_over_is_stored_whole() {
     let size = 2 * u64::from(SLOT_BYTES);
     let slots = vec![Slot::Chunk(place(0)), Slot::Chunk(place(1))];
     let overlay = Overlay::of_chunk(place(2), 0..10);
-    let parent = FileMap { slot_bytes: SLOT_BYTES, size, slots, overlays: vec![overlay] };
+    let parent = FileMap { slot_bytes: SLOT_BYTES, size, slots, overlays: vec![overlay], base: None };
     let changes = |pages: &[u32]| FileChanges { cut_to: None, pages: pages.iter().copied().collect() };
     let plan = |pages: &[u32]| ReadPlan::new(&parent, size, &changes(pages), |_| true);
     assert_eq!(plan(&[10, 11]), ReadPlan { slots: vec![], pages: vec![10, 11] });

@@ -181,6 +181,7 @@ mod tests {
             size: u64::from(slots) * u64::from(SLOT_BYTES),
             slots: (0..slots).map(slot).collect(),
             overlays: overlays.collect(),
+            base: None,
         }
     }
 
