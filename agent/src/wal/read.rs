@@ -1,5 +1,7 @@
 //! One file of `pg_wal` as Postgres names it, read and judged before it may be called WAL of this cluster.
 
+use std::io::Read;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -82,6 +84,28 @@ pub struct SegmentContent {
     pub suspicion: Option<String>,
 }
 
+/// Reads a whole file of `pg_wal`; "not found" if it was there and is not any more.
+///
+/// PostgreSQL recycles a segment by renaming it and writing over it under its new name (RemoveXlogFile,
+/// src/backend/access/transam/xlog.c). Whoever opened it before would read some of either, and take a server's own WAL for
+/// another's. If the name still means the same file afterwards, nothing was written over yet.
+pub fn read_in_place(path: &Path) -> std::io::Result<Vec<u8>> {
+    read_and(path, || {})
+}
+
+fn read_and(path: &Path, meanwhile: impl FnOnce()) -> std::io::Result<Vec<u8>> {
+    let mut file = std::fs::File::open(path)?;
+    let opened = file.metadata()?;
+    let mut bytes = Vec::with_capacity(usize::try_from(opened.len()).unwrap_or_default());
+    file.read_to_end(&mut bytes)?;
+    meanwhile();
+    let named = std::fs::metadata(path)?;
+    match (named.dev(), named.ino()) == (opened.dev(), opened.ino()) {
+        true => Ok(bytes),
+        false => Err(std::io::Error::new(std::io::ErrorKind::NotFound, "it was recycled while it was read")),
+    }
+}
+
 /// Reads a whole segment file and decodes it. `carry` is the predecessor's, if it is at hand.
 pub fn read_segment(
     path: &Path,
@@ -90,7 +114,7 @@ pub fn read_segment(
     system_id: SystemId,
     carry: Option<Carry>,
 ) -> Result<SegmentContent, WalReadError> {
-    let bytes = std::fs::read(path).map_err(|source| WalReadError::Io { path: path.to_owned(), source })?;
+    let bytes = read_in_place(path).map_err(|source| WalReadError::Io { path: path.to_owned(), source })?;
     let (found, expected) = (bytes.len() as u64, u64::from(size.bytes()));
     if found != expected {
         return Err(WalReadError::Length { path: path.to_owned(), found, expected });
@@ -128,6 +152,22 @@ fn facts_of(digest: &mut SegmentDigest) -> SegmentFacts {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_segment_that_is_recycled_while_it_is_read_is_not_there_any_more() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("000000010000000000000001");
+        let recycled = folder.path().join("000000010000000000000009");
+        std::fs::write(&path, "first").unwrap();
+        assert_eq!(read_in_place(&path).unwrap(), b"first");
+        let gone = read_and(&path, || std::fs::rename(&path, &recycled).unwrap());
+        assert_eq!(gone.unwrap_err().kind(), std::io::ErrorKind::NotFound);
+        let replaced = read_and(&recycled, || {
+            std::fs::rename(&recycled, &path).unwrap();
+            std::fs::write(&recycled, "another").unwrap();
+        });
+        assert_eq!(replaced.unwrap_err().kind(), std::io::ErrorKind::NotFound);
+    }
 
     #[test]
     fn every_name_that_postgres_archives_is_told_apart() {

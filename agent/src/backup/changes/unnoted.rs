@@ -9,6 +9,7 @@ use walfleet_repository::postgres::{Lsn, Segment, Timeline, WalBranch};
 
 use super::{Beginning, Unproven, branch_at};
 use crate::postgres::wal_record::{COMPLETION_SPACING, Carry, SegmentDigest, SegmentPlace, digest_segment};
+use crate::wal::read::read_in_place;
 
 /// Segments fetched whole for one backup. The one that leads into the first in `pg_wal` is the usual case: a checkpoint
 /// recycles all before its own (RemoveOldXlogFiles, src/backend/access/transam/xlog.c). Where many more are unknown,
@@ -78,7 +79,9 @@ impl<'a> Unnoted<'a> {
 
     async fn local(&self, segment: Segment) -> Result<Option<Arc<Vec<u8>>>, Unproven> {
         let path = self.path(segment);
-        match tokio::fs::read(&path).await {
+        let reading = path.clone();
+        let read = tokio::task::spawn_blocking(move || read_in_place(&reading)).await;
+        match read.unwrap_or_else(|error| Err(std::io::Error::other(error))) {
             Ok(bytes) => Ok(Some(Arc::new(bytes))),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
             Err(source) => Err(Unproven::Read { path, source }),
