@@ -98,6 +98,7 @@ fn in_a_fleet_the_controller_lends_a_copy_its_first_parent() {
         scratch.allow_log("belongs to no cluster of this agent");
         // The agent is there before what it protects.
         scratch.allow_log("cannot be read");
+        scratch.allow_log("job failed");
         let version = PgVersion::of(16)?;
         let fleet = Fleet::start(scratch)?;
         let _host = fleet.protected(&version)?;
@@ -108,7 +109,10 @@ fn in_a_fleet_the_controller_lends_a_copy_its_first_parent() {
         fleet.join(&mut lab, &["restores=yes"])?;
         let text = data_dir.display().to_string();
         let restore = ["restore", "start", CLUSTER, "--on", "lab1", "--data-dir", &text, "--latest", "--wait"];
-        fleet.admin.run(&restore)?.ok()?;
+        // A host hears in a moment that it may restore, and is granted the key after that.
+        walfleet_integration_tests::wait_for("lab1 to restore", Duration::from_secs(120), || {
+            Ok((fleet.admin.run(&restore)?.code == 0).then_some(()))
+        })?;
         copy.start()?;
         copy.wait_until_writable()?;
         fleet.wait_for_cluster(COPY, "bound to its repository", |cluster| cluster["policy"].is_string())?;
