@@ -5,7 +5,7 @@ use std::collections::hash_map::Entry;
 use std::sync::Arc;
 
 use crate::backup::read::{BackupReader, PackKeys};
-use crate::cluster_log::{AppendError, Author, ClusterLog, ClusterState, Decision, DomainKeys, LogError};
+use crate::cluster_log::{Author, ClusterLog, ClusterState, DomainKeys, LogError};
 use crate::crypto::{CryptoError, DomainKey, RecipientSecret};
 use crate::format::log_entry::Action;
 use crate::format::manifest::{Manifest, ManifestError};
@@ -241,14 +241,6 @@ async fn begin(
     fresh: Beginning,
 ) -> Result<DomainKeys, ClusterError> {
     let begin = Action::Begin { domain: fresh.domain, key_commitment: fresh.key_commitment };
-    let appended = log.append::<std::convert::Infallible>(author, |state| match state.keys() {
-        None => Decision::Append(begin.clone()),
-        Some(_) => Decision::Nothing,
-    });
-    match appended.await {
-        Ok(_) => {}
-        Err(AppendError::Log(error)) => return Err(error.into()),
-        Err(AppendError::Refused(never)) => match never {},
-    }
+    log.append_unless_done(author, |state| state.keys().is_none().then(|| begin.clone())).await?;
     log.state().keys().cloned().ok_or_else(|| ClusterError::Unknown(name.clone()))
 }

@@ -7,11 +7,9 @@
 //! A backup is lent in two entries: a hold in the lender's log, then a borrowing in the borrower's. In that order, so that
 //! nothing is ever borrowed that nobody keeps; a hold without a borrowing keeps a backup too long, nothing else.
 
-use std::convert::Infallible;
-
 use futures::StreamExt;
 
-use crate::cluster_log::{AppendError, Author, ClusterLog, ClusterState, Decision, DomainKeys, LogError};
+use crate::cluster_log::{Author, ClusterLog, ClusterState, DomainKeys, LogError};
 use crate::crypto::RecipientSecret;
 use crate::format::log_entry::{Action, Hold, HoldSubject};
 use crate::ids::{BackupId, ClusterName, HoldId};
@@ -143,7 +141,7 @@ pub async fn lend(
         until_us: None,
     });
     let mut log = repository.cluster_log(lender);
-    append(&mut log, author, |state| {
+    log.append_unless_done(author, |state| {
         let is_live = state.session(backup).is_some_and(|session| session.is_live());
         (is_live && !state.holds().any(|held| held.hold == hold)).then(|| holding.clone())
     })
@@ -154,23 +152,7 @@ pub async fn lend(
     let borrowing = Action::Borrow { cluster: lender.clone(), backup: backup.clone(), hold: hold.clone() };
     let mut log = repository.cluster_log(borrower);
     let is_new = |state: &ClusterState| !state.borrowed().any(|(borrowed, _)| borrowed.backup == *backup);
-    append(&mut log, author, |state| is_new(state).then(|| borrowing.clone())).await?;
+    log.append_unless_done(author, |state| is_new(state).then(|| borrowing.clone())).await?;
     tracing::info!(cluster = %borrower, %lender, %backup, "a relative's backup was lent");
     Ok(true)
-}
-
-async fn append(
-    log: &mut ClusterLog,
-    author: Author<'_>,
-    action: impl Fn(&ClusterState) -> Option<Action>,
-) -> Result<(), LogError> {
-    let decide = |state: &ClusterState| match action(state) {
-        Some(action) => Decision::<Infallible>::Append(action),
-        None => Decision::Nothing,
-    };
-    match log.append(author, decide).await {
-        Ok(_) => Ok(()),
-        Err(AppendError::Log(error)) => Err(error),
-        Err(AppendError::Refused(never)) => match never {},
-    }
 }

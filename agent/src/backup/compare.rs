@@ -14,7 +14,8 @@ use walfleet_repository::backup::write::{PackSession, PlacedSlot, WriteError, is
 use walfleet_repository::format::file_map::{ChunkPlace, FileMap, SLOT_BYTES, Slot};
 use walfleet_repository::format::overlay::{Overlay, OverlayPage, PAGE_BYTES};
 
-use crate::backup::spare::{MOST_OVERLAID, ReadPlan};
+use crate::backup::pages::GATHERED;
+use crate::backup::spare::{ReadPlan, may_be_laid_over};
 use crate::backup::stretch::{Reader, StretchError, StretchJob, StretchResult};
 
 /// Bytes compared at once by one of so many threads: large enough that a store's latency is paid seldom, and small where many
@@ -184,7 +185,7 @@ impl Reader<'_> {
     fn lay_over(&self, differing: &Differing<'_>, slot: &[u8], parent: &[u8]) -> Option<(PlacedSlot, Vec<u32>)> {
         let pages = differing_pages(differing.number, slot, parent);
         let kept = differing.overlays.iter().filter(|(_, page)| !pages.contains(&page.page)).count();
-        let is_few = (pages.len() + kept) as u32 * MOST_OVERLAID.1 <= PAGES_PER_SLOT * MOST_OVERLAID.0;
+        let is_few = may_be_laid_over((pages.len() + kept) as u32, PAGES_PER_SLOT);
         let base = self.session.adopt(&differing.base).filter(|_| is_few)?;
         Some((PlacedSlot::Chunk(base), pages))
     }
@@ -248,9 +249,6 @@ impl Reader<'_> {
         Ok(())
     }
 }
-
-/// Pages of one gathered chunk, as in [`super::pages`].
-const GATHERED: usize = super::pages::GATHERED;
 
 /// Pages of one batch that are laid over the parent's slots.
 #[derive(Default)]

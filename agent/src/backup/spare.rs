@@ -18,7 +18,12 @@ use crate::postgres::page::first_block_of_segment;
 /// dead, and a restore reads less than twice what the cluster has. Measured over a
 /// fortnight of 3 % random changes a day, this and the large gathered chunks ([`pages`](super::pages)) store a tenth less
 /// than a limit of one in two and chunks of a slot's size.
-pub(super) const MOST_OVERLAID: (u32, u32) = (3, 4);
+const MOST_OVERLAID: (u32, u32) = (3, 4);
+
+/// Whether a slot stays with so many of its pages laid over.
+pub(super) fn may_be_laid_over(pages: u32, pages_per_slot: u32) -> bool {
+    pages * MOST_OVERLAID.1 <= pages_per_slot * MOST_OVERLAID.0
+}
 
 /// Everything that changed between the parent's start and this backup's.
 #[derive(Clone, Debug)]
@@ -163,7 +168,7 @@ impl ReadPlan {
             // A page that the file's end cuts cannot be laid over.
             let ends_within =
                 changes.pages.range(range.clone()).any(|page| end < u64::from(page + 1) * u64::from(PAGE_BYTES));
-            if ends_within || (changed + kept) * MOST_OVERLAID.1 > pages_per_slot * MOST_OVERLAID.0 {
+            if ends_within || !may_be_laid_over(changed + kept, pages_per_slot) {
                 plan.slots.push(slot);
             } else {
                 plan.pages.extend(changes.pages.range(range));

@@ -1,9 +1,7 @@
 //! Attempts that nobody can tell of: what the cluster's log says of them, and the end of what they left open.
 
-use std::convert::Infallible;
-
 use jiff::{SignedDuration, Timestamp};
-use walfleet_repository::cluster_log::{AppendError, Author, Decision};
+use walfleet_repository::cluster_log::Author;
 use walfleet_repository::format::log_entry::Action;
 use walfleet_repository::open::Repository;
 
@@ -83,19 +81,11 @@ impl Keeper {
         let author = Author::keeper(self.reconciler.keeper.signer(), self.reconciler.epoch);
         let mut log = repository.cluster_log(&job.cluster);
         let reason = format!("its agent is gone; ended by the controller for {}", job.id);
-        let appended = log
-            .append::<Infallible>(author, |state| match state.serving(&run) {
-                Some(session) if session.is_open() => {
-                    Decision::Append(Action::Abort { session: session.id().clone(), reason: reason.clone() })
-                }
-                Some(_) | None => Decision::Nothing,
-            })
-            .await;
-        match appended {
-            Ok(_) => {}
-            Err(AppendError::Log(error)) => return Err(error.into()),
-            Err(AppendError::Refused(never)) => match never {},
-        }
+        log.append_unless_done(author, |state| {
+            let session = state.serving(&run).filter(|session| session.is_open())?;
+            Some(Action::Abort { session: session.id().clone(), reason: reason.clone() })
+        })
+        .await?;
         // Decided on the prefix that the append ended with: what is committed there stays committed.
         let Some(session) = log.state().serving(&run) else { return Ok(None) };
         let Some(committed) = session.committed() else { return Ok(None) };

@@ -1,5 +1,6 @@
 //! Appending: decide on exactly the prefix that the new entry follows.
 
+use std::convert::Infallible;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::{ClusterLog, ClusterState, LogError, Verdict};
@@ -83,6 +84,23 @@ impl ClusterLog {
             }
         }
         Err(LogError::Busy { cluster: self.cluster.clone(), rounds: MOST_ROUNDS }.into())
+    }
+
+    /// The same where nothing is ever refused: `None` is for a state that is as wanted already.
+    pub async fn append_unless_done(
+        &mut self,
+        author: Author<'_>,
+        mut action: impl FnMut(&ClusterState) -> Option<Action>,
+    ) -> Result<Outcome, LogError> {
+        let decide = |state: &ClusterState| match action(state) {
+            Some(action) => Decision::<Infallible>::Append(action),
+            None => Decision::Nothing,
+        };
+        match self.append(author, decide).await {
+            Ok(outcome) => Ok(outcome),
+            Err(AppendError::Log(error)) => Err(error),
+            Err(AppendError::Refused(never)) => match never {},
+        }
     }
 
     /// Creates the entry right after the prefix this handle has read; `None`: someone else was first.

@@ -1,5 +1,7 @@
 //! Brings single chunks of a backup to whoever compares them with what is there now.
 
+use std::sync::Arc;
+
 use bytes::Bytes;
 use futures::stream::{self, StreamExt, TryStreamExt};
 
@@ -9,7 +11,6 @@ use crate::backup::read::{BackupReader, ReadError};
 use crate::crypto::DomainKey;
 use crate::format::file_map::ChunkPlace;
 use crate::format::sealed::{self, Decompressor, Opener};
-use std::sync::Arc;
 
 /// Requests of one call in flight: chunks of neighbouring slots mostly lie side by side and take one.
 const REQUESTS: usize = 4;
