@@ -23,7 +23,11 @@ use crate::progress::Progress;
 const OPEN_FILES: usize = 64;
 
 /// From here on the way to the disk and back costs less than the copy into the page cache.
-const DIRECT_BYTES: usize = 256 << 10;
+const DIRECT_BYTES: usize = 128 << 10;
+
+/// From here on a stretch gets its blocks at once: in one extent rather than in one for each write, which writes faster
+/// and is read faster ever after.
+const EXPECTED_BYTES: u64 = 1 << 20;
 
 /// What the owner may do with a file while it is being filled.
 const OWNER_READS_AND_WRITES: u32 = 0o600;
@@ -206,6 +210,20 @@ impl PieceSink for FileSink {
             extend(*size)?;
         }
         Ok(if before > 0 { Found::Content } else { Found::Nothing })
+    }
+
+    fn expect(&self, file: &PieceFile, offset: u64, len: u64) -> io::Result<()> {
+        if len < EXPECTED_BYTES {
+            return Ok(());
+        }
+        let open = self.file(file)?;
+        match rustix::fs::fallocate(&open.buffered, rustix::fs::FallocateFlags::KEEP_SIZE, offset, len) {
+            // Whatever else a file system has against it, writing does without.
+            Err(error @ (rustix::io::Errno::NOSPC | rustix::io::Errno::DQUOT)) => {
+                Err(named("make room in", &open.path, error.into()))
+            }
+            _ => Ok(()),
+        }
     }
 
     fn write(&self, file: &PieceFile, offset: u64, content: &[u8]) -> io::Result<()> {

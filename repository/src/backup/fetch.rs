@@ -6,7 +6,9 @@
 //!   │ ranges           bounded: [`memory`]
 //! fetch (n tasks)      one request each
 //!   │ fetched ranges   bounded the same way
-//! open (n threads)     decrypt, decompress, check, hand to the sink: [`unpack`]
+//! open (n threads)     decrypt, decompress, check: [`unpack`]
+//!   │ plain content    bounded, in buffers that go round
+//! write (m threads)    hand to the sink: [`writers`]
 //! ```
 
 pub mod chunks;
@@ -16,6 +18,7 @@ mod openers;
 mod plan;
 mod sift;
 mod unpack;
+mod writers;
 
 use std::sync::{Arc, Mutex, OnceLock};
 
@@ -29,6 +32,7 @@ use crate::backup::fetch::memory::{FETCHED_WAITING, FetchPlan};
 use crate::backup::fetch::openers::Openers;
 use crate::backup::fetch::plan::Plan;
 use crate::backup::fetch::unpack::open_ranges;
+use crate::backup::fetch::writers::{Out, Spare, write_queued, writers_for};
 use crate::backup::read::{BackupReader, ReadError};
 use crate::format::file_map::{ChunkPlace, Run};
 use crate::format::manifest::FileEntry;
@@ -69,6 +73,10 @@ pub enum Found {
 pub trait PieceSink: Send + Sync + 'static {
     /// Before any content of the entry: a directory or file comes into being, of its full size.
     fn entry(&self, number: FileNumber, entry: &FileEntry) -> std::io::Result<Found>;
+    /// Content is going to fill this stretch of a file that has nothing there, in pieces of any order.
+    fn expect(&self, _file: &PieceFile, _offset: u64, _len: u64) -> std::io::Result<()> {
+        Ok(())
+    }
     /// Plain content at an offset of the file. It begins at a multiple of [`ALIGNMENT`] in memory if it begins at one in
     /// the file.
     fn write(&self, file: &PieceFile, offset: u64, content: &[u8]) -> std::io::Result<()>;
@@ -100,7 +108,7 @@ pub enum FetchError {
 pub struct FetchOptions {
     /// Requests in flight.
     pub requests: usize,
-    /// Threads that open and write; at most so many as there is memory for.
+    /// Threads that open; at most so many as there is memory for.
     pub threads: usize,
 }
 
@@ -210,17 +218,28 @@ pub async fn fetch_all(
         tasks.spawn(fetching.in_current_span());
     }
     drop((fetched_sender, ranges));
-    let mut opening = Vec::new();
+    let writers = writers_for(threads);
+    let (queue_sender, queue) = std::sync::mpsc::sync_channel(writers);
+    let (queue, spare) = (Arc::new(Mutex::new(queue)), Arc::new(Spare::default()));
+    let mut working = Vec::new();
     for _ in 0..threads {
         let (fetched, sink, keys) = (fetched.clone(), sink.clone(), reader.keys().clone());
+        let (queue, spare) = (queue_sender.clone(), spare.clone());
         let (failed, stop) = (fail(&failure, &stop), stop.clone());
-        opening.push(tokio::task::spawn_blocking(move || {
-            if let Err(error) = open_ranges(&fetched, &*sink, keys.newest(), &stop) {
-                failed(error);
-            }
+        working.push(tokio::task::spawn_blocking(move || {
+            let mut out = Out::new(&*sink, queue, &spare);
+            open_ranges(&fetched, &mut out, keys.newest(), &stop).unwrap_or_else(failed);
         }));
     }
-    drop(fetched);
+    for _ in 0..writers {
+        let (queue, sink, spare) = (queue.clone(), sink.clone(), spare.clone());
+        let (failed, stop) = (fail(&failure, &stop), stop.clone());
+        working.push(tokio::task::spawn_blocking(move || {
+            write_queued(&queue, &*sink, &spare, &stop).unwrap_or_else(failed);
+        }));
+    }
+    // Whoever waits for another hears of its end.
+    drop((fetched, queue_sender, queue));
 
     let mut plan = Plan::new(&reader, &sink, (threads, range_bytes), &stop);
     let files = tokio::select! {
@@ -241,7 +260,7 @@ pub async fn fetch_all(
             0
         });
     }
-    for thread in opening {
+    for thread in working {
         if thread.await.is_err() {
             fail(&failure, &stop)(FetchError::Lost);
         }

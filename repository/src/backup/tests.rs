@@ -187,6 +187,22 @@ impl PieceSink for MemorySink {
     }
 }
 
+/// A disk that is full when something large comes.
+struct FullSink(MemorySink);
+
+impl PieceSink for FullSink {
+    fn entry(&self, number: FileNumber, entry: &FileEntry) -> std::io::Result<Found> {
+        self.0.entry(number, entry)
+    }
+
+    fn write(&self, file: &PieceFile, offset: u64, content: &[u8]) -> std::io::Result<()> {
+        match content.len() >= SLOT_BYTES as usize {
+            true => Err(std::io::ErrorKind::StorageFull.into()),
+            false => self.0.write(file, offset, content),
+        }
+    }
+}
+
 async fn bring_back(ground: &Ground, backup: &CommittedBackup) -> Result<Files, FetchError> {
     Ok(bring_back_over(ground, backup, Files::new()).await?.0)
 }
@@ -273,6 +289,19 @@ async fn what_is_there_already_is_kept_and_only_the_rest_is_brought() {
     let (whole, report) = bring_back_over(&ground, &backup, damaged).await.unwrap();
     assert!(whole == files);
     assert!((1..stored / 2).contains(&report.fetched_bytes), "{} of {stored} bytes were fetched", report.fetched_bytes);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_cannot_be_written_ends_a_restore_with_its_reason() {
+    let ground = ground().await;
+    let files: Files = (0..40).map(|i| (format!("base/1/{i}"), noise(i, 3 << 20))).collect();
+    let (backup, _) = back_up(&ground, &files, None).await.unwrap();
+    let log = ground.cluster.log().await.unwrap();
+    let reader = Arc::new(ground.cluster.open_backup(&backup, log.state()).await.unwrap());
+    let options = FetchOptions { requests: 3, threads: 2 };
+    let sink = Arc::new(FullSink(MemorySink::default()));
+    let failed = fetch_all(reader, sink, options, &CancellationToken::new()).await;
+    assert!(matches!(failed, Err(FetchError::Sink(error)) if error.kind() == std::io::ErrorKind::StorageFull));
 }
 
 #[tokio::test(flavor = "multi_thread")]

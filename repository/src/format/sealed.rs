@@ -10,6 +10,8 @@
 //! Numbers are little-endian. Authenticated with every frame: kind, domain, key version and the object's name (of a
 //! pack, whose name is the hash of the result: its salt). The CRC lets a scrub without keys tell a damaged object.
 
+use std::io::Cursor;
+
 use bytes::Bytes;
 
 use crate::crypto::{self, CryptoError, DomainKey, ObjectKey, TAG_LEN};
@@ -279,13 +281,19 @@ impl Opener {
             into.extend_from_slice(content);
             return Ok(());
         }
-        // Never trust a frame's own idea of its size: the room is what the place says.
+        // Never trust a frame's own idea of its size: there is no more room than the buffer has.
         let start = into.len();
-        into.resize(start + place.raw_len as usize, 0);
-        let room = into.get_mut(start..).unwrap_or_default();
-        match decompressor.zstd.decompress_to_buffer(content, room) {
+        into.reserve(place.raw_len as usize);
+        let mut appended = Cursor::new(std::mem::take(into));
+        appended.set_position(start as u64);
+        let opened = decompressor.zstd.decompress_to_buffer(content, &mut appended);
+        *into = appended.into_inner();
+        match opened {
             Ok(len) if len == place.raw_len as usize => Ok(()),
-            _ => Err(bad_length()),
+            _ => {
+                into.truncate(start);
+                Err(bad_length())
+            }
         }
     }
 }

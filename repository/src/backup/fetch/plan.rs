@@ -30,6 +30,8 @@ pub(super) struct Plan<'a> {
     stop: &'a CancellationToken,
     /// Of the present window.
     window_bytes: u64,
+    /// The last ranges of the window before, kept back so that there is something to open while held pages come.
+    back: Vec<Range>,
     pub kept_bytes: u64,
 }
 
@@ -40,7 +42,16 @@ impl<'a> Plan<'a> {
         (threads, range_bytes): (usize, u64),
         stop: &'a CancellationToken,
     ) -> Plan<'a> {
-        Plan { reader, sink, threads, range_bytes, stop, window_bytes: FIRST_WINDOW_BYTES, kept_bytes: 0 }
+        Plan {
+            reader,
+            sink,
+            threads,
+            range_bytes,
+            stop,
+            window_bytes: FIRST_WINDOW_BYTES,
+            back: Vec::new(),
+            kept_bytes: 0,
+        }
     }
 
     /// Announces every entry to the sink and sends ranges; returns the number of entries.
@@ -62,6 +73,7 @@ impl<'a> Plan<'a> {
             }
         }
         self.send(window, &sender).await?;
+        send_all(std::mem::take(&mut self.back), &sender).await;
         Ok(number)
     }
 
@@ -80,6 +92,10 @@ impl<'a> Plan<'a> {
             Content::Chunk(place) => window.push(Piece { file, place: *place, goes: Goes::Whole(0), found }),
             Content::Map(place) => {
                 let map = self.reader.file_map(place).await?;
+                if found == Found::Nothing {
+                    map.for_each_filled(|offset, len| self.sink.expect(&file, offset, len))
+                        .map_err(FetchError::Sink)?;
+                }
                 if found == Found::Nothing && !map.overlays.is_empty() {
                     let mut file = LaidFile::new(file, map).map_err(ReadError::Map)?;
                     while !file.gather(window) {
@@ -104,19 +120,14 @@ impl<'a> Plan<'a> {
         std::mem::replace(window, Window::new(self.window_bytes))
     }
 
-    /// Sends what the sink has not as ranges. If nobody listens any more, an error is already on record.
+    /// Sends what the sink has not as ranges, all but the last of a window with held pages.
     async fn send(&mut self, mut window: Window, sender: &mpsc::Sender<Range>) -> Result<(), FetchError> {
-        if !window.held.is_empty() {
-            let (laid, held) = (window.laid.clone(), std::mem::take(&mut window.held));
-            laid.expect(held.len());
-            for range in coalesce(held, self.range_bytes) {
-                if sender.send(range).await.is_err() {
-                    return Ok(());
-                }
-            }
-            // Meanwhile what is left of the window before is opened.
-            laid.wait().await;
-        }
+        let is_laid = !window.held.is_empty();
+        let (laid, held) = (window.laid.clone(), std::mem::take(&mut window.held));
+        laid.expect(held.len());
+        send_all(coalesce(held, self.range_bytes), sender).await;
+        send_all(std::mem::take(&mut self.back), sender).await;
+        laid.wait().await;
         let pieces = match window.found {
             false => window.pieces,
             true => {
@@ -133,12 +144,21 @@ impl<'a> Plan<'a> {
                 missing
             }
         };
-        for range in coalesce(pieces, self.range_bytes) {
-            if sender.send(range).await.is_err() {
-                break;
-            }
+        let mut ranges = coalesce(pieces, self.range_bytes);
+        if is_laid {
+            self.back = ranges.split_off(ranges.len() / 2);
         }
+        send_all(ranges, sender).await;
         Ok(())
+    }
+}
+
+/// If nobody listens any more, an error is already on record.
+async fn send_all(ranges: Vec<Range>, sender: &mpsc::Sender<Range>) {
+    for range in ranges {
+        if sender.send(range).await.is_err() {
+            return;
+        }
     }
 }
 

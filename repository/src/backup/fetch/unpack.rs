@@ -5,23 +5,21 @@ use std::sync::{Mutex, PoisonError};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
-use super::{ALIGNMENT, FetchError, Fetched, Goes, Piece, PieceSink, Range};
+use super::writers::{Out, WRITE_BYTES};
+use super::{FetchError, Fetched, Goes, Piece, Range};
 use crate::backup::read::ReadError;
 use crate::crypto::DomainKey;
 use crate::format::sealed::{Decompressor, Opener};
 
-/// Frames that follow each other are handed on together up to this.
-const WRITE_BYTES: usize = 1 << 20;
-
 /// Opens fetched ranges on the calling thread until there are no more.
 pub(super) fn open_ranges(
     fetched: &Mutex<mpsc::Receiver<Fetched>>,
-    sink: &dyn PieceSink,
+    out: &mut Out<'_>,
     domain: &DomainKey,
     stop: &CancellationToken,
 ) -> Result<(), FetchError> {
     let mut zstd = Decompressor::new();
-    let (mut plain, mut stored) = (Plain::new(), Vec::new());
+    let mut stored = Vec::new();
     loop {
         let next = fetched.lock().unwrap_or_else(PoisonError::into_inner).blocking_recv();
         let Some(Fetched { mut range, bytes, opener }) = next else { return Ok(()) };
@@ -32,62 +30,40 @@ pub(super) fn open_ranges(
         range.pieces.sort_by_key(|piece| (piece.file.number, piece.goes.offset()));
         let mut pieces = range.pieces.iter().peekable();
         while let Some(first) = pieces.next() {
-            plain.clear();
-            open_piece(first, &range, &bytes, &opener, &mut stored, &mut plain.bytes, &mut zstd, domain)?;
+            out.plain.clear();
+            open_piece(first, &range, &bytes, &opener, &mut stored, &mut out.plain.bytes, &mut zstd, domain)?;
             let offset = match &first.goes {
                 Goes::Whole(offset) => *offset,
                 Goes::Laid(slot) => slot.offset,
                 Goes::Held(laid, runs) => {
-                    laid.put(first.file.number, runs, plain.content()).ok_or_else(|| content_error(&range))?;
+                    laid.put(first.file.number, runs, out.plain.content()).ok_or_else(|| content_error(&range))?;
                     continue;
                 }
                 Goes::Parts(runs) => {
                     for run in runs {
-                        let part = plain.content().get(run.from as usize..run.from as usize + run.len as usize);
+                        let part = out.plain.content().get(run.from as usize..run.from as usize + run.len as usize);
                         let part = part.ok_or_else(|| content_error(&range))?;
-                        sink.write(&first.file, run.to, part).map_err(FetchError::Sink)?;
+                        out.sink.write(&first.file, run.to, part).map_err(FetchError::Sink)?;
                     }
                     continue;
                 }
             };
             // Slots that follow each other go down in one write.
             while let Some(next) = pieces.peek() {
-                let end = offset + plain.content().len() as u64;
+                let end = offset + out.plain.content().len() as u64;
                 let follows = match &next.goes {
                     Goes::Whole(offset) => *offset == end,
                     Goes::Laid(slot) => slot.offset == end,
                     Goes::Parts(_) | Goes::Held(..) => false,
                 };
-                if next.file.number != first.file.number || !follows || plain.content().len() >= WRITE_BYTES {
+                if next.file.number != first.file.number || !follows || out.plain.content().len() >= WRITE_BYTES {
                     break;
                 }
-                open_piece(next, &range, &bytes, &opener, &mut stored, &mut plain.bytes, &mut zstd, domain)?;
+                open_piece(next, &range, &bytes, &opener, &mut stored, &mut out.plain.bytes, &mut zstd, domain)?;
                 pieces.next();
             }
-            sink.write(&first.file, offset, plain.content()).map_err(FetchError::Sink)?;
+            out.write(&first.file, offset)?;
         }
-    }
-}
-
-/// Plain content that begins at a multiple of [`ALIGNMENT`], as long as it does not outgrow what was reserved.
-struct Plain {
-    bytes: Vec<u8>,
-    start: usize,
-}
-
-impl Plain {
-    fn new() -> Plain {
-        Plain { bytes: Vec::with_capacity(2 * WRITE_BYTES), start: 0 }
-    }
-
-    fn clear(&mut self) {
-        self.bytes.clear();
-        self.start = self.bytes.as_ptr().align_offset(ALIGNMENT).min(ALIGNMENT);
-        self.bytes.resize(self.start, 0);
-    }
-
-    fn content(&self) -> &[u8] {
-        self.bytes.get(self.start..).unwrap_or_default()
     }
 }
 

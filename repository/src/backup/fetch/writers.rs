@@ -1,0 +1,111 @@
+//! Threads that do nothing but write, so that those who open content need not wait for a disk. Small content is written by
+//! who opened it: it only goes into the page cache.
+
+use std::sync::mpsc::{Receiver, SyncSender};
+use std::sync::{Mutex, PoisonError};
+
+use tokio_util::sync::CancellationToken;
+
+use super::{ALIGNMENT, FetchError, PieceFile, PieceSink};
+
+/// Frames that follow each other go down together up to this.
+pub(super) const WRITE_BYTES: usize = 1 << 20;
+
+/// What a frame may bring beyond it before a buffer has to grow: the largest slot that we write.
+const FRAME_BYTES: usize = 128 << 10;
+
+/// Smaller content is copied into the page cache faster than it changes hands.
+const HANDED_ON_BYTES: usize = 128 << 10;
+
+/// Threads that write at most: a disk that needs more requests at a time than that has no latency to hide.
+const MOST_WRITERS: usize = 4;
+
+/// How many threads write what so many threads open.
+pub(super) fn writers_for(threads: usize) -> usize {
+    (2 * threads).min(MOST_WRITERS)
+}
+
+/// Plain content that begins at a multiple of [`ALIGNMENT`], as long as it does not outgrow what was reserved.
+pub(super) struct Plain {
+    pub bytes: Vec<u8>,
+    start: usize,
+}
+
+impl Plain {
+    fn new() -> Plain {
+        Plain { bytes: Vec::with_capacity(ALIGNMENT + WRITE_BYTES + FRAME_BYTES), start: 0 }
+    }
+
+    pub fn clear(&mut self) {
+        self.bytes.clear();
+        self.start = self.bytes.as_ptr().align_offset(ALIGNMENT).min(ALIGNMENT);
+        self.bytes.resize(self.start, 0);
+    }
+
+    pub fn content(&self) -> &[u8] {
+        self.bytes.get(self.start..).unwrap_or_default()
+    }
+}
+
+/// Content on its way to a file.
+pub(super) struct Writing {
+    file: PieceFile,
+    offset: u64,
+    plain: Plain,
+}
+
+/// Buffers that were written and may be filled again. There are as many as threads and places in the queue.
+#[derive(Default)]
+pub(super) struct Spare(Mutex<Vec<Plain>>);
+
+impl Spare {
+    fn take(&self) -> Plain {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_else(Plain::new)
+    }
+
+    fn put(&self, plain: Plain) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(plain);
+    }
+}
+
+/// How one thread that opens content gets it written.
+pub(super) struct Out<'a> {
+    pub sink: &'a dyn PieceSink,
+    pub queue: SyncSender<Writing>,
+    pub spare: &'a Spare,
+    pub plain: Plain,
+}
+
+impl<'a> Out<'a> {
+    pub fn new(sink: &'a dyn PieceSink, queue: SyncSender<Writing>, spare: &'a Spare) -> Out<'a> {
+        Out { sink, queue, spare, plain: spare.take() }
+    }
+
+    /// Writes what lies in `plain`, or has it written. If nobody writes any more, an error is already on record.
+    pub fn write(&mut self, file: &PieceFile, offset: u64) -> Result<(), FetchError> {
+        if self.plain.content().len() < HANDED_ON_BYTES {
+            return self.sink.write(file, offset, self.plain.content()).map_err(FetchError::Sink);
+        }
+        let plain = std::mem::replace(&mut self.plain, self.spare.take());
+        let _ = self.queue.send(Writing { file: file.clone(), offset, plain });
+        Ok(())
+    }
+}
+
+/// Writes on the calling thread until there is nothing more.
+pub(super) fn write_queued(
+    queue: &Mutex<Receiver<Writing>>,
+    sink: &dyn PieceSink,
+    spare: &Spare,
+    stop: &CancellationToken,
+) -> Result<(), FetchError> {
+    loop {
+        let next = queue.lock().unwrap_or_else(PoisonError::into_inner).recv();
+        let Ok(Writing { file, offset, plain }) = next else { return Ok(()) };
+        if stop.is_cancelled() {
+            return Ok(());
+        }
+        sink.write(&file, offset, plain.content()).map_err(FetchError::Sink)?;
+        spare.put(plain);
+    }
+}
