@@ -1,5 +1,6 @@
 """The area `backup`: full backup and full restore; further backups after nothing and after 1 % of the pages changed;
-restores after twenty of those; what a fortnight of daily backups and nine clones take; further peers; an object store.
+restores after twenty of those; what a fortnight of daily backups and nine clones take; further peers; an object store; a
+server under load.
 
 Samples of the two tools alternate wherever they can, so that a slow minute of the machine hits both.
 """
@@ -9,6 +10,7 @@ import shutil
 import clones
 import further_peers
 import s3
+from busy import Busy
 from cluster import Cluster
 from fingerprint import fingerprint
 from object_store import ObjectStore
@@ -56,6 +58,7 @@ def run(place: Place, report: Report, programs: Programs, rows: Rows):
         clones.measure(samples, ours, peer, others)
         if store:
             s3.measure(samples, Walfleet(place, PROCESSES, LEVEL, store))
+        Busy(samples, ours, peer).measure()
         memory(samples, ours)
     finally:
         end(place, cluster, [ours, peer, *others], store)
@@ -68,6 +71,7 @@ def end(place: Place, cluster: Cluster, tools: list, store: ObjectStore | None):
             what()
         except Exception as error:
             say(f"bench: {error}")
+    place.remove_discarded()
     for folder in (*place.folder.glob("repositories/*"), *place.folder.glob("restored/*"), *place.folder.glob("data*")):
         shutil.rmtree(folder, ignore_errors=True)
 

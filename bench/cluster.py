@@ -116,7 +116,7 @@ class Cluster:
 
     def remove(self):
         self.stop()
-        shutil.rmtree(self.data, ignore_errors=True)
+        self.place.discard(self.data)
 
     def start(self, archive_command: str = "true", settings: str = ""):
         conf = self.data / "bench.conf"

@@ -87,6 +87,7 @@ class PgBackRest:
         return self.command("backup", "--type=incr")
 
     def prepare_restore(self):
+        self.place.discard(self.restored)
         self.place.fresh(self.restored)
 
     def restore(self) -> list:

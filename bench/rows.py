@@ -2,11 +2,12 @@
 
 from place import BenchError
 
-# Every row, without the quantities of each (`_cpu`, `_memory`, `_stored`, `_requests`).
+# Every row, without the quantities of each (`_cpu`, `_memory`, `_stored`, `_requests`, `_latency`).
 BACKUP = ["full", "restore", "delta", "full_basebackup", "full_zstd", "unchanged", "changed", "restore_chain",
-          "changed_pg17", "fortnight_stored", "clones_stored", "full_s3", "restore_s3", "changed_s3", "memory"]
+          "changed_pg17", "fortnight_stored", "clones_stored", "full_s3", "restore_s3", "changed_s3",
+          "busy", "memory"]
 
-QUANTITIES = ["_cpu", "_memory", "_stored", "_requests"]
+QUANTITIES = ["_cpu", "_memory", "_stored", "_requests", "_latency"]
 
 
 class Rows:

@@ -2,7 +2,6 @@
 recorded of each, and what becomes of rows whose tool fails.
 """
 
-import shutil
 from contextlib import contextmanager
 
 import timed
@@ -94,7 +93,7 @@ class Samples:
             compare(self.sources[tool.name], tool.restored, tool.title)
             return sample
         finally:
-            shutil.rmtree(tool.restored, ignore_errors=True)
+            self.place.discard(tool.restored)
 
     def backup(self, tool, row: str, command: list) -> Sample:
         timed.warm(self.cluster.data)

@@ -41,6 +41,7 @@ class Sample:
     waited: float  # for a quiet machine, before
     stored: int = 0
     requests: int | None = None  # to the store, if the command's JSON says so
+    latency: float | None = None  # that 99 of 100 transactions of a load had at most
 
     @property
     def clean(self) -> bool:
@@ -75,14 +76,16 @@ class MemoryWatch:
 
 
 def timed(place: Place, name: str, command: list, result: Path, service: int | None = None,
-          server: int | None = None, store: int | None = None) -> Sample:
-    """Runs a command whose result is the folder `result`. `store` is an object store here, whose work is nobody's."""
+          server: int | None = None, store: int | None = None, load: int | None = None) -> Sample:
+    """Runs a command whose result is the folder `result`.
+
+    `store` is an object store here and `load` what keeps the server busy: their work is nobody's."""
     os.sync()
-    waited = machine.wait_until_quiet(place.sizes.patience_seconds)
+    waited = 0.0 if load else machine.wait_until_quiet(place.sizes.patience_seconds)
     log_path, output_path = place.logs / f"{name}.log", place.logs / f"{name}.out"
 
     def usage() -> tuple:
-        return machine.busy_seconds(), *(machine.tree_cpu(pid) for pid in (service, server, store)), own_cpu()
+        return machine.busy_seconds(), *(machine.tree_cpu(pid) for pid in (service, server, store, load)), own_cpu()
 
     before = usage()
     with open(log_path, "ab") as log, open(output_path, "wb") as output, MemoryWatch(service) as watch:
@@ -96,11 +99,11 @@ def timed(place: Place, name: str, command: list, result: Path, service: int | N
     began = time.monotonic()
     sync_files(result)
     unsynced = time.monotonic() - began
-    busy, cpu_service, cpu_server, cpu_store, own = (b - a for a, b in zip(before, usage()))
+    busy, cpu_service, cpu_server, cpu_store, cpu_load, own = (b - a for a, b in zip(before, usage()))
     if code:
         raise BenchError(f"{name}: exit code {code}\n{tail(output_path)}\n{tail(log_path)}".replace("\n\n", "\n"))
     cpu = cpu_command + cpu_service + cpu_server
-    foreign = max(0.0, busy - cpu - cpu_store - own) / ((wall + unsynced) * machine.CORES)
+    foreign = max(0.0, busy - cpu - cpu_store - cpu_load - own) / ((wall + unsynced) * machine.CORES)
     return Sample(wall=wall + unsynced, unsynced=unsynced, cpu=cpu, cpu_command=cpu_command, cpu_service=cpu_service,
                   cpu_server=cpu_server, memory=watch.peak, foreign=foreign, waited=waited,
                   requests=requests(output_path))

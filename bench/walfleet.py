@@ -2,16 +2,13 @@
 
 import hashlib
 import json
-import os
-import shutil
-import signal
 import subprocess
-import time
 from pathlib import Path
 
 import timed
+from daemon import Daemon
 from object_store import ObjectStore
-from place import BenchError, Place
+from place import Place
 
 CLUSTER = "bench"
 
@@ -40,7 +37,7 @@ class Walfleet:
         self.socket = place.sockets / "agent.sock"
         self.key = place.folder / "etc" / "recovery.key"
         self.configuration = place.folder / "etc" / "agent.yaml"
-        self.pid_file = place.folder / "agent.pid"
+        self.daemon = Daemon(place, "walfleet-agent", self.agent)
         self.cluster = CLUSTER
 
     def version(self) -> str:
@@ -74,37 +71,14 @@ class Walfleet:
         self.configuration.write_text(CONFIGURATION.format(
             state=self.state, socket=self.socket, cluster=cluster, data=data, connection=connection, url=self.url(),
             options=json.dumps(self.options()), key=self.key, processes=self.processes, level=self.level))
-        # Started over a shell that ends at once, so that it is no child of the timing process.
-        log = self.place.logs / "walfleet-agent.log"
-        script = f'"$0" run --config "$1" >>{log} 2>&1 </dev/null & echo $!'
-        self.pid_file.write_text(self.place.run("sh", "-c", script, self.agent, self.configuration))
-        deadline = time.monotonic() + 30
-        while not self.socket.exists():
-            if time.monotonic() > deadline or not self.pid():
-                raise BenchError(f"the agent did not start\n{timed.tail(log)}")
-            time.sleep(0.05)
+        self.daemon.start(["run", "--config", self.configuration], self.socket.exists)
 
     def pid(self) -> int | None:
-        """Of the daemon, also of one that an earlier run left behind; never of a stranger with the same number."""
-        try:
-            pid = int(self.pid_file.read_text())
-            program = os.readlink(f"/proc/{pid}/exe").removesuffix(" (deleted)")
-        except (OSError, ValueError):
-            return None
-        return pid if program == str(self.agent) else None
+        return self.daemon.pid()
 
     def end(self):
         """Stops the daemon; the repository stays."""
-        pid = self.pid()
-        if pid:
-            os.kill(pid, signal.SIGTERM)
-            deadline = time.monotonic() + 30
-            while self.pid():
-                if time.monotonic() > deadline:
-                    os.kill(pid, signal.SIGKILL)
-                    deadline += 30
-                time.sleep(0.05)
-        self.pid_file.unlink(missing_ok=True)
+        self.daemon.end()
         self.socket.unlink(missing_ok=True)
 
     def archive_command(self) -> str:
@@ -117,7 +91,7 @@ class Walfleet:
         return self.full_backup()  # there is but one kind
 
     def prepare_restore(self):
-        shutil.rmtree(self.restored, ignore_errors=True)
+        self.place.discard(self.restored)
 
     def restore(self) -> list:
         return self.restore_of(self.cluster, self.restored)

@@ -28,6 +28,10 @@ impl PieceSink for PacedSink {
         self.sink.write(file, offset, content)
     }
 
+    fn opened(&self) {
+        self.allowance.work();
+    }
+
     fn read(&self, file: &PieceFile, offset: u64, into: &mut [u8]) -> io::Result<()> {
         self.allowance.read(into.len() as u64);
         self.sink.read(file, offset, into)

@@ -80,6 +80,8 @@ pub trait PieceSink: Send + Sync + 'static {
     /// Plain content at an offset of the file. It begins at a multiple of [`ALIGNMENT`] in memory if it begins at one in
     /// the file.
     fn write(&self, file: &PieceFile, offset: u64, content: &[u8]) -> std::io::Result<()>;
+    /// The calling thread has opened content that another one is going to write.
+    fn opened(&self) {}
     /// Fills `into` from an offset of a file found with content.
     fn read(&self, _file: &PieceFile, _offset: u64, _into: &mut [u8]) -> std::io::Result<()> {
         Err(std::io::ErrorKind::Unsupported.into())

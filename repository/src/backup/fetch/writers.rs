@@ -86,6 +86,7 @@ impl<'a> Out<'a> {
         if self.plain.content().len() < HANDED_ON_BYTES {
             return self.sink.write(file, offset, self.plain.content()).map_err(FetchError::Sink);
         }
+        self.sink.opened();
         let plain = std::mem::replace(&mut self.plain, self.spare.take());
         let _ = self.queue.send(Writing { file: file.clone(), offset, plain });
         Ok(())
