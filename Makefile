@@ -1,11 +1,12 @@
 # Two commands for a newcomer: `make demo` and `make test`. Each installs what it needs first (scripts/prepare.sh).
 
-.PHONY: help prepare build demo test bench lint
+.PHONY: help prepare build demo test proof bench lint
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make demo [KEEP=1]        the main job end to end on this machine; KEEP=1 leaves it running'
 	@echo 'make test                 every test, those with real PostgreSQL 13 to 18 and S3 included'
+	@echo 'make proof                what takes too long for every run: chains of 20 on more versions, memory at full size'
 	@echo 'make bench [AREA=…] [ROWS=…] [PEERS=…] [QUICK=1]   benchmarks, peers beside us; writes target/bench/report.json'
 	@echo 'make lint                 formatting and clippy, warnings refused'
 
@@ -23,6 +24,11 @@ demo: build
 test: export RUST_TEST_THREADS ?= 4
 test: build
 	@cargo test --workspace --no-fail-fast
+
+# Memory is measured in the process that runs the test, so one at a time, and on a file system in memory.
+proof: build
+	@WALFLEET_ROUNDS=20 cargo test -p walfleet-integration-tests --test it chains:: -- --nocapture
+	@TMPDIR=/dev/shm cargo test -p walfleet-agent --lib -- --ignored --nocapture --test-threads=1
 
 bench: prepare
 	@AREA=$(AREA) QUICK=$(QUICK) ROWS=$(ROWS) PEERS=$(PEERS) scripts/bench.sh

@@ -69,6 +69,15 @@ pub enum VerifyError {
     Cancelled,
 }
 
+/// How far a verification is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Seen {
+    /// So many stored bytes are to be read, before the first of them is.
+    Total(u64),
+    /// Of one object.
+    Read(u64),
+}
+
 struct Object {
     key: Path,
     what: What,
@@ -81,14 +90,14 @@ enum What {
     Segment(WalBranch, Segment),
 }
 
-/// Checks and reports; `seen` is told the bytes of each object.
+/// Checks and reports; `seen` is told how far it is.
 ///
 /// Boxed here, where the lifetimes have names: inside a larger future rustc 1.95 cannot prove that it may be sent to
 /// another thread (rust-lang/rust#102211).
 pub fn verify<'a>(
     cluster: &'a OpenCluster,
     spec: &'a VerifySpec,
-    seen: impl Fn(u64) + Send + 'a,
+    seen: impl Fn(Seen) + Send + 'a,
     cancel: &'a CancellationToken,
 ) -> BoxFuture<'a, Result<VerifyReport, VerifyError>> {
     check_all(cluster, spec, seen, cancel).boxed()
@@ -97,7 +106,7 @@ pub fn verify<'a>(
 async fn check_all(
     cluster: &OpenCluster,
     spec: &VerifySpec,
-    seen: impl Fn(u64) + Send,
+    seen: impl Fn(Seen) + Send,
     cancel: &CancellationToken,
 ) -> Result<VerifyReport, VerifyError> {
     let log = cluster.log().await?;
@@ -116,7 +125,9 @@ async fn check_all(
         check_lists(cluster, backup, &log, spec.depth, &mut report).await;
     }
     let mut objects = packs(cluster, &backups, &log).await?;
-    objects.extend(segments(cluster, &backups, &mut report).await);
+    let (segments, wal_bytes) = segments(cluster, &backups, &mut report).await;
+    objects.extend(segments);
+    seen(Seen::Total(pack_bytes(&backups) + wal_bytes));
     let keys = cluster.keys().clone();
     let store = cluster.repository().store().clone();
     let depth = spec.depth;
@@ -136,7 +147,7 @@ async fn check_all(
         match outcome {
             Ok(bytes) => {
                 report.bytes += bytes;
-                seen(bytes);
+                seen(Seen::Read(bytes));
             }
             Err(problem) => {
                 report.findings.push(Finding { object: object.key.to_string(), problem, backups: object.backups });
@@ -200,14 +211,20 @@ async fn packs(
     Ok(needed.into_iter().map(|(pack, (key, backups))| Object { key, what: What::Pack(pack), backups }).collect())
 }
 
-/// The WAL that makes each backup consistent must be there; all other WAL that is there must be good.
-async fn segments(cluster: &OpenCluster, backups: &[CommittedBackup], report: &mut VerifyReport) -> Vec<Object> {
+/// Of the packs that the backups need, stored.
+fn pack_bytes(backups: &[CommittedBackup]) -> u64 {
+    let uses = backups.iter().flat_map(|backup| backup.reference.packs());
+    uses.map(|(_, _, used)| (used.pack, used.stored_bytes)).collect::<BTreeMap<_, _>>().values().sum()
+}
+
+/// The WAL that makes each backup consistent must be there; all other WAL that is there must be good. With its bytes.
+async fn segments(cluster: &OpenCluster, backups: &[CommittedBackup], report: &mut VerifyReport) -> (Vec<Object>, u64) {
     let archive = cluster.wal_archive(3);
     let mut systems: BTreeMap<_, SegmentSize> = BTreeMap::new();
     for backup in backups {
         systems.insert(backup.reference.wal.system_id, backup.reference.segment_size);
     }
-    let mut objects = Vec::new();
+    let (mut objects, mut bytes) = (Vec::new(), 0);
     for (system_id, size) in systems {
         let listing = match archive.list(system_id, size).await {
             Ok(listing) => listing,
@@ -217,6 +234,7 @@ async fn segments(cluster: &OpenCluster, backups: &[CommittedBackup], report: &m
                 continue;
             }
         };
+        bytes += listing.values().map(|found| found.segment_bytes).sum::<u64>();
         let present: BTreeSet<(WalBranch, Segment)> = listing
             .iter()
             .flat_map(|(wal, found)| found.segments.iter().map(move |segment| (*wal, *segment)))
@@ -243,7 +261,7 @@ async fn segments(cluster: &OpenCluster, backups: &[CommittedBackup], report: &m
             objects.push(Object { key, what: What::Segment(wal, segment), backups: needed_by });
         }
     }
-    objects
+    (objects, bytes)
 }
 
 /// The object and the bytes read, or what is wrong with it.

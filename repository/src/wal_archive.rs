@@ -65,6 +65,8 @@ pub struct BranchListing {
     pub segments: Vec<Segment>,
     pub has_history: bool,
     pub stored_bytes: u64,
+    /// Of those, the segments'.
+    pub segment_bytes: u64,
 }
 
 /// The archive of one cluster. Cheap to clone.
@@ -258,7 +260,10 @@ impl WalArchive {
             let listing = branches.entry(wal).or_default();
             listing.stored_bytes += object.size;
             match found {
-                WalObject::Segment(segment) => listing.segments.push(segment),
+                WalObject::Segment(segment) => {
+                    listing.segments.push(segment);
+                    listing.segment_bytes += object.size;
+                }
                 WalObject::History => listing.has_history = true,
             }
         }

@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use roaring::RoaringBitmap;
 use tokio::runtime::Handle;
 use walfleet_repository::backup::fetch::chunks::ChunkReader;
 use walfleet_repository::backup::file_list::PlacedOverlay;
@@ -57,6 +58,8 @@ pub struct Compared {
     /// Pages laid over the parent's slots anew.
     pub pages: Vec<u32>,
     pub overlays: Vec<PlacedOverlay>,
+    /// Pages that differ from the parent's, of slots whose parent's content was at hand.
+    pub differing: RoaringBitmap,
 }
 
 /// How far looking at the parent has helped in a stretch.
@@ -77,6 +80,7 @@ impl Compared {
         self.whole.extend(other.whole);
         self.pages.extend(other.pages);
         self.overlays.extend(other.overlays);
+        self.differing |= other.differing;
     }
 
     /// The overlays of a file that was compared in full: the parent's that stay, then the new ones.
@@ -124,11 +128,12 @@ impl Reader<'_> {
             Look::Differs(differing) => Some(differing),
             Look::Placed(_) | Look::New => None,
         });
-        let (parents, _held) = match worth.is_hopeless() {
+        let differing: Vec<_> = differing.filter(|_| !worth.is_hopeless()).collect();
+        let (parents, _held) = match differing.is_empty() {
             true => (BTreeMap::new(), None),
             false => {
                 let held = former.runtime.block_on(self.counters.parents.acquire_many(looks.len() as u32));
-                (self.parents(job, former, (differing, looks.len())), held.ok())
+                (self.parents(job, former, (differing.into_iter(), looks.len())), held.ok())
             }
         };
         let mut gathered = Gathered::default();
@@ -143,7 +148,9 @@ impl Reader<'_> {
             let laid = match (look, parents.get(&number)) {
                 (Look::Differs(differing), Some(parent)) => {
                     worth.tried += 1;
-                    self.lay_over(differing, slot, parent)
+                    let pages = differing_pages(number, slot, parent);
+                    result.compared.differing.extend(&pages);
+                    self.lay_over(differing, pages)
                 }
                 _ => None,
             };
@@ -182,8 +189,7 @@ impl Reader<'_> {
     }
 
     /// The parent's slot, and the pages that have to be laid over it; `None`: too many.
-    fn lay_over(&self, differing: &Differing<'_>, slot: &[u8], parent: &[u8]) -> Option<(PlacedSlot, Vec<u32>)> {
-        let pages = differing_pages(differing.number, slot, parent);
+    fn lay_over(&self, differing: &Differing<'_>, pages: Vec<u32>) -> Option<(PlacedSlot, Vec<u32>)> {
         let kept = differing.overlays.iter().filter(|(_, page)| !pages.contains(&page.page)).count();
         let is_few = may_be_laid_over((pages.len() + kept) as u32, PAGES_PER_SLOT);
         let base = self.session.adopt(&differing.base).filter(|_| is_few)?;

@@ -125,6 +125,8 @@ enum Work {
 struct FileJob {
     file: ScannedFile,
     parent: Option<ChunkPlace>,
+    /// Whether it is noted what WAL replay will bring about.
+    proves: bool,
 }
 
 enum Done {
@@ -166,7 +168,7 @@ fn read_all(work: &Mutex<Receiver<Work>>, done: &mpsc::Sender<Done>, mut reader:
                 }
                 Ok(Work::Files(files)) => {
                     for (number, job) in files {
-                        let finished = match reader.small_file(&job.file, job.parent.as_ref())? {
+                        let finished = match reader.small_file(&job.file, job.parent.as_ref(), job.proves)? {
                             Some(result) => Done::File { number, result },
                             None => Done::Vanished { number },
                         };

@@ -7,10 +7,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
+use roaring::RoaringBitmap;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use walfleet_repository::backup::write::{ChunkWriter, PackSession, PlacedSlot, WriteError};
 use walfleet_repository::format::file_map::{ChunkPlace, SLOT_BYTES, Slot};
+use walfleet_repository::format::overlay::PAGE_BYTES;
 
 use crate::backup::compare::{self, Compared, Former, Worth};
 use crate::backup::copy::CopySpec;
@@ -66,6 +68,8 @@ pub struct StretchJob {
     pub parent: Vec<Slot>,
     /// Set: what differs from the parent's slots is compared with them by page.
     pub former: Option<Former>,
+    /// Whether it is noted what WAL replay will bring about.
+    pub proves: bool,
 }
 
 /// What a stretch became.
@@ -75,6 +79,8 @@ pub struct StretchResult {
     pub slots: Vec<PlacedSlot>,
     /// Begins with the first page of an SP-GiST index.
     pub is_spgist: bool,
+    /// Pages of 8 KiB, from the file's beginning, that WAL from the backup's start on changed or cut off; only if asked for.
+    pub replayed: RoaringBitmap,
     /// Of a stretch that was compared.
     pub compared: Compared,
     pub bytes: u64,
@@ -133,15 +139,8 @@ impl<'a> Reader<'a> {
     }
 
     pub fn stretch(&mut self, job: &StretchJob) -> Result<StretchResult, StretchError> {
-        let mut result = StretchResult {
-            part: job.part,
-            slots: Vec::with_capacity(job.slots),
-            is_spgist: false,
-            compared: Compared::default(),
-            bytes: 0,
-            crc32c: 0,
-            bad_pages: BadPages::default(),
-        };
+        let mut result =
+            StretchResult { part: job.part, slots: Vec::with_capacity(job.slots), ..StretchResult::default() };
         let start = job.first_slot as u64 * u64::from(SLOT_BYTES);
         let end = (start + job.slots as u64 * u64::from(SLOT_BYTES)).min(job.size);
         let mut buffer = std::mem::take(&mut self.buffer);
@@ -153,7 +152,10 @@ impl<'a> Reader<'a> {
             self.stop_if_cancelled()?;
             let len = (end - offset).min(batch as u64) as usize;
             let Some(content) = buffer.get_mut(..len) else { break };
-            self.read(&job.file, &job.path, job.kind, offset, content, &mut result.bad_pages)?;
+            let filled = self.read(&job.file, &job.path, job.kind, offset, content, &mut result.bad_pages)?;
+            if job.proves {
+                self.note_replayed(offset, content, filled, &mut result.replayed);
+            }
             result.crc32c = crc32c::crc32c_append(result.crc32c, content);
             result.is_spgist |= offset == 0 && self.begins_spgist(job.kind, content);
             match &job.former {
@@ -168,6 +170,16 @@ impl<'a> Reader<'a> {
         }
         self.buffer = buffer;
         Ok(result)
+    }
+
+    fn note_replayed(&self, offset: u64, content: &[u8], filled: usize, replayed: &mut RoaringBitmap) {
+        let page = |at: u64| (at / u64::from(PAGE_BYTES)) as u32;
+        let rules = &self.pages.rules;
+        for (at, block) in (offset..).step_by(rules.block_bytes).zip(content.chunks(rules.block_bytes)) {
+            if at + block.len() as u64 > offset + filled as u64 || rules.is_replayed(block) {
+                replayed.insert_range(page(at)..=page(at + block.len() as u64 - 1));
+            }
+        }
     }
 
     fn begins_spgist(&self, kind: ScannedKind, content: &[u8]) -> bool {
@@ -196,6 +208,7 @@ impl<'a> Reader<'a> {
         &mut self,
         file: &ScannedFile,
         parent: Option<&ChunkPlace>,
+        proves: bool,
     ) -> Result<Option<StretchResult>, StretchError> {
         self.stop_if_cancelled()?;
         let mut result = StretchResult { bytes: file.size, ..StretchResult::default() };
@@ -209,7 +222,11 @@ impl<'a> Reader<'a> {
         }
         let mut buffer = std::mem::take(&mut self.buffer);
         if let Some(content) = buffer.get_mut(..file.size as usize) {
-            self.read(&open, &file.absolute, file.kind, 0, content, &mut result.bad_pages)?;
+            let filled = self.read(&open, &file.absolute, file.kind, 0, content, &mut result.bad_pages)?;
+            if proves {
+                self.note_replayed(0, content, filled, &mut result.replayed);
+                result.is_spgist = self.begins_spgist(file.kind, content);
+            }
             result.crc32c = crc32c::crc32c(content);
             result.slots.push(self.writer.store_slot(content, parent)?);
         }
@@ -225,7 +242,8 @@ impl<'a> Reader<'a> {
         Ok(self.writer.flush()?)
     }
 
-    /// Fills the buffer from the file, judges its pages, reads suspicious ones again.
+    /// Fills the buffer from the file, judges its pages, reads suspicious ones again. How much of it the file had; the rest
+    /// is zero.
     pub(super) fn read(
         &self,
         file: &File,
@@ -234,12 +252,12 @@ impl<'a> Reader<'a> {
         offset: u64,
         content: &mut [u8],
         bad: &mut BadPages,
-    ) -> Result<(), StretchError> {
+    ) -> Result<usize, StretchError> {
         let failed = |offset| move |source| StretchError::Read { path: path.to_owned(), offset, source };
         self.allowance.read(content.len() as u64);
-        read_padded(file, offset, content).map_err(failed(offset))?;
+        let filled = read_padded(file, offset, content).map_err(failed(offset))?;
         self.count(content.len());
-        let ScannedKind::Relation(relation) = kind else { return Ok(()) };
+        let ScannedKind::Relation(relation) = kind else { return Ok(filled) };
         let rules = self.pages.rules;
         let page_bytes = rules.block_bytes;
         let first = first_block_of_segment(relation.file.segment, self.pages.blocks_per_segment)
@@ -268,7 +286,7 @@ impl<'a> Reader<'a> {
             let _ = self.counters.patience.fetch_update(Ordering::Relaxed, Ordering::Relaxed, lose);
         }
         suspects.iter().for_each(|page| bad.push(page));
-        Ok(())
+        Ok(filled)
     }
 
     fn count(&self, bytes: usize) {
@@ -283,20 +301,20 @@ fn is_future(page: &SuspiciousPage) -> bool {
 }
 
 /// Reads exactly the buffer; behind the end of the file there are zeros, as PostgreSQL's own base backup has it
-/// (sendFile, src/backend/backup/basebackup.c): WAL replay cuts or fills the file.
-fn read_padded(file: &File, offset: u64, buffer: &mut [u8]) -> std::io::Result<()> {
+/// (sendFile, src/backend/backup/basebackup.c): WAL replay cuts or fills the file. How much the file had.
+fn read_padded(file: &File, offset: u64, buffer: &mut [u8]) -> std::io::Result<usize> {
     let mut filled = 0;
     while filled < buffer.len() {
         let rest = buffer.get_mut(filled..).unwrap_or_default();
         match file.read_at(rest, offset + filled as u64) {
             Ok(0) => {
                 rest.fill(0);
-                return Ok(());
+                return Ok(filled);
             }
             Ok(count) => filled += count,
             Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
             Err(error) => return Err(error),
         }
     }
-    Ok(())
+    Ok(filled)
 }

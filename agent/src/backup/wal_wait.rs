@@ -19,7 +19,9 @@ use crate::wal::ship::{ShipError, Shipper};
 /// How long Postgres's own archiver is given before its work is done for it.
 const GRACE: Duration = Duration::from_secs(2);
 
-const POLL: Duration = Duration::from_millis(200);
+/// Between two looks: as long as has been waited for, since the archiver mostly takes some ten milliseconds.
+const FIRST_POLL: Duration = Duration::from_millis(10);
+const LAST_POLL: Duration = Duration::from_millis(200);
 
 #[derive(Debug, thiserror::Error)]
 pub enum WalWaitError {
@@ -108,7 +110,7 @@ impl WalWait<'_> {
             }
             tokio::select! {
                 () = cancel.cancelled() => return Err(WalWaitError::Cancelled),
-                () = tokio::time::sleep(POLL) => {}
+                () = tokio::time::sleep(waited.clamp(FIRST_POLL, LAST_POLL)) => {}
             }
         }
     }

@@ -9,7 +9,7 @@ use async_trait::async_trait;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use walfleet_repository::cluster::ClusterError;
-use walfleet_repository::verify::{Depth, VerifyError, VerifySpec, verify};
+use walfleet_repository::verify::{Depth, Seen, VerifyError, VerifySpec, verify};
 
 use super::Work;
 use super::order::{BackupOrder, BackupPlanOrder, Checkpoint, JobOrder, RestoreOrder, VerifyOrder, WorkOrder};
@@ -33,6 +33,9 @@ use crate::wal::socket::Shippers;
 /// At the end of a backup: for WAL that another host ships, or that archive_command has yet to bring. Longer than any
 /// archive_timeout in use, shorter than the patience of a schedule.
 const WAL_WAIT: Duration = Duration::from_secs(3600);
+
+/// How long after an order the desired state that explains it may come: both are on their way at the same time.
+const HEARD_WITHIN: Duration = Duration::from_secs(10);
 
 /// The real [`Work`].
 #[derive(Clone)]
@@ -61,11 +64,36 @@ impl HostWork {
         Ok(HostWork { config, access, archiving, limits, threads, program, history })
     }
 
-    fn access(&self) -> Result<Arc<Access>, Failure> {
-        self.access.borrow().clone().ok_or_else(|| {
-            let message = "this agent has not heard yet which clusters and repositories it may use";
-            Failure::new("agent.not_ready", ExitCode::Failed, Remedy::Retry, message)
-        })
+    /// What this host may use, once it knows the order's cluster: an order may be faster than what explains it.
+    async fn access(
+        &self,
+        job: &JobOrder,
+        repository: &str,
+        cancel: &CancellationToken,
+    ) -> Result<Arc<Access>, Failure> {
+        let mut heard = self.access.clone();
+        let deadline = tokio::time::Instant::now() + HEARD_WITHIN;
+        loop {
+            let access = heard.borrow_and_update().clone();
+            let refused = match access.ok_or_else(not_ready) {
+                Ok(access) => match known(&access, job, repository) {
+                    Ok(_) => return Ok(access),
+                    Err(failure) => failure,
+                },
+                Err(failure) => failure,
+            };
+            // Without a controller nothing is to be heard.
+            if self.config.controller.is_none() {
+                return Err(refused);
+            }
+            let changed = tokio::select! {
+                () = cancel.cancelled() => return Err(Failure::cancelled()),
+                changed = tokio::time::timeout_at(deadline, heard.changed()) => changed,
+            };
+            if !matches!(changed, Ok(Ok(()))) {
+                return Err(refused);
+            }
+        }
     }
 
     /// Where this host's own servers live.
@@ -83,7 +111,7 @@ impl HostWork {
     }
 
     async fn remember(&self, job: &JobOrder, report: &Report, progress: &Progress) {
-        let Ok(access) = self.access() else { return };
+        let Some(access) = self.access.borrow().clone() else { return };
         let delta = matches!(&job.work, WorkOrder::Restore(restore) if restore.delta);
         let Some(past) = history::past_of(report, &progress.cost(), &access.member, delta) else { return };
         let (history, cluster) = (self.history.clone(), job.cluster.clone());
@@ -98,7 +126,7 @@ impl HostWork {
         progress: &Progress,
         cancel: &CancellationToken,
     ) -> Result<Report, Failure> {
-        let access = self.access()?;
+        let access = self.access(job, &order.repository, cancel).await?;
         let cluster = known(&access, job, &order.repository)?;
         let instance = cluster.instance.as_ref().ok_or_else(|| no_instance(cluster))?;
         progress.enter("plan", 0);
@@ -131,7 +159,7 @@ impl HostWork {
         progress: &Progress,
         cancel: &CancellationToken,
     ) -> Result<Report, Failure> {
-        let access = self.access()?;
+        let access = self.access(job, &order.repository, cancel).await?;
         let cluster = known(&access, job, &order.repository)?;
         let instance = cluster.instance.as_ref().ok_or_else(|| no_instance(cluster))?;
         let connection = connection(instance.clone()).await?;
@@ -176,7 +204,7 @@ impl HostWork {
             let message = "this agent restores to a primary only";
             return Err(Failure::new("restore.unsupported", ExitCode::Refused, Remedy::Operator, message));
         }
-        let access = self.access()?;
+        let access = self.access(job, &order.repository, cancel).await?;
         let cluster = known(&access, job, &order.repository)?;
         let repository = &cluster.repository;
         let allowance = self.limits.allowance(cancel);
@@ -214,15 +242,19 @@ impl HostWork {
         progress: &Progress,
         cancel: &CancellationToken,
     ) -> Result<Report, Failure> {
-        let access = self.access()?;
+        let access = self.access(job, &order.repository, cancel).await?;
         let cluster = known(&access, job, &order.repository)?;
         let allowance = self.limits.allowance(cancel);
         let open = access.open(&cluster.repository, cluster.name.clone()).await?.paced(Arc::new(allowance.clone()));
         let depth = if order.deep { Depth::Content } else { Depth::Stored };
         let spec = VerifySpec { backup: order.backup.clone(), depth };
         progress.count(open.repository().store());
-        progress.enter("verify", 0);
-        let report = verify(&open, &spec, |bytes| progress.add(bytes), cancel).await.map_err(verify_failure)?;
+        progress.enter("plan", 0);
+        let seen = |seen| match seen {
+            Seen::Total(bytes) => progress.enter("verify", bytes),
+            Seen::Read(bytes) => progress.add(bytes),
+        };
+        let report = verify(&open, &spec, seen, cancel).await.map_err(verify_failure)?;
         Ok(Report::Verify(VerifyReport {
             packs: report.packs,
             segments: report.segments,
@@ -259,6 +291,11 @@ impl Work for HostWork {
             never = yielding::keep_yielding(Arc::clone(&self.limits), self.servers()) => match never {},
         }
     }
+}
+
+fn not_ready() -> Failure {
+    let message = "this agent has not heard yet which clusters and repositories it may use";
+    Failure::new("agent.not_ready", ExitCode::Failed, Remedy::Retry, message)
 }
 
 /// The order's cluster, in the repository that the order means.

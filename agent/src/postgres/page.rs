@@ -85,6 +85,11 @@ impl PageRules {
         right & header.is_sane(page.len()) & (header.lsn <= self.end_lsn)
     }
 
+    /// Whether WAL from the backup's start on changed it: replay brings it about, whatever was read.
+    pub fn is_replayed(&self, page: &[u8]) -> bool {
+        PageHeader::read(page).is_some_and(|header| header.lsn >= self.start_lsn)
+    }
+
     pub fn judge(&self, page: &[u8], block: u32) -> PageVerdict {
         let Some(header) = PageHeader::read(page) else { return PageVerdict::Damaged(Damage::Header) };
         if header.upper == 0 && page.iter().all(|byte| *byte == 0) {

@@ -5,6 +5,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use anyhow::Context;
 use rustix::process::Signal;
 use walfleet_integration_tests::fleet::standalone::{CLUSTER, Restored};
 use walfleet_integration_tests::fleet::{Place, Standalone};
@@ -114,8 +115,17 @@ fn a_restore_that_was_killed_goes_on_where_it_was() {
         let copied = kill_in_the_midst(&host, "fresh", &["--latest", "--delta"], begun)?;
         anyhow::ensure!(begun(&copied), "a delta restore that was killed looks whole");
         let again = host.restore("fresh", &["--latest", "--delta"])?;
+        let (kept, all) = (kept_bytes(&again)?, again.report["cluster_bytes"].as_u64().unwrap_or_default());
+        anyhow::ensure!(kept > all / 2, "only {kept} of {all} bytes were kept of what lay there");
         must_be_whole(&host, "server3", &again, &expected)
     });
+}
+
+/// As the report notes it: "5 of 9 bytes were right already and were kept".
+fn kept_bytes(restored: &Restored) -> anyhow::Result<u64> {
+    let notes = restored.report["notes"].as_array().into_iter().flatten().filter_map(serde_json::Value::as_str);
+    let kept = notes.filter(|note| note.contains("were kept")).find_map(|note| note.split(' ').next());
+    Ok(kept.context("no note of what was kept")?.parse()?)
 }
 
 #[test]

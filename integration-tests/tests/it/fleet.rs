@@ -9,6 +9,7 @@ use walfleet_integration_tests::postgres::barrier::{Barriers, OwnRow};
 use walfleet_integration_tests::postgres::fingerprint::Fingerprint;
 use walfleet_integration_tests::postgres::load::Load;
 use walfleet_integration_tests::postgres::{PgServer, PgVersion, judge};
+use walfleet_integration_tests::process::run;
 use walfleet_integration_tests::scratch::in_scratch;
 use walfleet_integration_tests::wait_for;
 
@@ -51,6 +52,20 @@ fn an_operator_restores_a_second_on_another_host() {
         truth.must_be_state_of(&copy.session()?, OwnRow::Absent)?;
         judge::check_relations(&copy)?;
         restore(&["--latest"])?.exit(REFUSED)?;
+
+        // The copy went on, and is wanted as it was.
+        copy.session()?.execute("CREATE TABLE later AS SELECT generate_series(1, 100000) AS n")?;
+        let mut stop = version.command("pg_ctl");
+        stop.args(["stop", "--mode=immediate", "--wait", "--pgdata"]).arg(&data_dir);
+        run(stop)?;
+        let again = restore(&["--to", &to, "--delta", "--start", "--port", &port_text])?.ok()?;
+        anyhow::ensure!(again.stdout.contains("were kept"), "{}", again.stdout);
+        copy.wait_until_writable()?;
+        anyhow::ensure!(
+            copy.session()?.is_true("SELECT to_regclass('later') IS NULL")?,
+            "the copy is as it was before"
+        );
+        truth.must_be_state_of(&copy.session()?, OwnRow::Absent)?;
         load.stop()
     });
 }

@@ -99,7 +99,7 @@ fn a_policys_limits_hold_and_change_under_way_while_wal_goes_through() {
 }
 
 #[test]
-fn what_is_sent_and_restored_takes_as_long_as_the_hosts_limits_say() {
+fn what_is_sent_fetched_and_restored_takes_as_long_as_the_hosts_limits_say() {
     in_scratch(|scratch| {
         let host = Standalone::start(scratch, &PgVersion::newest()?, Place::folder(scratch)?)?;
         fill(&host.server, 12)?;
@@ -124,6 +124,16 @@ fn what_is_sent_and_restored_takes_as_long_as_the_hosts_limits_say() {
         let (report, took) = timed(&words, ("WALFLEET_AGENT__LIMITS__WRITE", "20MB/s"))?;
         let written = report["cluster_bytes"].as_f64().context("cluster_bytes")?;
         assert!(took > 0.6 * written / 20e6, "{written} bytes in {took} s");
+
+        let words = [&words[..], &["--delta"]].concat();
+        std::fs::remove_dir_all(&data_dir)?;
+        std::fs::remove_dir_all(format!("{data_dir}.fast"))?;
+        let (report, took) = timed(&words, ("WALFLEET_AGENT__LIMITS__DOWNLOAD", "4MB/s"))?;
+        let fetched = report["fetched_bytes"].as_f64().context("fetched_bytes")?;
+        // What the first request brings is owed only when the next one comes.
+        assert!(fetched > 12e6 && took > 0.4 * fetched / 4e6, "{fetched} bytes in {took} s");
+        let (report, took) = timed(&words, ("WALFLEET_AGENT__LIMITS__READ", "20MB/s"))?;
+        assert!(took > 0.6 * written / 20e6, "{written} bytes compared in {took} s: {report}");
         Ok(())
     });
 }

@@ -53,6 +53,9 @@ fn doctor_asks_the_controller_politely_and_hears_of_a_revocation() {
         let fleet = Fleet::start(scratch)?;
         let mut host = fleet.agent("db1").build()?;
         fleet.join(&mut host, &[])?;
+        wait_for("the host to hear what it is to do", FACTS_LIMIT, || {
+            Ok((host.run(&["doctor", "--no-probe"])?.code == DONE).then_some(()))
+        })?;
         let findings = doctor(&host, DONE)?;
         let found = |check| position(&findings, check).and_then(|at| findings.get(at)).cloned().unwrap_or_default();
         let (controller, clock) = (found("controller"), found("clock"));

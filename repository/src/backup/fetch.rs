@@ -20,10 +20,12 @@ mod sift;
 mod unpack;
 mod writers;
 
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::mpsc::sync_channel;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
 use tokio::sync::mpsc;
+use tokio::task::{JoinHandle, JoinSet};
 use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
@@ -38,6 +40,7 @@ use crate::format::file_map::{ChunkPlace, Run};
 use crate::format::manifest::FileEntry;
 use crate::format::sealed::Opener;
 use crate::ids::PackId;
+use crate::keyring::Keyring;
 
 /// Stored bytes of one request at most: large enough that latency does not matter, small enough that several in flight
 /// fit into memory.
@@ -177,6 +180,34 @@ pub struct FetchReport {
     pub kept_bytes: u64,
 }
 
+/// Writes that may wait for a thread.
+const WRITES_WAITING: usize = 4;
+
+/// What ends all tasks and threads of one restore: the first error, or that one of them is gone.
+struct Failure {
+    first: Mutex<Option<FetchError>>,
+    stop: CancellationToken,
+}
+
+impl Failure {
+    fn note(&self, error: FetchError) {
+        self.first.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+        self.stop.cancel();
+    }
+
+    /// On a thread. If it panics the others stop, which would wait for what it had.
+    fn spawn(self: &Arc<Self>, work: impl FnOnce() -> Result<(), FetchError> + Send + 'static) -> JoinHandle<()> {
+        let failure = self.clone();
+        tokio::task::spawn_blocking(move || {
+            let guard = failure.stop.clone().drop_guard();
+            match work() {
+                Ok(()) => drop(guard.disarm()),
+                Err(error) => failure.note(error),
+            }
+        })
+    }
+}
+
 /// Brings the content of every file of the backup to the sink. After cancellation or an error some content has reached
 /// the sink and some has not.
 pub async fn fetch_all(
@@ -185,65 +216,38 @@ pub async fn fetch_all(
     options: FetchOptions,
     cancel: &CancellationToken,
 ) -> Result<FetchReport, FetchError> {
-    let stop = cancel.child_token();
-    let failure: Arc<OnceLock<FetchError>> = Arc::default();
+    let failure = Arc::new(Failure { first: Mutex::default(), stop: cancel.child_token() });
+    let stop = &failure.stop;
     let FetchPlan { threads, range_bytes } = FetchPlan::new(options);
     // Two ranges wait for a request, two fetched ones for a thread: neither side idles, memory stays bounded.
     let (range_sender, ranges) = mpsc::channel::<Range>(2);
     let (fetched_sender, fetched) = mpsc::channel::<Fetched>(FETCHED_WAITING);
     let ranges = Arc::new(tokio::sync::Mutex::new(ranges));
-    let fetched = Arc::new(Mutex::new(fetched));
-    let openers = Arc::new(Openers::new(reader.store().clone(), reader.keys().clone(), reader.packs().clone()));
 
-    let mut tasks = tokio::task::JoinSet::new();
-    let fail = |failure: &Arc<OnceLock<FetchError>>, stop: &CancellationToken| {
-        let (failure, stop) = (failure.clone(), stop.clone());
-        move |error: FetchError| {
-            let _ = failure.set(error);
-            stop.cancel();
-        }
-    };
+    let openers = Arc::new(Openers::new(reader.store().clone(), reader.keys().clone(), reader.packs().clone()));
+    let mut requests = JoinSet::new();
     for _ in 0..options.requests.max(1) {
         let (ranges, sender, openers) = (ranges.clone(), fetched_sender.clone(), openers.clone());
-        let (failed, stop) = (fail(&failure, &stop), stop.clone());
+        let failure = failure.clone();
         let fetching = async move {
-            tokio::select! {
+            let guard = failure.stop.clone().drop_guard();
+            let done = tokio::select! {
                 // Dropping a request half-way loses nothing: its bytes have gone nowhere yet.
-                () = stop.cancelled() => Ok(0),
+                () = failure.stop.cancelled() => Ok(0),
                 done = fetch_ranges(&ranges, &sender, &openers) => done,
-            }
-            .unwrap_or_else(|error| {
-                failed(error.into());
+            };
+            guard.disarm();
+            done.unwrap_or_else(|error| {
+                failure.note(error.into());
                 0
             })
         };
-        tasks.spawn(fetching.in_current_span());
+        requests.spawn(fetching.in_current_span());
     }
     drop((fetched_sender, ranges));
-    let writers = writers_for(threads);
-    let (queue_sender, queue) = std::sync::mpsc::sync_channel(writers);
-    let (queue, spare) = (Arc::new(Mutex::new(queue)), Arc::new(Spare::default()));
-    let mut working = Vec::new();
-    for _ in 0..threads {
-        let (fetched, sink, keys) = (fetched.clone(), sink.clone(), reader.keys().clone());
-        let (queue, spare) = (queue_sender.clone(), spare.clone());
-        let (failed, stop) = (fail(&failure, &stop), stop.clone());
-        working.push(tokio::task::spawn_blocking(move || {
-            let mut out = Out::new(&*sink, queue, &spare);
-            open_ranges(&fetched, &mut out, keys.newest(), &stop).unwrap_or_else(failed);
-        }));
-    }
-    for _ in 0..writers {
-        let (queue, sink, spare) = (queue.clone(), sink.clone(), spare.clone());
-        let (failed, stop) = (fail(&failure, &stop), stop.clone());
-        working.push(tokio::task::spawn_blocking(move || {
-            write_queued(&queue, &*sink, &spare, &stop).unwrap_or_else(failed);
-        }));
-    }
-    // Whoever waits for another hears of its end.
-    drop((fetched, queue_sender, queue));
+    let working = spawn_workers(&failure, fetched, &sink, threads, reader.keys());
 
-    let mut plan = Plan::new(&reader, &sink, (threads, range_bytes), &stop);
+    let mut plan = Plan::new(&reader, &sink, (threads, range_bytes), stop);
     let files = tokio::select! {
         // Dropping the plan loses nothing that was not already handed on.
         () = stop.cancelled() => Ok(0),
@@ -251,29 +255,53 @@ pub async fn fetch_all(
     };
     let kept_bytes = plan.kept_bytes;
     let files = files.unwrap_or_else(|error| {
-        fail(&failure, &stop)(error);
+        failure.note(error);
         0
     });
     // A task that panicked took a range with it: nothing that was written may pass for whole.
     let mut fetched_bytes = 0;
-    while let Some(done) = tasks.join_next().await {
+    while let Some(done) = requests.join_next().await {
         fetched_bytes += done.unwrap_or_else(|_| {
-            fail(&failure, &stop)(FetchError::Lost);
+            failure.note(FetchError::Lost);
             0
         });
     }
     for thread in working {
         if thread.await.is_err() {
-            fail(&failure, &stop)(FetchError::Lost);
+            failure.note(FetchError::Lost);
         }
     }
-    if let Some(error) = Arc::into_inner(failure).and_then(OnceLock::into_inner) {
+    if let Some(error) = failure.first.lock().unwrap_or_else(PoisonError::into_inner).take() {
         return Err(error);
     }
     if cancel.is_cancelled() {
         return Err(FetchError::Cancelled);
     }
     Ok(FetchReport { files, fetched_bytes, kept_bytes })
+}
+
+/// The threads that open what is fetched, and those that write it.
+fn spawn_workers(
+    failure: &Arc<Failure>,
+    fetched: mpsc::Receiver<Fetched>,
+    sink: &Arc<dyn PieceSink>,
+    threads: usize,
+    keys: &Arc<Keyring>,
+) -> Vec<JoinHandle<()>> {
+    let fetched = Arc::new(Mutex::new(fetched));
+    let (queue_sender, queue) = sync_channel(WRITES_WAITING);
+    let (queue, spare) = (Arc::new(Mutex::new(queue)), Arc::new(Spare::default()));
+    // Whoever waits for another hears of its end: each side of a channel is held by those who use it, and by nobody else.
+    let opening = (0..threads).map(|_| {
+        let (fetched, sink, keys) = (fetched.clone(), sink.clone(), keys.clone());
+        let (queue, spare, stop) = (queue_sender.clone(), spare.clone(), failure.stop.clone());
+        failure.spawn(move || open_ranges(&fetched, &mut Out::new(&*sink, queue, &spare), keys.newest(), &stop))
+    });
+    let writing = (0..writers_for(threads)).map(|_| {
+        let (queue, sink, spare, stop) = (queue.clone(), sink.clone(), spare.clone(), failure.stop.clone());
+        failure.spawn(move || write_queued(&queue, &*sink, &spare, &stop))
+    });
+    opening.chain(writing).collect()
 }
 
 /// Fetches ranges until there are no more; returns the bytes fetched.

@@ -2,6 +2,7 @@
 //! is found.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
@@ -22,7 +23,7 @@ use crate::open::{CommittedBackup, Repository, RepositorySpec};
 use crate::postgres::{Branch, Lsn, SystemId, Timeline, WalBranch};
 use crate::signature::Signer;
 use crate::store::{RetryPolicy, Store};
-use crate::verify::{self, Depth, VerifySpec};
+use crate::verify::{self, Depth, Seen, VerifySpec};
 
 type Files = BTreeMap<String, Vec<u8>>;
 
@@ -187,19 +188,22 @@ impl PieceSink for MemorySink {
     }
 }
 
-/// A disk that is full when something large comes.
-struct FullSink(MemorySink);
+/// A sink that something is wrong with as soon as something large comes.
+struct BadSink {
+    sink: MemorySink,
+    large: fn() -> std::io::Result<()>,
+}
 
-impl PieceSink for FullSink {
+impl PieceSink for BadSink {
     fn entry(&self, number: FileNumber, entry: &FileEntry) -> std::io::Result<Found> {
-        self.0.entry(number, entry)
+        self.sink.entry(number, entry)
     }
 
     fn write(&self, file: &PieceFile, offset: u64, content: &[u8]) -> std::io::Result<()> {
-        match content.len() >= SLOT_BYTES as usize {
-            true => Err(std::io::ErrorKind::StorageFull.into()),
-            false => self.0.write(file, offset, content),
+        if content.len() >= SLOT_BYTES as usize {
+            (self.large)()?;
         }
+        self.sink.write(file, offset, content)
     }
 }
 
@@ -292,16 +296,21 @@ async fn what_is_there_already_is_kept_and_only_the_rest_is_brought() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_cannot_be_written_ends_a_restore_with_its_reason() {
+async fn what_cannot_be_written_ends_a_restore_with_its_reason_and_so_does_a_lost_thread() {
     let ground = ground().await;
     let files: Files = (0..40).map(|i| (format!("base/1/{i}"), noise(i, 3 << 20))).collect();
     let (backup, _) = back_up(&ground, &files, None).await.unwrap();
     let log = ground.cluster.log().await.unwrap();
     let reader = Arc::new(ground.cluster.open_backup(&backup, log.state()).await.unwrap());
     let options = FetchOptions { requests: 3, threads: 2 };
-    let sink = Arc::new(FullSink(MemorySink::default()));
-    let failed = fetch_all(reader, sink, options, &CancellationToken::new()).await;
-    assert!(matches!(failed, Err(FetchError::Sink(error)) if error.kind() == std::io::ErrorKind::StorageFull));
+    let fetched = |large| {
+        let sink = Arc::new(BadSink { sink: MemorySink::default(), large });
+        let reader = reader.clone();
+        async move { fetch_all(reader, sink, options, &CancellationToken::new()).await }
+    };
+    let full = fetched(|| Err(std::io::ErrorKind::StorageFull.into())).await;
+    assert!(matches!(full, Err(FetchError::Sink(error)) if error.kind() == std::io::ErrorKind::StorageFull));
+    assert!(matches!(fetched(|| panic!("a fault in the sink")).await, Err(FetchError::Lost)));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -350,10 +359,21 @@ async fn a_damaged_pack_is_named_with_the_backups_it_costs_and_never_restored_fr
     let mut bytes = store.get(&key).await.unwrap().to_vec();
     let middle = bytes.len() / 2;
     bytes[middle] ^= 0x40;
+    let bytes_len = bytes.len() as u64;
     ground.objects.put(&key, bytes.into()).await.unwrap();
     let damaged = bring_back(&ground, &backup).await;
     let spec = VerifySpec { backup: None, depth: Depth::Content };
-    let report = verify::verify(&ground.cluster, &spec, |_| {}, &CancellationToken::new()).await.unwrap();
+    let (total, read) = (AtomicU64::new(0), AtomicU64::new(0));
+    let seen = |seen: Seen| {
+        let (counter, bytes) = match seen {
+            Seen::Total(bytes) => (&total, bytes),
+            Seen::Read(bytes) => (&read, bytes),
+        };
+        counter.fetch_add(bytes, Ordering::Relaxed);
+    };
+    let report = verify::verify(&ground.cluster, &spec, seen, &CancellationToken::new()).await.unwrap();
+    let (total, read) = (total.into_inner(), read.into_inner());
+    assert!(read == report.bytes && total == read + bytes_len, "{read} of {total} bytes: all but the damaged pack");
     let finding = report.findings.iter().find(|finding| finding.object == key.to_string()).unwrap();
     assert_eq!(finding.backups, std::slice::from_ref(&backup.reference.backup));
     // The flipped byte may lie in a pack's own directory, which a restore does not read.

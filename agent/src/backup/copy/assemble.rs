@@ -4,12 +4,13 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use bytes::Bytes;
+use roaring::RoaringBitmap;
 use walfleet_repository::backup::file_list::{FileListWriter, ParentMap, PlacedContent, PlacedFile, PlacedKind};
 use walfleet_repository::backup::write::{PackSession, PlacedSlot};
 use walfleet_repository::format::file_map::{ChunkPlace, FileMap, SLOT_BYTES};
 
 use super::compose::compose;
-use super::proof::{Expected, may_be_spgist_hint};
+use super::proof::{Expected, SPGIST_HINTS, has_strayed};
 use super::{CopyError, CopyReport};
 use crate::backup::compare::Compared;
 use crate::backup::pages::{PagesJob, PagesResult};
@@ -27,7 +28,12 @@ struct UnderWay {
 
 pub(super) enum FileState {
     Directory,
-    Small(Option<StretchResult>),
+    /// A file of at most one slot.
+    Small {
+        /// What it was, if it is read for proof and no WAL says that it changed.
+        untouched: Option<ChunkPlace>,
+        result: Option<StretchResult>,
+    },
     Stretches {
         parts: Vec<Option<StretchResult>>,
         missing: usize,
@@ -51,7 +57,7 @@ impl UnderWay {
     fn is_done(&self) -> bool {
         match &self.state {
             FileState::Directory | FileState::Known(_) | FileState::Vanished => true,
-            FileState::Small(result) => result.is_some(),
+            FileState::Small { result, .. } => result.is_some(),
             FileState::Stretches { missing, .. } => *missing == 0,
             FileState::Pages { result, .. } => result.is_some(),
         }
@@ -111,8 +117,8 @@ impl<'a> Assembly<'a> {
     pub(super) fn take_in(&mut self, number: u64, result: Option<StretchResult>) -> Result<(), CopyError> {
         let Some(state) = self.under_way_at(number) else { return Err(CopyError::ThreadLost) };
         match (state, result) {
-            (state @ FileState::Small(_), None) => *state = FileState::Vanished,
-            (FileState::Small(slot), Some(result)) => *slot = Some(result),
+            (state @ FileState::Small { .. }, None) => *state = FileState::Vanished,
+            (FileState::Small { result: slot, .. }, Some(result)) => *slot = Some(result),
             (FileState::Stretches { parts, missing, .. }, Some(result)) => {
                 if let Some(part) = parts.get_mut(result.part) {
                     *part = Some(result);
@@ -160,25 +166,31 @@ impl<'a> Assembly<'a> {
                 let content = compose(self.session, (&job.parent, map), &job.plan, job.size, result)?;
                 self.of_parent(job.size, None, content)
             }
-            FileState::Small(result) => {
+            FileState::Small { untouched, result } => {
                 let result = result.ok_or(CopyError::ThreadLost)?;
                 self.report.damage.add(&file.path, &result.bad_pages);
+                if untouched.is_some_and(|former| has_strayed(&former, &result)) {
+                    self.note_strayed(&file, &[0]);
+                }
                 small_content(&file, &result)
             }
             FileState::Stretches { parts, parent, former, proof, .. } => {
                 let (mut slots, mut crc32c, mut compared) = (Vec::new(), 0, Compared::default());
-                let mut is_spgist = false;
+                let (mut is_spgist, mut replayed) = (false, RoaringBitmap::new());
                 for result in parts {
                     let result = result.ok_or(CopyError::ThreadLost)?;
                     self.report.damage.add(&file.path, &result.bad_pages);
                     crc32c = crc32c::crc32c_combine(crc32c, result.crc32c, result.bytes as usize);
                     slots.extend(result.slots);
                     is_spgist |= result.is_spgist;
+                    replayed |= result.replayed;
                     compared.absorb(result.compared);
                 }
                 if let Some(expected) = proof {
-                    let mut strayed = expected.strayed(file.size, (&slots, &compared), self.session);
-                    strayed.retain(|slot| !(is_spgist && may_be_spgist_hint(*slot, &compared)));
+                    if is_spgist {
+                        replayed.insert(SPGIST_HINTS);
+                    }
+                    let strayed = expected.strayed(file.size, (&slots, &compared), &replayed, self.session);
                     self.note_strayed(&file, &strayed);
                 }
                 let parent =

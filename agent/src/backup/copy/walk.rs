@@ -146,8 +146,10 @@ impl<'a> Walk<'a> {
                 _ => None,
             };
             self.batch_bytes += file.size;
-            self.batch.push((number, FileJob { file: file.clone(), parent }));
-            self.assembly.push(file, FileState::Small(None));
+            let untouched = changes.filter(|changes| changes.is_untouched(file.size)).and(parent);
+            let untouched = untouched.filter(|place| u64::from(place.frame.raw_len) == file.size);
+            self.batch.push((number, FileJob { file: file.clone(), parent, proves: untouched.is_some() }));
+            self.assembly.push(file, FileState::Small { untouched, result: None });
             if self.batch_bytes >= BATCH_BYTES || self.batch.len() >= BATCH_FILES {
                 self.send_batch(work)?;
             }
@@ -177,6 +179,7 @@ impl<'a> Walk<'a> {
         let map = map.map(Arc::new);
         let former = map.clone().filter(|_| is_unknown).zip(self.chunks.clone());
         let former = former.map(|(map, chunks)| Former { map, chunks, runtime: self.runtime.clone() });
+        let proves = changes.is_some() && map.is_some();
         let state = FileState::Stretches {
             parts: (0..count).map(|_| None).collect(),
             missing: count,
@@ -199,6 +202,7 @@ impl<'a> Walk<'a> {
                 slots: to - from,
                 parent: known.map_or_else(Vec::new, <[Slot]>::to_vec),
                 former: former.clone(),
+                proves,
             };
             self.send(Work::Stretch { number, job }, work)?;
         }

@@ -1,6 +1,6 @@
 //! How much memory fetching takes, whatever the number of threads: ranges that are fetched and not opened yet, and what
-//! threads open them into. On top come held pages ([`super::laid::HELD_BYTES`], for two windows) and what waits to be written
-//! (a megabyte for each thread, at most eight more).
+//! threads open them into. On top come held pages ([`super::laid::HELD_BYTES`], for two windows), and a megabyte for each
+//! thread that opens, each that writes, and each write that waits.
 
 use super::{FetchOptions, RANGE_BYTES};
 

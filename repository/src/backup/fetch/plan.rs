@@ -125,8 +125,11 @@ impl<'a> Plan<'a> {
         let is_laid = !window.held.is_empty();
         let (laid, held) = (window.laid.clone(), std::mem::take(&mut window.held));
         laid.expect(held.len());
-        send_all(coalesce(held, self.range_bytes), sender).await;
-        send_all(std::mem::take(&mut self.back), sender).await;
+        let is_heard = send_all(coalesce(held, self.range_bytes), sender).await
+            && send_all(std::mem::take(&mut self.back), sender).await;
+        if !is_heard {
+            return Ok(());
+        }
         laid.wait().await;
         let pieces = match window.found {
             false => window.pieces,
@@ -153,13 +156,14 @@ impl<'a> Plan<'a> {
     }
 }
 
-/// If nobody listens any more, an error is already on record.
-async fn send_all(ranges: Vec<Range>, sender: &mpsc::Sender<Range>) {
+/// False if nobody listens any more: an error is on record then, or a thread was lost.
+async fn send_all(ranges: Vec<Range>, sender: &mpsc::Sender<Range>) -> bool {
     for range in ranges {
         if sender.send(range).await.is_err() {
-            return;
+            return false;
         }
     }
+    true
 }
 
 /// Sorts pieces by place and joins neighbours.

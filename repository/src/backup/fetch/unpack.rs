@@ -62,7 +62,9 @@ pub(super) fn open_ranges(
                 open_piece(next, &range, &bytes, &opener, &mut stored, &mut out.plain.bytes, &mut zstd, domain)?;
                 pieces.next();
             }
-            out.write(&first.file, offset)?;
+            if !out.write(&first.file, offset)? {
+                return Ok(());
+            }
         }
     }
 }
