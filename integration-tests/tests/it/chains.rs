@@ -25,18 +25,18 @@ use files::must_be_the_same;
 
 #[test]
 fn postgresql_13_restores_from_every_link_of_a_chain() {
-    chain(13, 8, &[]);
+    chain(13, &[]);
 }
 
 /// Without checksums hint bits are not in the WAL; and here both strategies of CREATE DATABASE are at hand.
 #[test]
 fn postgresql_15_restores_from_every_link_of_a_chain() {
-    chain(15, 8, &["--no-data-checksums", "--wal-segsize=1"]);
+    chain(15, &["--no-data-checksums", "--wal-segsize=1"]);
 }
 
 #[test]
 fn postgresql_18_restores_from_every_link_of_a_chain() {
-    chain(18, 20, &["--wal-segsize=4"]);
+    chain(18, &["--wal-segsize=4"]);
 }
 
 /// What happens between two backups.
@@ -64,9 +64,9 @@ fn from_environment(name: &str) -> Option<u64> {
     std::env::var(name).ok()?.parse().ok()
 }
 
-fn chain(major: u32, rounds: u32, initdb: &[&str]) {
+fn chain(major: u32, initdb: &[&str]) {
     let seed = from_environment("WALFLEET_SEED").unwrap_or_else(rand::random);
-    let rounds = from_environment("WALFLEET_ROUNDS").map_or(rounds, |rounds| rounds as u32);
+    let rounds = from_environment("WALFLEET_ROUNDS").unwrap_or(20) as u32;
     eprintln!("WALFLEET_SEED={seed} WALFLEET_ROUNDS={rounds} on PostgreSQL {major}");
     in_scratch(|scratch| {
         let host = Standalone::start_with(scratch, &PgVersion::of(major)?, Place::folder(scratch)?, initdb)?;
