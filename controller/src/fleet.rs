@@ -8,6 +8,8 @@ pub mod link;
 pub mod observed;
 pub mod protection;
 pub mod recovery;
+#[cfg(test)]
+pub mod samples;
 pub mod store;
 
 use std::collections::BTreeMap;

@@ -19,6 +19,8 @@
 
 pub mod dispatch;
 pub mod outcome;
+#[cfg(test)]
+pub mod samples;
 pub mod store;
 pub mod target;
 pub mod transition;

@@ -74,12 +74,9 @@ impl HostWork {
         let mut heard = self.access.clone();
         let deadline = tokio::time::Instant::now() + HEARD_WITHIN;
         loop {
-            let access = heard.borrow_and_update().clone();
-            let refused = match access.ok_or_else(not_ready) {
-                Ok(access) => match known(&access, job, repository) {
-                    Ok(_) => return Ok(access),
-                    Err(failure) => failure,
-                },
+            let access = heard.borrow_and_update().clone().ok_or_else(not_ready);
+            let refused = match access.and_then(|access| known(&access, job, repository).map(|_| access.clone())) {
+                Ok(access) => return Ok(access),
                 Err(failure) => failure,
             };
             // Without a controller nothing is to be heard.

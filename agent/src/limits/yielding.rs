@@ -19,7 +19,8 @@ const TICK: Duration = Duration::from_millis(100);
 /// Processes looked at, of each server: reading one's figures takes some 10 µs.
 const PROCESSES: usize = 64;
 
-/// Of the time that the server wants a CPU, what it may wait for one: chosen, not measured yet.
+/// Of the time that the server wants a CPU, what it may wait for one: chosen; what it costs and spares is measured
+/// (`backup.busy` in docs/performance.md).
 const TOLERATED: f64 = 0.2;
 
 /// Of one CPU: a server that runs for less than this has nothing to do, and its waits say nothing. Its background processes

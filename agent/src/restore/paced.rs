@@ -19,8 +19,8 @@ impl PieceSink for PacedSink {
         self.sink.entry(number, entry)
     }
 
-    fn expect(&self, file: &PieceFile, offset: u64, len: u64) -> io::Result<()> {
-        self.sink.expect(file, offset, len)
+    fn expect(&self, file: &PieceFile, offset: u64, len: u64) {
+        self.sink.expect(file, offset, len);
     }
 
     fn write(&self, file: &PieceFile, offset: u64, content: &[u8]) -> io::Result<()> {

@@ -7,8 +7,8 @@ use jiff::SignedDuration;
 use walfleet_repository::key_file::{KeyFile, KeyKind};
 
 use super::*;
-use crate::fleet::observed::{AgentObserved, FactsObserved, InstanceObserved, InstanceRole};
-use crate::fleet::{Timing, store};
+use crate::fleet::observed::{AgentObserved, FactsObserved};
+use crate::fleet::{Timing, samples, store};
 use crate::jobs::{Job, Phase};
 use crate::resources::{document, stored};
 use crate::state::embedded::Options;
@@ -44,23 +44,7 @@ async fn room() -> Room {
     let folder = tempfile::tempdir().expect("a folder");
     KeeperKey::create(folder.path(), "test", &KeyFile::generate(KeyKind::Recovery).expect("a key")).expect("fresh");
     let state = State::open(&folder.path().join("state"), Options::default()).expect("a fresh state");
-    let instance = InstanceObserved {
-        cluster: "orders".to_owned(),
-        system_identifier: 7,
-        server_version_num: 170_000,
-        role: InstanceRole::Primary,
-        data_dir: "/data".to_owned(),
-        port: 5432,
-        timeline: 1,
-        current_lsn: None,
-        cluster_bytes: 0,
-        data_checksums: true,
-        archive: None,
-        windows: vec![],
-        backups: vec![],
-        problems: vec![],
-        tablespaces: BTreeMap::new(),
-    };
+    let instance = samples::instance("orders", 7);
     let now = at("2026-06-01T12:00:00Z");
     let facts = FactsObserved { at: now, received_at: now, instances: vec![instance] };
     let observed = AgentObserved { hello: None, facts: Some(facts), last_seen: Some(now) };

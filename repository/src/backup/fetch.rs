@@ -77,9 +77,7 @@ pub trait PieceSink: Send + Sync + 'static {
     /// Before any content of the entry: a directory or file comes into being, of its full size.
     fn entry(&self, number: FileNumber, entry: &FileEntry) -> std::io::Result<Found>;
     /// Content is going to fill this stretch of a file that has nothing there, in pieces of any order.
-    fn expect(&self, _file: &PieceFile, _offset: u64, _len: u64) -> std::io::Result<()> {
-        Ok(())
-    }
+    fn expect(&self, _file: &PieceFile, _offset: u64, _len: u64) {}
     /// Plain content at an offset of the file. It begins at a multiple of [`ALIGNMENT`] in memory if it begins at one in
     /// the file.
     fn write(&self, file: &PieceFile, offset: u64, content: &[u8]) -> std::io::Result<()>;

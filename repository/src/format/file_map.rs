@@ -250,19 +250,17 @@ impl FileMap {
         Ok(())
     }
 
-    /// Every stretch of slots that are not zero, by offset and length. Stops at the first error.
-    pub fn for_each_filled<E>(&self, mut each: impl FnMut(u64, u64) -> Result<(), E>) -> Result<(), E> {
-        let filled = |slot: &Slot| matches!(slot, Slot::Chunk(_));
-        let mut from = 0;
-        for stretch in self.slots.chunk_by(|a, b| filled(a) == filled(b)) {
-            let (start, end) =
-                (from as u64 * u64::from(self.slot_bytes), (from + stretch.len()) as u64 * u64::from(self.slot_bytes));
-            if stretch.first().is_some_and(filled) {
-                each(start, end.min(self.size) - start)?;
+    /// Every stretch of slots that are not zero, by offset and length.
+    pub fn for_each_filled(&self, mut each: impl FnMut(u64, u64)) {
+        let is_filled = |slot: &Slot| matches!(slot, Slot::Chunk(_));
+        let mut start = 0;
+        for stretch in self.slots.chunk_by(|a, b| is_filled(a) == is_filled(b)) {
+            let end = start + stretch.len() as u64 * u64::from(self.slot_bytes);
+            if stretch.first().is_some_and(is_filled) {
+                each(start, end.min(self.size) - start);
             }
-            from += stretch.len();
+            start = end;
         }
-        Ok(())
     }
 
     /// What of a slot's own chunk no page is laid over.
@@ -429,11 +427,7 @@ mod tests {
         fn what_is_filled_is_what_slots_hold(kinds in prop::collection::vec(prop::option::of(0u8..5), 1..200), tail in 0u32..16384) {
             let map = map(&kinds, tail);
             let mut filled = vec![false; map.size as usize];
-            let each = |offset: u64, len: u64| {
-                filled[offset as usize..][..len as usize].fill(true);
-                Ok::<_, ()>(())
-            };
-            map.for_each_filled(each).unwrap();
+            map.for_each_filled(|offset, len| filled[offset as usize..][..len as usize].fill(true));
             for (slot, kind) in kinds.iter().enumerate() {
                 let (start, len) = (slot * map.slot_bytes as usize, map.slot_len(slot) as usize);
                 prop_assert!(filled[start..][..len].iter().all(|byte| *byte == kind.is_some()));

@@ -1,40 +1,20 @@
 use super::super::observed::{FactsObserved, HelloObserved};
+use super::super::samples;
 use super::*;
 use crate::resources::document;
-use walfleet_repository::ids::RecipientId;
 
 fn at(seconds: i64) -> Timestamp {
     Timestamp::from_second(1_780_000_000 + seconds).expect("in range")
 }
 
 fn instance(cluster: &str, system_identifier: u64, role: InstanceRole) -> InstanceObserved {
-    InstanceObserved {
-        cluster: cluster.to_owned(),
-        system_identifier,
-        server_version_num: 170_000,
-        role,
-        data_dir: format!("/data/{system_identifier}"),
-        port: 5432,
-        timeline: 1,
-        current_lsn: None,
-        cluster_bytes: 0,
-        data_checksums: true,
-        archive: None,
-        windows: vec![],
-        backups: vec![],
-        problems: vec![],
-        tablespaces: BTreeMap::new(),
-    }
+    InstanceObserved { role, ..samples::instance(cluster, system_identifier) }
 }
 
 fn agent(labels: &[(&str, &str)], instances: Vec<InstanceObserved>) -> AgentSeen {
     let hello = HelloObserved {
-        version: "1".to_owned(),
-        incarnation: "a".to_owned(),
-        hostname: "h".to_owned(),
         labels: labels.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect(),
-        recipient: RecipientId([1; 32]),
-        capabilities: vec![],
+        ..samples::hello()
     };
     let facts = FactsObserved { at: at(0), received_at: at(0), instances };
     let observed = AgentObserved { hello: Some(hello), facts: Some(facts), last_seen: None };

@@ -2,6 +2,7 @@ use std::collections::BTreeMap;
 
 use super::super::observed::{ArchiveObserved, InstanceObserved};
 use super::super::recovery::{RecoveryRange, WalGap};
+use super::super::samples;
 use super::*;
 use crate::resources::{Document, PolicySpec, document};
 
@@ -16,16 +17,7 @@ fn lsn(text: &str) -> Option<Lsn> {
 /// A healthy primary at 0/5000000 whose newest commit in the repository is ten seconds older than its facts at 0.
 fn healthy() -> InstanceObserved {
     InstanceObserved {
-        cluster: "orders".to_owned(),
-        system_identifier: 7,
-        server_version_num: 170_000,
-        role: InstanceRole::Primary,
-        data_dir: "/data".to_owned(),
-        port: 5432,
-        timeline: 1,
         current_lsn: lsn("0/5000100"),
-        cluster_bytes: 0,
-        data_checksums: true,
         archive: Some(ArchiveObserved {
             last_segment: "000000010000000000000004".to_owned(),
             durable_lsn: lsn("0/5000000"),
@@ -75,8 +67,7 @@ fn healthy() -> InstanceObserved {
             unexplained_slots: 0,
             read_all_because: String::new(),
         }],
-        problems: vec![],
-        tablespaces: BTreeMap::new(),
+        ..samples::instance("orders", 7)
     }
 }
 

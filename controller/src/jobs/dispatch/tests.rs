@@ -3,11 +3,11 @@ use std::sync::Arc;
 use super::*;
 use crate::fleet::clusters::{Enrolled, Pin, assemble};
 use crate::fleet::observed::{AgentObserved, FactsObserved, HelloObserved, InstanceObserved};
+use crate::fleet::samples;
+use crate::jobs::JobState;
 use crate::jobs::work::{BackupPlanWork, BackupWork, VerifyWork, Work};
-use crate::jobs::{FencingToken, JobState};
 use crate::resources::document;
 use crate::resources::stored::Catalog;
-use walfleet_repository::ids::RecipientId;
 use walfleet_repository::postgres::Lsn;
 
 const NOW: i64 = 1_780_000_000;
@@ -17,31 +17,8 @@ fn at(seconds: i64) -> Timestamp {
 }
 
 fn agent(role: InstanceRole, lsn: u64, connected: bool) -> AgentSeen {
-    let instance = InstanceObserved {
-        cluster: "orders".to_owned(),
-        system_identifier: 7,
-        server_version_num: 170_000,
-        role,
-        data_dir: "/data".to_owned(),
-        port: 5432,
-        timeline: 1,
-        current_lsn: Some(Lsn(lsn)),
-        cluster_bytes: 0,
-        data_checksums: true,
-        archive: None,
-        windows: vec![],
-        backups: vec![],
-        problems: vec![],
-        tablespaces: BTreeMap::new(),
-    };
-    let hello = HelloObserved {
-        version: "1".to_owned(),
-        incarnation: "a".to_owned(),
-        hostname: "h".to_owned(),
-        labels: BTreeMap::new(),
-        recipient: RecipientId([1; 32]),
-        capabilities: vec!["backup".to_owned(), "restore".to_owned()],
-    };
+    let instance = InstanceObserved { role, current_lsn: Some(Lsn(lsn)), ..samples::instance("orders", 7) };
+    let hello = HelloObserved { capabilities: vec!["backup".to_owned(), "restore".to_owned()], ..samples::hello() };
     let facts = FactsObserved { at: at(0), received_at: at(0), instances: vec![instance] };
     let observed = AgentObserved { hello: Some(hello), facts: Some(facts), last_seen: Some(at(0)) };
     AgentSeen { observed: Arc::new(observed), connected, last_seen: Some(at(0)), enrolled: Enrolled::default() }
@@ -58,24 +35,9 @@ fn catalog(prefer: &str) -> Catalog {
 fn job(id: &str, work: Work, state: JobState, agent: Option<&str>) -> Job {
     Job {
         id: id.parse().expect("an id"),
-        cluster: "orders".parse().expect("a name"),
-        work,
-        on: None,
-        requested_by: "ann".to_owned(),
-        run: None,
-        request_key: None,
-        traceparent: String::new(),
-        created_at: at(0),
-        started_at: None,
-        finished_at: None,
-        retries: 0,
-        failures: 0,
-        attempt: 0,
-        token: FencingToken(0),
         agent: agent.map(str::to_owned),
-        cancel: None,
         state,
-        outcome: None,
+        ..crate::jobs::samples::queued(work, at(0))
     }
 }
 

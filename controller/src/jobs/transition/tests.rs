@@ -2,6 +2,7 @@ use proptest::prelude::*;
 use walfleet_repository::ids::JobId;
 
 use super::*;
+use crate::jobs::samples;
 use crate::jobs::work::{BackupWork, Work};
 
 fn at(seconds: i64) -> Timestamp {
@@ -9,33 +10,14 @@ fn at(seconds: i64) -> Timestamp {
 }
 
 fn job(retries: u32) -> Job {
-    Job {
-        id: JobId::generate(),
-        cluster: "orders".parse().expect("a name"),
-        work: Work::Backup(BackupWork {
-            repository: "main".to_owned(),
-            fast_checkpoint: true,
-            read_all: false,
-            compression_level: None,
-            processes: None,
-        }),
-        on: None,
-        requested_by: "ann".to_owned(),
-        run: None,
-        request_key: None,
-        traceparent: String::new(),
-        created_at: at(0),
-        started_at: None,
-        finished_at: None,
-        retries,
-        failures: 0,
-        attempt: 0,
-        token: FencingToken(0),
-        agent: None,
-        cancel: None,
-        state: JobState::Queued { reason: String::new(), not_before: at(0) },
-        outcome: None,
-    }
+    let work = Work::Backup(BackupWork {
+        repository: "main".to_owned(),
+        fast_checkpoint: true,
+        read_all: false,
+        compression_level: None,
+        processes: None,
+    });
+    Job { id: JobId::generate(), retries, ..samples::queued(work, at(0)) }
 }
 
 fn failed(retryable: bool) -> Outcome {

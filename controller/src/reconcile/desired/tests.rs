@@ -5,9 +5,9 @@ use walfleet_repository::limits::{ByteRate, CpuShare};
 
 use super::*;
 use crate::fleet::clusters::{Enrolled, assemble};
-use crate::fleet::observed::{AgentObserved, FactsObserved, HelloObserved, InstanceObserved, InstanceRole};
+use crate::fleet::observed::{AgentObserved, FactsObserved, HelloObserved, InstanceObserved};
+use crate::fleet::samples;
 use crate::jobs::work::{VerifyWork, Work};
-use crate::jobs::{FencingToken, JobState};
 use crate::resources::document::{self, Labels};
 
 const DOCUMENTS: &str = "
@@ -44,36 +44,9 @@ fn labels(pairs: &[(&str, &str)]) -> Labels {
     pairs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect()
 }
 
-fn instance(cluster: &str, system_identifier: u64) -> InstanceObserved {
-    InstanceObserved {
-        cluster: cluster.to_owned(),
-        system_identifier,
-        server_version_num: 170_000,
-        role: InstanceRole::Primary,
-        data_dir: format!("/{cluster}"),
-        port: 5432,
-        timeline: 1,
-        current_lsn: None,
-        cluster_bytes: 0,
-        data_checksums: true,
-        archive: None,
-        windows: vec![],
-        backups: vec![],
-        problems: vec![],
-        tablespaces: BTreeMap::new(),
-    }
-}
-
 /// `claimed`: labels that the host says it has; `enrolled`: those that its join token gave it.
 fn agent(key: u8, instances: Vec<InstanceObserved>, claimed: Labels, enrolled: Enrolled) -> AgentSeen {
-    let hello = HelloObserved {
-        version: "1".to_owned(),
-        incarnation: "a".to_owned(),
-        hostname: "h".to_owned(),
-        labels: claimed,
-        recipient: RecipientId([key; 32]),
-        capabilities: vec![],
-    };
+    let hello = HelloObserved { labels: claimed, recipient: RecipientId([key; 32]), ..samples::hello() };
     let facts = FactsObserved { at: now(), received_at: now(), instances };
     let observed = AgentObserved { hello: Some(hello), facts: Some(facts), last_seen: Some(now()) };
     AgentSeen { observed: Arc::new(observed), connected: true, last_seen: Some(now()), enrolled }
@@ -83,7 +56,7 @@ fn fleet() -> BTreeMap<String, AgentSeen> {
     let enrolled = |revoked| Enrolled { labels: labels(&[("restores", "yes")]), revoked, ..Enrolled::default() };
     let (none, stranger) = (Labels::new, Enrolled::default);
     let agents = [
-        ("db1", agent(1, vec![instance("orders", 7), instance("billing", 8)], none(), stranger())),
+        ("db1", agent(1, vec![samples::instance("orders", 7), samples::instance("billing", 8)], none(), stranger())),
         ("lab", agent(2, vec![], none(), enrolled(false))),
         ("claims", agent(3, vec![], labels(&[("restores", "yes")]), stranger())),
         ("gone", agent(4, vec![], none(), enrolled(true))),
@@ -92,27 +65,9 @@ fn fleet() -> BTreeMap<String, AgentSeen> {
 }
 
 fn verification_on(agent: &str) -> Job {
-    Job {
-        id: "job_1".parse().unwrap(),
-        cluster: "billing".parse().unwrap(),
-        work: Work::Verify(VerifyWork { repository: "other".to_owned(), backup: None, deep: false }),
-        on: Some(agent.to_owned()),
-        requested_by: "ann".to_owned(),
-        run: None,
-        request_key: None,
-        traceparent: String::new(),
-        created_at: now(),
-        started_at: None,
-        finished_at: None,
-        retries: 0,
-        failures: 0,
-        attempt: 0,
-        token: FencingToken(0),
-        agent: None,
-        cancel: None,
-        state: JobState::Queued { reason: String::new(), not_before: now() },
-        outcome: None,
-    }
+    let work = Work::Verify(VerifyWork { repository: "other".to_owned(), backup: None, deep: false });
+    let cluster = "billing".parse().unwrap();
+    Job { cluster, on: Some(agent.to_owned()), ..crate::jobs::samples::queued(work, now()) }
 }
 
 fn planned(jobs: &[Job]) -> BTreeMap<String, DesiredContent> {
@@ -122,13 +77,10 @@ fn planned(jobs: &[Job]) -> BTreeMap<String, DesiredContent> {
 }
 
 /// Each cluster that the agent gets, and who gets its key.
-fn clusters(content: &DesiredContent) -> Vec<(String, Standing, Vec<&str>)> {
-    let of = |cluster: &'_ DesiredCluster| (cluster.name.to_string(), cluster.standing);
-    let holders = |cluster: &'_ DesiredCluster| cluster.recipients.iter().map(|r| r.label.clone()).collect::<Vec<_>>();
-    let known = ["db1", "lab", "claims", "gone"];
+fn clusters(content: &DesiredContent) -> Vec<(&str, Standing, Vec<&str>)> {
     let found = content.clusters.iter().map(|cluster| {
-        let ((name, standing), holders) = (of(cluster), holders(cluster));
-        (name, standing, known.into_iter().filter(|label| holders.iter().any(|holder| holder == label)).collect())
+        let holders = cluster.recipients.iter().map(|holder| &holder.label[..]);
+        (cluster.name.as_str(), cluster.standing, holders.collect())
     });
     found.collect()
 }
@@ -136,8 +88,8 @@ fn clusters(content: &DesiredContent) -> Vec<(String, Standing, Vec<&str>)> {
 #[test]
 fn keys_go_to_members_to_hosts_enrolled_for_restores_and_to_those_of_a_job_and_to_nobody_else() {
     let desired = planned(&[]);
-    let orders = |standing| ("orders".to_owned(), standing, vec!["db1", "lab"]);
-    let billing = ("billing".to_owned(), Standing::Member, vec!["db1"]);
+    let orders = |standing| ("orders", standing, vec!["db1", "lab"]);
+    let billing = ("billing", Standing::Member, vec!["db1"]);
     assert_eq!(clusters(&desired["db1"]), [billing, orders(Standing::Member)]);
     assert_eq!(clusters(&desired["lab"]), [orders(Standing::RestoreHost)]);
     assert_eq!(clusters(&desired["claims"]), [], "what a host says of itself gives no rights");
@@ -146,7 +98,7 @@ fn keys_go_to_members_to_hosts_enrolled_for_restores_and_to_those_of_a_job_and_t
     assert_eq!(repositories, ["main"], "an agent hears of no repository that it has no cluster in");
 
     let desired = planned(&[verification_on("claims")]);
-    let billing = ("billing".to_owned(), Standing::RestoreHost, vec!["db1", "claims"]);
+    let billing = ("billing", Standing::RestoreHost, vec!["claims", "db1"]);
     assert_eq!(clusters(&desired["claims"]), [billing]);
 }
 

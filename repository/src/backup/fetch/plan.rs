@@ -93,8 +93,7 @@ impl<'a> Plan<'a> {
             Content::Map(place) => {
                 let map = self.reader.file_map(place).await?;
                 if found == Found::Nothing {
-                    map.for_each_filled(|offset, len| self.sink.expect(&file, offset, len))
-                        .map_err(FetchError::Sink)?;
+                    map.for_each_filled(|offset, len| self.sink.expect(&file, offset, len));
                 }
                 if found == Found::Nothing && !map.overlays.is_empty() {
                     let mut file = LaidFile::new(file, map).map_err(ReadError::Map)?;
