@@ -2,12 +2,12 @@
 # Benchmarks, peers beside us in one run: builds the agent, gets the peers, measures (bench/run.py).
 # docs/performance.md says what is measured and how.
 #
-# AREA=backup  only that area
+# AREA=backup  only that area, or AREA=wal. The other one's rows stay in the report if it is of the same program, settings
+#              and data
 # QUICK=1      on small data
-# ROWS=a,b     only rows whose names begin so, for example ROWS=backup.changed,backup.restore_chain; added to the report that
-#              is there if it is of the same program, settings and data
-# PEERS=a,b    of restic, rustic and minio (the object store of our rows on S3), or none; all if not given. pgBackRest and
-#              PostgreSQL's own are always there
+# ROWS=a,b     only rows whose names begin so, for example ROWS=backup.changed,wal.push; added to the report as well
+# PEERS=a,b    of restic, rustic and minio (the object store of our rows on S3), or none; all if not given, but for AREA=wal,
+#              where they have no rows. pgBackRest and PostgreSQL's own are always there
 #
 # WALFLEET_BENCH             where data and repositories lie (default /var/tmp/walfleet-bench)
 # WALFLEET_BENCH_USER        whom PostgreSQL runs as, for root (default postgres, else walfleet-test)
@@ -20,7 +20,9 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 work=${WALFLEET_BENCH:-/var/tmp/walfleet-bench}
-peers=${PEERS:-restic,rustic,minio}
+# Those are measured in the area backup only.
+case ${AREA:-} in ''|backup) peers=restic,rustic,minio ;; *) peers=none ;; esac
+peers=${PEERS:-$peers}
 for peer in ${peers//,/ }; do
   case $peer in restic|rustic|minio|none) ;; *) echo "bench: there is no peer $peer; there are restic, rustic and minio" >&2; exit 2 ;; esac
 done

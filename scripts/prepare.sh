@@ -10,7 +10,7 @@ die() { echo "prepare: $*" >&2; exit 1; }
 say() { echo "prepare: $*" >&2; }
 
 user=walfleet-test
-packages=(gcc libc6-dev patchelf python3 python3-pip util-linux ca-certificates tzdata
+packages=(gcc libc6-dev patchelf python3 python3-pip util-linux iproute2 ca-certificates tzdata
   libssl3 libxml2 libgssapi-krb5-2 libreadline8 liblz4-1 libzstd1 zlib1g libsasl2-2 libgnutls30 libpam0g libsystemd0)
 
 command -v cargo >/dev/null || die "no Rust toolchain: install rustup, it takes the version from rust-toolchain.toml"

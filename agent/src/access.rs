@@ -12,6 +12,7 @@ use walfleet_repository::cluster::{ClusterError, OpenCluster};
 use walfleet_repository::ids::ClusterName;
 use walfleet_repository::key_file::{KeyFile, KeyFileError};
 use walfleet_repository::open::{Repository, RepositoryError};
+use walfleet_repository::shipping::ShippingSpec;
 use walfleet_repository::signature::{Certificate, PublicKey, SignatureError, Signer};
 use walfleet_repository::store::{Store, StoreError, StoreOptions};
 
@@ -67,7 +68,28 @@ pub struct ClusterAccess {
     pub recipients: Vec<Recipient>,
     pub compression_level: i32,
     pub processes: u32,
+    pub shipping: ShippingSpec,
+    /// Who keeps what the repository may lack beside this host, where commits wait for that.
+    pub spool_peer: Option<SpoolPeer>,
     pub relatives: Relatives,
+}
+
+/// Another agent's spool.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct SpoolPeer {
+    pub agent: String,
+    /// "host:port"
+    pub address: String,
+}
+
+/// What this host's spool keeps for others. No key comes with it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct SpoolGrant {
+    pub cluster: ClusterName,
+    pub system_identifier: u64,
+    pub repository: Arc<RepositoryAccess>,
+    /// That may bring some.
+    pub agents: Vec<String>,
 }
 
 /// All of it, at one moment.
@@ -78,6 +100,7 @@ pub struct Access {
     pub key: Arc<HostKey>,
     pub repositories: BTreeMap<String, Arc<RepositoryAccess>>,
     pub clusters: BTreeMap<ClusterName, ClusterAccess>,
+    pub spools: Vec<SpoolGrant>,
     /// What does not fit together, for facts and doctor.
     pub problems: Vec<String>,
 }
@@ -134,6 +157,8 @@ impl Access {
                 recipients: Vec::new(),
                 compression_level: config.backup.compression_level,
                 processes: config.backup.processes,
+                shipping: config.wal.shipping(),
+                spool_peer: None,
                 relatives: match instance.lineage {
                     Lineage::Shared => Relatives::Any,
                     Lineage::Separate => Relatives::None,
@@ -146,6 +171,7 @@ impl Access {
             key: Arc::new(key),
             clusters: clusters.collect(),
             repositories: BTreeMap::from([(access.name.clone(), access)]),
+            spools: Vec::new(),
             problems: Vec::new(),
         }
     }
@@ -195,7 +221,13 @@ impl Access {
                 ));
             }
         }
-        Ok(Access { member: identity.name().to_owned(), key: Arc::new(key), repositories, clusters, problems })
+        let spools = desired.spools.iter().filter_map(|spool| {
+            let repository = Arc::clone(repositories.get(&spool.repository)?);
+            let (cluster, agents) = (spool.cluster.clone(), spool.agents.clone());
+            Some(SpoolGrant { cluster, system_identifier: spool.system_identifier, repository, agents })
+        });
+        let spools = spools.collect();
+        Ok(Access { member: identity.name().to_owned(), key: Arc::new(key), repositories, clusters, spools, problems })
     }
 
     pub fn cluster(&self, name: &ClusterName) -> Result<&ClusterAccess, AccessError> {
@@ -235,6 +267,8 @@ fn bind(config: &Config, cluster: &DesiredCluster, repository: Arc<RepositoryAcc
         recipients: cluster.recipients.clone(),
         compression_level: cluster.compression_level.unwrap_or(config.backup.compression_level),
         processes: cluster.processes.unwrap_or(config.backup.processes),
+        shipping: cluster.shipping.or(config.wal.shipping()),
+        spool_peer: cluster.spool_peer.clone().map(|peer| SpoolPeer { agent: peer.agent, address: peer.address }),
         relatives: match (configured.map(|instance| instance.lineage), &cluster.relatives) {
             (Some(Lineage::Separate), _) => Relatives::None,
             (_, Some(names)) => Relatives::Named(names.clone()),

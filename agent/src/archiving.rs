@@ -6,13 +6,22 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use async_trait::async_trait;
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
+use walfleet_repository::cluster::OpenCluster;
 use walfleet_repository::ids::ClusterName;
-use walfleet_repository::postgres::{SegmentSize, SystemId};
+use walfleet_repository::kept::KeptCluster;
+use walfleet_repository::postgres::{Lsn, SegmentSize, SystemId, Timeline};
+use walfleet_repository::shipping::{ShippingSpec, Synchronous};
 
 use crate::access::{Access, ClusterAccess};
 use crate::limits::HostLimits;
 use crate::postgres::control::ControlFile;
+use crate::spool::files::Location;
+use crate::tasks::on_disk;
+use crate::wal::breaks::Breaks;
+use crate::wal::fill::{Missing, fill};
+use crate::wal::receive::StreamStatus;
+use crate::wal::receive::known_place::{self, Kept};
 use crate::wal::ship::{ShipOptions, ShipSource, ShipStatus, Shipper};
 use crate::wal::socket::Shippers;
 
@@ -31,12 +40,43 @@ impl ClusterIdentity {
     }
 }
 
+/// What has been shipped of one cluster, both ways.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Shipping {
+    pub archived: ShipStatus,
+    pub streamed: StreamStatus,
+    pub shipping: ShippingSpec,
+    /// To the store, since the agent or its keys changed.
+    pub requests: u64,
+    /// How often a branch was left.
+    pub partings: u64,
+}
+
+impl Shipping {
+    /// Up to where WAL is surely stored, by each way it went. What a server wrote before it was restored or rolled back counts
+    /// here, too.
+    pub fn durable(&self) -> impl Iterator<Item = (Timeline, Lsn)> {
+        let archived = self.archived.last_segment.map(|segment| (segment.timeline, self.archived.durable_lsn));
+        let streamed = self.streamed.timeline.map(|timeline| (timeline, self.streamed.durable));
+        archived.into_iter().chain(streamed)
+    }
+
+    pub fn stored_bytes(&self) -> u64 {
+        self.archived.stored_bytes + self.streamed.stored_bytes
+    }
+}
+
 pub struct Archiving {
     access: watch::Receiver<Option<Arc<Access>>>,
     options: ShipOptions,
     limits: Arc<HostLimits>,
+    state_dir: PathBuf,
     /// One lock per data directory, so that one repository that hangs does not keep another instance waiting.
     slots: Mutex<HashMap<PathBuf, Arc<tokio::sync::Mutex<Option<Slot>>>>>,
+    /// Made without asking the repository, of instances that have no slot meanwhile.
+    bridges: Mutex<HashMap<PathBuf, Slot>>,
+    /// One gap at a time: what is missing has waited already.
+    filling: Arc<Semaphore>,
 }
 
 struct Slot {
@@ -45,6 +85,22 @@ struct Slot {
     access: Arc<Access>,
     identity: ClusterIdentity,
     shipper: Arc<Shipper>,
+    breaks: Arc<Breaks>,
+    kept: Option<Arc<Kept>>,
+}
+
+/// What a receiver works with.
+pub struct Receiving {
+    pub shipper: Arc<Shipper>,
+    pub breaks: Arc<Breaks>,
+    pub kept: Option<Arc<Kept>>,
+}
+
+impl From<&Slot> for Receiving {
+    fn from(slot: &Slot) -> Receiving {
+        let Slot { shipper, breaks, kept, .. } = slot;
+        Receiving { shipper: Arc::clone(shipper), breaks: Arc::clone(breaks), kept: kept.clone() }
+    }
 }
 
 impl Archiving {
@@ -52,16 +108,81 @@ impl Archiving {
         access: watch::Receiver<Option<Arc<Access>>>,
         options: ShipOptions,
         limits: Arc<HostLimits>,
+        state_dir: PathBuf,
     ) -> Archiving {
-        Archiving { access, options, limits, slots: Mutex::default() }
+        let (slots, bridges, filling) = (Mutex::default(), Mutex::default(), Arc::new(Semaphore::new(1)));
+        Archiving { access, options, limits, state_dir, slots, bridges, filling }
     }
 
-    /// What has been shipped of each cluster since the agent started; clusters that never asked are not in it.
-    pub fn statuses(&self) -> Vec<(ClusterName, ShipStatus)> {
+    /// What has been shipped of each cluster since the agent started; clusters whose WAL nobody asked for are not in it.
+    pub fn statuses(&self) -> Vec<(ClusterName, Shipping)> {
         let slots: Vec<_> = self.slots.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect();
         // One that is being made just now has nothing to say yet.
-        let view = |slot: &Slot| (slot.cluster.name.clone(), slot.shipper.status().borrow().clone());
-        slots.iter().filter_map(|slot| slot.try_lock().ok()?.as_ref().map(view)).collect()
+        let view = |slot: &Slot| {
+            let shipping = Shipping {
+                archived: slot.shipper.status().borrow().clone(),
+                streamed: slot.shipper.stream().borrow().clone(),
+                shipping: slot.cluster.shipping,
+                requests: slot.shipper.source().archive.store().counters().requests(),
+                partings: slot.shipper.branches().partings(),
+            };
+            (slot.cluster.name.clone(), shipping)
+        };
+        let mut statuses: Vec<_> = slots.iter().filter_map(|slot| slot.try_lock().ok()?.as_ref().map(view)).collect();
+        statuses.extend(self.bridges().values().map(view));
+        statuses
+    }
+
+    fn bridges(&self) -> std::sync::MutexGuard<'_, HashMap<PathBuf, Slot>> {
+        self.bridges.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Stores what of this the host still has, in the background; at once if it is not already at it.
+    pub fn fill(&self, cluster: &ClusterName, missing: Vec<Missing>) {
+        let slots: Vec<_> = self.slots.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect();
+        let of_cluster = |slot: &Slot| (slot.cluster.name == *cluster).then(|| Arc::clone(&slot.shipper));
+        let shippers = slots.iter().filter_map(|slot| slot.try_lock().ok()?.as_ref().and_then(of_cluster));
+        for shipper in shippers {
+            let (permit, missing) = (Arc::clone(&self.filling), missing.clone());
+            tokio::spawn(async move {
+                let Ok(_permit) = permit.try_acquire() else { return };
+                for gap in missing {
+                    if let Err(error) = fill(&shipper, gap).await {
+                        tracing::warn!(from = %gap.from, to = %gap.to, "a gap in the archive is not filled: {error}");
+                    }
+                }
+            });
+        }
+    }
+
+    /// With what an instance's WAL is received. An error: the repository does not answer, or something else is in the way.
+    pub async fn receiving(&self, data_dir: &Path) -> Result<Receiving, String> {
+        self.shipper(data_dir).await?;
+        let slot = self.slot(&real(data_dir));
+        let slot = slot.lock().await;
+        self.bridges().remove(&real(data_dir));
+        slot.as_ref().map(Receiving::from).ok_or_else(|| "it is being made".to_owned())
+    }
+
+    /// The same without asking the repository, for what can be done until it answers: by what this host has noted.
+    pub async fn bridging(&self, data_dir: &Path) -> Result<Receiving, String> {
+        let (access, cluster, identity, asked) = self.found(data_dir).await?;
+        if let Some(bridge) = self.bridges().get(&asked).filter(|slot| slot.still_fits(&access, &cluster, identity)) {
+            return Ok(bridge.into());
+        }
+        let (state_dir, name) = (self.state_dir.clone(), cluster.name.clone());
+        let read = on_disk(move || known_place::read(&state_dir, &name)).await.map_err(|error| error.to_string())?;
+        let repository = &cluster.repository;
+        let place = read.filter(|place| place.repository == Location::from(&**repository));
+        let place = place.ok_or("it has not taken any of this server's WAL that this agent knows of")?;
+        let store = repository.store().map_err(|error| error.to_string())?;
+        let open = place.cluster.open((store, repository.root), cluster.name.clone(), &access.key.file.recipient);
+        let open = open.await.map_err(|error| error.to_string())?;
+        let kept = Kept { repository: place.repository, cluster: place.cluster };
+        let made = self.slot_of(open, (access, cluster), identity, (&asked, Some(Arc::new(kept))))?;
+        let receiving = Receiving::from(&made);
+        self.bridges().insert(asked, made);
+        Ok(receiving)
     }
 
     fn slot(&self, data_dir: &Path) -> Arc<tokio::sync::Mutex<Option<Slot>>> {
@@ -77,31 +198,57 @@ impl Archiving {
         data_dir: &Path,
     ) -> Result<Slot, String> {
         let open = access.open_or_begin(&cluster).await;
-        let archive = open.map_err(|error| error.to_string())?.wal_archive(cluster.compression_level);
+        let open = open.map_err(|error| error.to_string())?;
+        let kept = match cluster.shipping.synchronous {
+            Some(Synchronous::Spool) => {
+                let kept = KeptCluster::of(&open, access.key.file.recipient.id()).await;
+                let cluster_kept = kept.map_err(|error| error.to_string())?;
+                Some(Arc::new(Kept { repository: Location::from(&*cluster.repository), cluster: cluster_kept }))
+            }
+            _ => None,
+        };
+        tracing::info!(cluster = %cluster.name, data_dir = %data_dir.display(), repository = cluster.repository.name,
+            "archiving WAL");
+        self.slot_of(open, (access, cluster), identity, (data_dir, kept))
+    }
+
+    fn slot_of(
+        &self,
+        open: OpenCluster,
+        (access, cluster): (Arc<Access>, ClusterAccess),
+        identity: ClusterIdentity,
+        (data_dir, kept): (&Path, Option<Arc<Kept>>),
+    ) -> Result<Slot, String> {
+        let archive = open.wal_archive(cluster.compression_level);
+        let breaks = Breaks {
+            state_dir: self.state_dir.clone(),
+            signer: access.key.signer().map_err(|error| error.to_string())?,
+            cluster: open,
+            member: access.member.clone(),
+        };
         let source = ShipSource {
             data_dir: data_dir.to_owned(),
             system_id: identity.system_id,
             segment_size: identity.segment_size,
             archive,
             member: access.member.clone(),
+            compression: cluster.shipping.compression.unwrap_or_default(),
             limits: Arc::clone(&self.limits),
         };
-        tracing::info!(cluster = %cluster.name, data_dir = %data_dir.display(), repository = cluster.repository.name,
-            "archiving WAL");
         let shipper = Shipper::new(source, self.options);
-        Ok(Slot { cluster, access, identity, shipper })
+        Ok(Slot { cluster, access, identity, shipper, breaks: Arc::new(breaks), kept })
     }
 }
 
-#[async_trait]
-impl Shippers for Archiving {
-    async fn shipper(&self, data_dir: &Path) -> Result<Arc<Shipper>, String> {
+impl Archiving {
+    /// Whose a data directory is, and its path through links.
+    async fn found(&self, data_dir: &Path) -> Result<(Arc<Access>, ClusterAccess, ClusterIdentity, PathBuf), String> {
         let access = self.access.borrow().clone().ok_or(
             "this agent has not heard yet which clusters it is a member of\n\
              HINT: it must reach its controller once; Postgres keeps the WAL and tries again.",
         )?;
         let asked = real(data_dir);
-        let cluster = owner(&access, &asked).ok_or_else(|| {
+        let cluster = owner(&access, &asked).cloned().ok_or_else(|| {
             format!(
                 "{} belongs to no cluster of this agent\n\
                  HINT: name it in the agent's instances; at the controller, make this agent a member of its cluster.",
@@ -112,21 +259,36 @@ impl Shippers for Archiving {
         // 8 KiB a segment; notices a pg_upgrade or another initdb in the same place.
         let identity = tokio::task::spawn_blocking(move || ClusterIdentity::read(&folder));
         let identity = identity.await.map_err(|error| error.to_string())??;
+        Ok((access, cluster, identity, asked))
+    }
+}
+
+#[async_trait]
+impl Shippers for Archiving {
+    async fn shipper(&self, data_dir: &Path) -> Result<Arc<Shipper>, String> {
+        let (access, cluster, identity, asked) = self.found(data_dir).await?;
         let slot = self.slot(&asked);
         let mut slot = slot.lock().await;
-        if let Some(slot) = slot.as_ref().filter(|slot| slot.still_fits(&access, cluster, identity)) {
+        if let Some(slot) = slot.as_ref().filter(|slot| slot.still_fits(&access, &cluster, identity)) {
             return Ok(Arc::clone(&slot.shipper));
         }
-        let made = self.make(Arc::clone(&access), cluster.clone(), identity, &asked).await?;
+        let made = self.make(access, cluster, identity, &asked).await?;
         Ok(Arc::clone(&slot.insert(made).shipper))
     }
 }
 
 impl Slot {
+    /// A receiver is made anew for the same reasons (`streaming::Terms`), or it would go on with another shipper than the
+    /// others use.
     fn still_fits(&self, access: &Arc<Access>, cluster: &ClusterAccess, identity: ClusterIdentity) -> bool {
         let same_key = Arc::ptr_eq(&self.access, access)
             || (self.access.key.path == access.key.path && self.access.key.chain == access.key.chain);
-        same_key && self.cluster == *cluster && self.identity == identity
+        let known = &self.cluster;
+        let same_cluster = known.name == cluster.name
+            && known.repository == cluster.repository
+            && known.compression_level == cluster.compression_level
+            && known.shipping == cluster.shipping;
+        same_key && same_cluster && self.identity == identity
     }
 }
 

@@ -33,11 +33,12 @@ use tracing::Instrument;
 use walfleet_repository::backup::commit::{BackupSession, Parent, SessionError, SessionSpec};
 use walfleet_repository::backup::file_list::{PlacedFile, resolve_entry};
 use walfleet_repository::backup::write::{PackSession, WriteError};
+use walfleet_repository::checksum;
 use walfleet_repository::cluster::{ClusterError, OpenCluster};
 use walfleet_repository::format::manifest::{Counters, FileEntry, Manifest, ReadScope, Tablespace};
 use walfleet_repository::ids::BackupId;
 use walfleet_repository::lineage::Kin;
-use walfleet_repository::postgres::{Lsn, SystemId, WalBranch};
+use walfleet_repository::postgres::{Lsn, Segment, SystemId, WalBranch};
 use walfleet_repository::signature::Signer;
 
 use crate::backup::changes::Reading;
@@ -160,6 +161,7 @@ impl From<BackupError> for Failure {
             E::Write(_) => ("backup.repository", ExitCode::Failed, Remedy::Retry),
             E::Copy(_) | E::CopyLost => ("backup.read", ExitCode::Failed, Remedy::Retry),
             E::Scan(_) => ("backup.read", ExitCode::Failed, Remedy::Operator),
+            E::WalWait(WalWaitError::Parted { .. }) => ("backup.wal_parted", ExitCode::Failed, Remedy::Retry),
             E::WalWait(WalWaitError::Foreign { .. }) => ("backup.wal_foreign", ExitCode::Refused, Remedy::Operator),
             E::WalWait(_) => ("backup.wal_missing", ExitCode::Failed, Remedy::Retry),
             E::Branch { .. } => ("backup.wal_missing", ExitCode::Failed, Remedy::Retry),
@@ -190,12 +192,13 @@ pub async fn run(
     loan::arrange(&request.cluster, &request.signer, request.kin.as_ref(), cancel).await;
     let cluster_bytes = server.cluster_bytes().await.ok().flatten().unwrap_or(0);
     let label = format!("walfleet {}", request.cluster.name());
+    let began_at_us = jiff::Timestamp::now().as_microsecond();
     let starting = tokio::select! {
         // Dropping the connection ends backup mode by itself.
         () = cancel.cancelled() => return Err(BackupError::Cancelled),
         started = server.start_backup(&label, request.pace) => started?,
     };
-    let wal = branch(&request, &facts).await?;
+    let wal = branch(&request, &facts, starting.start_lsn).await?;
     let spec = SessionSpec { run, wal, wal_floor: starting.start_lsn };
     let opened = BackupSession::open(request.cluster.clone(), request.signer.clone(), &request.member, spec).await;
     let (mut session, parent) = match opened {
@@ -209,6 +212,7 @@ pub async fn run(
     };
     tracing::info!(backup = %session.id(), start_lsn = %starting.start_lsn, parents = ?session.parents(), "backup started");
 
+    let starting = (starting, began_at_us);
     let taken = take(&request, &session, parent, starting, &facts, wal, cluster_bytes, (progress, cancel)).await;
     let Taken { mut manifest, packs, damaged, because } = match taken {
         Ok(taken) => taken,
@@ -265,13 +269,12 @@ async fn take(
     request: &BackupRequest,
     session: &BackupSession,
     parent: Option<Parent>,
-    starting: crate::postgres::server::BackupSession,
+    (starting, began_at_us): (crate::postgres::server::BackupSession, i64),
     facts: &ServerFacts,
     wal: WalBranch,
     cluster_bytes: u64,
     (progress, cancel): (&Progress, &CancellationToken),
 ) -> Result<Taken, BackupError> {
-    let began_at_us = jiff::Timestamp::now().as_microsecond();
     let start_lsn = starting.start_lsn;
     let started_at_us = starting.started_at_us;
     progress.enter("copy", cluster_bytes);
@@ -432,7 +435,7 @@ fn copy_control(
         mtime_us: file.mtime_us,
         kind: walfleet_repository::backup::file_list::PlacedKind::File {
             size: content.len() as u64,
-            crc32c: Some(crc32c::crc32c(&content)),
+            crc32c: Some(checksum::crc32c(&content)),
             content: walfleet_repository::backup::file_list::PlacedContent::Chunk(chunk),
         },
     };
@@ -455,9 +458,10 @@ fn check_data_directory(request: &BackupRequest, facts: &ServerFacts) -> Result<
     Err(BackupError::DataDirectory { found: found.clone(), expected: request.data_dir.clone() })
 }
 
-async fn branch(request: &BackupRequest, facts: &ServerFacts) -> Result<WalBranch, BackupError> {
+/// The branch that the server's WAL goes to.
+async fn branch(request: &BackupRequest, facts: &ServerFacts, start: Lsn) -> Result<WalBranch, BackupError> {
     let timeline = facts.timeline;
-    let branch = request.shipper.branch(timeline).await;
+    let branch = request.shipper.newest_branch(Segment::containing(timeline, start, facts.wal_segment_size)).await;
     branch.map_err(|source| BackupError::Branch { timeline, source: Arc::new(source) })
 }
 

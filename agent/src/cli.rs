@@ -50,7 +50,7 @@ enum Command {
     Restore(Box<RestoreArgs>),
     /// Check what the repository holds, byte by byte.
     Verify(VerifyArgs),
-    /// archive_command and restore_command.
+    /// archive_command and restore_command; finding a transaction in the archive.
     #[command(subcommand)]
     Wal(wal::WalCommand),
     /// Check Postgres, rights, clock, repository and reachability, and say what to type.
@@ -263,6 +263,7 @@ pub fn run(arguments: Vec<OsString>) -> i32 {
         Command::Restore(args) => command::restore::restore(*args),
         Command::Verify(args) => command::verify::verify(args),
         Command::Doctor(args) => command::doctor::doctor(&args),
+        Command::Wal(wal::WalCommand::Find(args)) => command::find::find(args),
         // Dispatched before this; only `wal` with something unknown behind it comes here, and clap refuses that.
         Command::Wal(_) => Err(usage("walfleet-agent wal push PATH, or walfleet-agent wal fetch NAME PATH")),
     };

@@ -10,7 +10,7 @@ mod section;
 
 pub use section::{
     BackupConfig, Config, ControllerConfig, InstanceConfig, Lineage, LogFormat, MetricsConfig, PostgresConfig,
-    RepositoryConfig, TelemetryConfig, WalConfig, default_socket, hostname,
+    RepositoryConfig, SpoolConfig, TelemetryConfig, WalConfig, default_socket, hostname,
 };
 
 /// Where `run` and the host's own commands look when `--config` is not given.
@@ -142,6 +142,14 @@ mod tests {
             ("limits: { uplaod: 50MB/s }", "uplaod"),
             ("wal: { parallel_uploads: 0 }", "wal.parallel_uploads"),
             ("wal: { read_ahead_segments: 5000 }", "wal.read_ahead_segments"),
+            ("wal: { streaming: maybe }", "\"maybe\" is not auto, on or off"),
+            ("wal: { synchronous: on }", "\"on\" is not off, repository or spool"),
+            ("wal: { synchronous: spool }", "HINT: set wal.synchronous to spool in the policy"),
+            ("spool: { listen: '0.0.0.0:7433' }", "there is no controller"),
+            ("spool: { size_mib: 1 }", "spool.size_mib: 1 is not"),
+            ("spool: { advertise: 'a b' }", "spool.advertise"),
+            ("wal: { piece_interval: 1 }", "HINT: write a whole number and a unit, 100ms to 1h"),
+            ("wal: { slot: 'Wal-fleet' }", "wal.slot: \"Wal-fleet\" is not"),
             ("name: 'Not Valid'", "name: \"Not Valid\" is not"),
             ("state_dir: relative/path", "state_dir"),
             (&format!("socket: /{}", "x".repeat(120)), "socket"),

@@ -3,6 +3,9 @@
 //! | task | does | if it fails | at the end |
 //! |---|---|---|---|
 //! | `socket` | answers `wal push` | restarted; Postgres keeps the WAL and asks again | 2nd: answers given are durable, the rest is asked again |
+//! | `streaming` | receives WAL over the replication protocol | restarted; the slot keeps the WAL | with the rest: what was received is stored first |
+//! | `spool` | keeps other hosts' WAL | restarted; theirs is on disk, and they wait for the repository meanwhile | with the rest |
+//! | `left` | stores what a host that is gone left in the spool | restarted | with the rest |
 //! | `jobs` | runs offers | a job's failure is its outcome | 1st: no more offers, what runs is cancelled and journalled |
 //! | `link` | the controller's stream | dials again by itself | 3rd: says the last outcomes |
 //! | `renewal` | keeps the certificate | restarted | with the rest |
@@ -36,6 +39,9 @@ use crate::journal::Journal;
 use crate::limits::HostLimits;
 use crate::link::{Link, LinkState};
 use crate::metrics::{Metrics, Scrape};
+use crate::spool::files::Spools;
+use crate::spool::{self, Spool};
+use crate::streaming::Streaming;
 use crate::wal;
 use crate::wal::ship::ShipOptions;
 
@@ -60,6 +66,7 @@ struct Membership {
     desired: Arc<DesiredStore>,
     /// That the desired state tells of, too.
     limits: Arc<HostLimits>,
+    spool: Arc<Spool>,
 }
 
 type AccessSender = watch::Sender<Option<Arc<Access>>>;
@@ -89,7 +96,9 @@ pub async fn run(config: Config) -> Result<(), Failure> {
     let signals = Signals::new().map_err(local)?;
 
     let metrics = Metrics::new();
-    let archiving = Arc::new(Archiving::new(access.subscribe(), ship_options(&config), Arc::clone(&limits)));
+    let state_dir = config.state_dir.clone();
+    let archiving = Archiving::new(access.subscribe(), ship_options(&config), Arc::clone(&limits), state_dir);
+    let archiving = Arc::new(archiving);
     let work = HostWork::new(Arc::clone(&config), access.subscribe(), Arc::clone(&archiving), limits);
     let work = work.map_err(|error| local(format!("start the threads of jobs: {error}")))?;
     let journal = Journal::open(&config.state_dir.join("jobs"), Timestamp::now()).map_err(local)?;
@@ -107,6 +116,7 @@ pub async fn run(config: Config) -> Result<(), Failure> {
         rest_stop: CancellationToken::new(),
     };
     agent.spawn_socket();
+    agent.spawn_streaming(membership.as_ref());
     agent.spawn_facts();
     agent.spawn_grants();
     agent.spawn_metrics(metrics, membership.as_ref());
@@ -144,14 +154,17 @@ fn prepare(config: &Config, limits: &Arc<HostLimits>) -> Result<(AccessSender, O
     let identity = folder.load().map_err(not_a_member)?;
     tracing::info!(name = identity.name(), until = %identity.not_after(), "enrolled");
     let desired = Arc::new(DesiredStore::open(&config.state_dir).map_err(local)?);
+    let (access, identity) = (watch::Sender::new(None), watch::Sender::new(Arc::new(identity)));
+    let most_bytes = u64::from(config.spool.size_mib) << 20;
+    let spools = Spools::open(config.state_dir.join("spool"), most_bytes).map_err(local)?;
     let membership = Membership {
         controller: controller.url.clone(),
         folder,
-        identity: watch::Sender::new(Arc::new(identity)),
         desired,
         limits: Arc::clone(limits),
+        spool: Arc::new(Spool { spools, access: access.subscribe(), identity: identity.subscribe() }),
+        identity,
     };
-    let access = watch::Sender::new(None);
     bound::bind_once(config, &membership, &access);
     Ok((access, Some(membership)))
 }
@@ -180,6 +193,22 @@ impl Agent {
             let (path, archiving) = (path.clone(), Arc::clone(&archiving));
             async move {
                 wal::serve(&path, archiving, stop).await.map_err(|error| format!("{}: {error}", path.display()))
+            }
+        });
+    }
+
+    fn spawn_streaming(&self, membership: Option<&Membership>) {
+        let streaming = Arc::new(Streaming {
+            spool: membership.map(|membership| Arc::clone(&membership.spool)),
+            config: Arc::clone(&self.config),
+            access: self.access.subscribe(),
+            archiving: Arc::clone(&self.archiving),
+        });
+        self.tasks.spawn("streaming", &self.rest_stop, move |stop| {
+            let streaming = Arc::clone(&streaming);
+            async move {
+                streaming.run(stop).await;
+                Ok(())
             }
         });
     }
@@ -233,7 +262,24 @@ impl Agent {
         });
     }
 
+    fn spawn_spool(&self, spool: &Arc<Spool>) {
+        if let Some(listen) = self.config.spool.listen {
+            let spool = Arc::clone(spool);
+            self.tasks
+                .spawn("spool", &self.rest_stop, move |stop| spool::door::serve(Arc::clone(&spool), listen, stop));
+        }
+        let spool = Arc::clone(spool);
+        self.tasks.spawn("left", &self.rest_stop, move |stop| {
+            let spool = Arc::clone(&spool);
+            async move {
+                spool::left::store_left(spool, stop).await;
+                Ok(())
+            }
+        });
+    }
+
     fn spawn_membership(&self, membership: Membership) {
+        self.spawn_spool(&membership.spool);
         let link = Link {
             controller: membership.controller.clone(),
             identity: membership.identity.subscribe(),
@@ -242,6 +288,7 @@ impl Agent {
             desired: Arc::clone(&membership.desired),
             labels: self.config.labels.clone(),
             capabilities: WorkKind::ALL.iter().map(|kind| kind.name()).collect(),
+            spool_address: self.config.spool.address(),
             incarnation: format!("{:016x}", rand::random::<u64>()),
             state: self.link.clone(),
         };

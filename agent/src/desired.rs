@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use walfleet_repository::ids::ClusterName;
 use walfleet_repository::limits::LimitsSpec;
+use walfleet_repository::shipping::ShippingSpec;
 
 use crate::durable::{self, DurableError, FileKind};
 
@@ -29,6 +30,27 @@ pub struct Desired {
     /// Those of the policies that bind this host's own clusters, taken together. Absent in files of earlier agents.
     #[serde(default)]
     pub limits: LimitsSpec,
+    /// What this host's spool keeps for others. Absent in files of earlier agents.
+    #[serde(default)]
+    pub spools: Vec<DesiredSpool>,
+}
+
+/// Pieces of a cluster's WAL that other hosts may bring.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct DesiredSpool {
+    pub cluster: ClusterName,
+    /// A name in `repositories`.
+    pub repository: String,
+    pub system_identifier: u64,
+    pub agents: Vec<String>,
+}
+
+/// The agent that keeps what the repository may lack beside this one.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct SpoolPeer {
+    pub agent: String,
+    /// "host:port"
+    pub address: String,
 }
 
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -54,9 +76,15 @@ pub struct DesiredCluster {
     pub processes: Option<u32>,
     /// Whether an instance of this cluster lives here; else only the right to restore it.
     pub member: bool,
+    /// As the policy has it.
+    #[serde(default)]
+    pub shipping: ShippingSpec,
     /// Other clusters of the repository with its system identifier; `None`: the controller does not know that yet.
     #[serde(default)]
     pub relatives: Option<Vec<ClusterName>>,
+    /// Of members whose commits wait for spools.
+    #[serde(default)]
+    pub spool_peer: Option<SpoolPeer>,
 }
 
 /// Whom the cluster's domain key must be wrapped for, beside the recovery key.

@@ -4,9 +4,12 @@
 //! functions. Doctor changes nothing, but for a probe object where a repository is asked to prove itself.
 
 use serde::Serialize;
+use walfleet_repository::shipping::ShippingSpec;
 
 pub mod examine;
 mod server;
+#[cfg(test)]
+pub(crate) use server::tests;
 
 pub use server::{ServerView, server_findings};
 
@@ -84,8 +87,10 @@ impl Finding {
     }
 }
 
-/// What the controller is told of a server that answers: all that must be fixed, in a line each.
-pub fn server_problems(facts: &ServerFacts) -> Vec<String> {
-    let findings = server_findings("", &ServerView { facts, rights: None, socket: None, program: None });
+/// What the controller is told of a server that answers: all that must be fixed, in a line each. `streams`: whether its WAL
+/// is received over the replication protocol.
+pub fn server_problems(facts: &ServerFacts, streams: bool, shipping: ShippingSpec) -> Vec<String> {
+    let view = ServerView { facts, rights: None, socket: None, program: None, streams, shipping };
+    let findings = server_findings("", &view);
     findings.into_iter().filter(|finding| finding.verdict == Verdict::Fix).map(|finding| finding.message).collect()
 }

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use walfleet_repository::checksum;
 
 /// First word of every durable file.
 const MAGIC: &str = "walfleet-agent";
@@ -113,7 +114,7 @@ pub fn read<T: DeserializeOwned>(path: &Path, kind: FileKind) -> Result<Option<T
 
 /// CRC-32C over version and content, so that neither can change unnoticed.
 fn checksum(kind: FileKind, body: &[u8]) -> u32 {
-    crc32c::crc32c_append(crc32c::crc32c(&kind.version.to_le_bytes()), body)
+    checksum::crc32c_append(checksum::crc32c(&kind.version.to_le_bytes()), body)
 }
 
 /// Removes the file for good; nothing to do if it is not there.

@@ -7,11 +7,18 @@ use serde::{Serialize, Serializer};
 use walfleet_repository::ids::ClusterName;
 use walfleet_repository::postgres::{Branch, Lsn, Timeline};
 
+use walfleet_repository::shipping::Synchronous;
+
 use crate::jobs::report::BackupReport;
+use crate::wal::receive::{SpoolStatus, StreamPhase};
 
 pub mod collect;
+mod gaps;
+mod pace;
 pub mod repository;
 mod server;
+mod trend;
+mod unstreamed;
 
 #[derive(Clone, PartialEq, Debug)]
 pub struct Facts {
@@ -56,8 +63,12 @@ pub struct InstanceFacts {
 pub struct ArchiveFacts {
     /// The newest segment the repository confirmed, its end, and when.
     pub last_segment: Option<String>,
+    /// Of the server's present timeline, where that is known.
     pub durable_lsn: Option<Lsn>,
+    pub durable_timeline: Option<Timeline>,
     pub durable_at: Option<Timestamp>,
+    /// Behind it a primary has written nothing but what an idle one writes by itself. `None`: more, or it is not known.
+    pub quiet_from: Option<Lsn>,
     /// Segments waiting in archive_status.
     pub ready_segments: u64,
     /// pg_stat_archiver.
@@ -66,6 +77,35 @@ pub struct ArchiveFacts {
     pub pg_wal_bytes: u64,
     pub pg_wal_free_bytes: u64,
     pub archive_command_set: bool,
+    pub stream: StreamFacts,
+    /// At the rate at which WAL accumulates that the repository lacks or PostgreSQL keeps.
+    pub pg_wal_full_in_seconds: Option<u64>,
+    pub last_hour: LastHour,
+}
+
+/// WAL by streaming.
+#[derive(Clone, Default, PartialEq, Debug)]
+pub struct StreamFacts {
+    pub phase: StreamPhase,
+    /// What the store complains of.
+    pub store_error: Option<String>,
+    pub received_lsn: Option<Lsn>,
+    /// By the server's clock: everything committed before is durable.
+    pub complete_until: Option<Timestamp>,
+    pub pieces: u64,
+    pub segments: u64,
+    /// Between two pieces.
+    pub piece_interval_ms: u64,
+    pub synchronous: Synchronous,
+    /// While commits may wait for spools.
+    pub spool: Option<SpoolStatus>,
+}
+
+/// Of WAL shipping.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+pub struct LastHour {
+    pub requests: u64,
+    pub stored_bytes: u64,
 }
 
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -82,6 +122,8 @@ pub struct RecoveryWindow {
     pub as_of: Timestamp,
     pub ranges: Vec<RecoveryRange>,
     pub gaps: Vec<WalGap>,
+    /// What was noted of WAL that is there by now.
+    pub filled: Vec<WalGap>,
     pub newest_commit: Option<Timestamp>,
     pub newest_lsn: Option<Lsn>,
     pub newest_timeline: Option<Timeline>,
@@ -107,7 +149,25 @@ pub struct WalGap {
     pub branch: Branch,
     pub from_lsn: Lsn,
     pub to_lsn: Lsn,
+    /// As `acknowledgement` is there.
     pub acknowledged: bool,
+    /// The last commit before it, and the first behind it.
+    pub from: Option<Timestamp>,
+    pub to: Option<Timestamp>,
+    /// Who had it last and no longer has it.
+    pub recorded: Option<GapNote>,
+    pub acknowledgement: Option<GapNote>,
+    #[serde(skip)]
+    pub system_identifier: u64,
+}
+
+/// What somebody said of a gap.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+pub struct GapNote {
+    /// A member or an operator.
+    pub by: String,
+    pub at: Timestamp,
+    pub reason: String,
 }
 
 impl RecoveryWindow {
@@ -119,6 +179,7 @@ impl RecoveryWindow {
             as_of: Timestamp::UNIX_EPOCH,
             ranges: self.ranges.iter().map(still).collect(),
             gaps: self.gaps.clone(),
+            filled: self.filled.clone(),
             newest_commit: None,
             newest_lsn: None,
             newest_timeline: self.newest_timeline,
@@ -150,6 +211,11 @@ impl Facts {
                         archive_command_set: instance.archive.archive_command_set,
                         failed_count: instance.archive.failed_count,
                         last_error: instance.archive.last_error.clone(),
+                        stream: StreamFacts {
+                            phase: instance.archive.stream.phase.clone(),
+                            spool: instance.archive.stream.spool.as_ref().map(SpoolStatus::outline),
+                            ..StreamFacts::default()
+                        },
                         ..ArchiveFacts::default()
                     },
                     ..instance.clone()
@@ -210,6 +276,7 @@ pub(crate) mod tests {
                 branch: Branch::ROOT,
             }],
             gaps,
+            filled: Vec::new(),
             newest_commit: None,
             newest_lsn: Some(Lsn(reaches)),
             newest_timeline: Some(Timeline(1)),
@@ -220,6 +287,11 @@ pub(crate) mod tests {
             from_lsn: Lsn(1),
             to_lsn: Lsn(2),
             acknowledged: false,
+            from: None,
+            to: None,
+            recorded: None,
+            acknowledgement: None,
+            system_identifier: 0,
         };
         let with = |window: RecoveryWindow| facts(&move |instance| instance.windows = vec![window.clone()]);
         let earlier = with(window(5, Vec::new()));

@@ -110,7 +110,7 @@ pub fn past_of(report: &Report, cost: &JobCost, host: &str, delta: bool) -> Opti
         Report::Backup(backup) => Some(past(backup.cluster_bytes, backup_work(backup))),
         Report::Restore(restore) if restore.is_planned() => None,
         Report::Restore(restore) => Some(past(restore.cluster_bytes, restore_work(restore, delta))),
-        Report::Verify(_) | Report::BackupPlan(_) => None,
+        Report::Verify(_) | Report::BackupPlan(_) | Report::WalFind(_) => None,
     }
 }
 

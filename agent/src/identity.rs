@@ -162,6 +162,13 @@ impl Identity {
         Ok(Identity { record, host_key, not_before, not_after })
     }
 
+    #[cfg(test)]
+    pub(crate) fn of(name: &str, key_pem: String, certificate_pem: String, authorities_pem: String) -> Identity {
+        let (name, controller) = (name.to_owned(), "https://localhost:1".to_owned());
+        let record = CertificateRecord { name, controller, key_pem, certificate_pem, authorities_pem };
+        Identity::new(record, KeyFile::generate(KeyKind::Host).unwrap()).unwrap()
+    }
+
     /// The agent's name in the fleet.
     pub fn name(&self) -> &str {
         &self.record.name
@@ -194,15 +201,7 @@ impl Identity {
 
     /// How the controller is known to this host, and this host to it.
     pub fn trust(&self) -> Result<Trust, IdentityError> {
-        let bad = |what| move |problem: String| IdentityError::Certificate { what, problem };
-        let authorities = certificates(&self.record.authorities_pem).map_err(bad("read the fleet's authorities"))?;
-        let mut roots = RootCertStore::empty();
-        for authority in authorities {
-            roots.add(authority).map_err(|error| bad("trust the fleet's authority")(error.to_string()))?;
-        }
-        let chain = certificates(&self.record.certificate_pem).map_err(bad("read this host's certificate"))?;
-        let key = PrivateKeyDer::from_pem_slice(self.record.key_pem.as_bytes())
-            .map_err(|error| bad("read this host's TLS key")(error.to_string()))?;
+        let TlsParts { roots, chain, key } = self.tls()?;
         let mut config = ClientConfig::builder_with_provider(connect::provider())
             .with_safe_default_protocol_versions()
             .map_err(connect::setup)?
@@ -212,6 +211,27 @@ impl Identity {
         config.alpn_protocols = vec![b"h2".to_vec()];
         Ok(Trust::Member(Arc::new(config)))
     }
+
+    /// Whom this host trusts, and what it shows.
+    pub fn tls(&self) -> Result<TlsParts, IdentityError> {
+        let bad = |what| move |problem: String| IdentityError::Certificate { what, problem };
+        let authorities = certificates(&self.record.authorities_pem).map_err(bad("read the fleet's authorities"))?;
+        let mut roots = RootCertStore::empty();
+        for authority in authorities {
+            roots.add(authority).map_err(|error| bad("trust the fleet's authority")(error.to_string()))?;
+        }
+        let chain = certificates(&self.record.certificate_pem).map_err(bad("read this host's certificate"))?;
+        let key = PrivateKeyDer::from_pem_slice(self.record.key_pem.as_bytes())
+            .map_err(|error| bad("read this host's TLS key")(error.to_string()))?;
+        Ok(TlsParts { roots, chain, key })
+    }
+}
+
+/// Of one certificate.
+pub struct TlsParts {
+    pub roots: RootCertStore,
+    pub chain: Vec<CertificateDer<'static>>,
+    pub key: PrivateKeyDer<'static>,
 }
 
 fn writer_public_key(host_key: &KeyFile) -> [u8; 32] {

@@ -26,6 +26,7 @@ use crate::estimate::Expected;
 use crate::failure::{Failure, Remedy};
 use crate::journal::{Ending, JobOutcome, JobRecord, JobState, Journal};
 use crate::progress::{Progress, ProgressReading};
+use crate::tasks::on_disk;
 
 pub mod cost;
 mod decide;
@@ -256,11 +257,7 @@ impl Jobs {
         act: impl FnOnce(&Journal) -> Result<T, DurableError> + Send + 'static,
     ) -> Result<T, DurableError> {
         let journal = Arc::clone(&self.journal);
-        // Syncing a file can take seconds on a loaded database host.
-        match tokio::task::spawn_blocking(move || act(&journal)).await {
-            Ok(result) => result,
-            Err(error) => std::panic::resume_unwind(error.into_panic()),
-        }
+        on_disk(move || act(&journal)).await
     }
 
     fn running(&self) -> MutexGuard<'_, BTreeMap<JobId, Running>> {

@@ -7,13 +7,14 @@
 //! Rooms, from the ground up:
 //! - `postgres`: the server and its files, as facts. `durable`, `journal`, `desired`, `identity`: what survives a restart.
 //! - `access`: which clusters and repositories this host may use, and with which keys; the one place that opens them.
-//! - `wal`: segments in ([`wal::ship`]) and out ([`wal::fetch`]). `archiving` says who ships for which data directory.
+//! - `wal`: segments in ([`wal::ship`]) and out ([`wal::fetch`]). `archiving` and `streaming` say
+//!   who ships for which data directory.
 //! - `backup` and `restore`: the long operations, a file for each step.
 //! - `limits`: how much of the host all of that may take, and how it makes way for Postgres.
 //! - `jobs`: what is asked of this host, run once and journalled, whoever asks: a controller, or a person at the command line.
 //! - `facts`, `doctor`, `metrics`: what is told. `link`: the stream to the controller. `daemon`: which tasks there are and
 //!   in which order they end. `estimate` and `history`: what jobs will take, from what they took. `progress`: how far one is.
-//!   `cli`: arguments in, exit codes out. `memory`: how the allocator treats large buffers.
+//!   `spool`: what two hosts keep until the repository has it. `cli`: arguments in, exit codes out. `memory`: how the allocator treats large buffers. `tasks`: waiting for work that runs elsewhere.
 //!
 //! `wire` alone names generated protobuf types. The host's two contracts with PostgreSQL are the exit codes of `wal push`
 //! and `wal fetch` ([`wal::client`]).
@@ -41,5 +42,8 @@ pub mod metrics;
 pub mod postgres;
 pub mod progress;
 pub mod restore;
+pub mod spool;
+pub mod streaming;
+pub mod tasks;
 pub mod wal;
 pub mod wire;

@@ -18,7 +18,7 @@ use crate::identity::{Identity, IdentityError};
 use crate::jobs::Jobs;
 use crate::wire::WireError;
 
-mod backoff;
+pub(crate) mod backoff;
 pub mod message;
 mod session;
 
@@ -39,6 +39,7 @@ pub struct Link {
     pub desired: Arc<DesiredStore>,
     pub labels: BTreeMap<String, String>,
     pub capabilities: Vec<&'static str>,
+    pub spool_address: Option<String>,
     /// Random, new at every start of the agent.
     pub incarnation: String,
     pub state: watch::Sender<LinkState>,

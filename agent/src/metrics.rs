@@ -21,13 +21,14 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use walfleet_repository::ids::ClusterName;
 
+use crate::archiving::Shipping;
 use crate::facts::{Facts, InstanceRole};
 use crate::jobs::order::WorkKind;
 use crate::jobs::report::Report;
 use crate::jobs::{JobObserver, Jobs};
 use crate::journal::{Ending, JobOutcome};
 use crate::link::LinkState;
-use crate::wal::ship::ShipStatus;
+use crate::wal::receive::WaitsFor;
 
 /// A content type that Prometheus and its kin agree on (OpenMetrics 1.0).
 const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -61,6 +62,14 @@ pub struct Metrics {
     wal_shipped: OfClusters,
     wal_failures: OfClusters,
     wal_stored_bytes: OfClusters,
+    wal_pieces: OfClusters,
+    wal_requests: OfClusters,
+    wal_streaming: OfClusters,
+    wal_spool_degraded: OfClusters,
+    wal_spool_bytes: OfClusters,
+    wal_complete_until: OfClusters,
+    pg_wal_full_in: OfClusters,
+    wal_gaps: OfClusters,
     wal_durable_lsn: OfClusters,
     wal_durable_at: OfClusters,
     last_backup_at: OfClusters,
@@ -88,9 +97,33 @@ impl Metrics {
         let wal_shipped = of_clusters("wal_shipped_files", "Files stored since the agent started");
         let wal_failures = of_clusters("wal_ship_failures", "Failed uploads since the agent started");
         let wal_stored_bytes = of_clusters("wal_stored_bytes", "Bytes of WAL stored since the agent started");
+        let wal_pieces =
+            of_clusters("wal_pieces_stored", "Pieces of unfinished segments stored since the agent started");
+        let wal_requests =
+            of_clusters("wal_store_requests", "Requests to the repository for WAL since the agent started");
+        let wal_spool_degraded = of_clusters(
+            "wal_spool_degraded",
+            "1 while commits that are to wait for two spools wait for something else",
+        );
+        let wal_spool_bytes = of_clusters("wal_spool_bytes", "Bytes in this host's spool, of all clusters");
+        let wal_streaming = of_clusters("wal_streaming", "1 while WAL is streamed, or followed on a standby");
+        let wal_complete_until = of_clusters(
+            "wal_complete_until_timestamp_seconds",
+            "By the server's clock: everything committed before is in the repository",
+        );
+        let pg_wal_full_in = of_clusters(
+            "pg_wal_full_in_seconds",
+            "Until pg_wal is full at the rate at which WAL accumulates that is not stored or not let go of; -1 while it does not",
+        );
+        let wal_gaps = of_clusters(
+            "wal_gaps",
+            "Gaps in the WAL that the repository holds and nobody has acknowledged, as last seen by this agent",
+        );
         let wal_durable_lsn = of_clusters("wal_durable_lsn", "End of the newest segment that the repository confirmed");
-        let wal_durable_at =
-            of_clusters("wal_durable_timestamp_seconds", "When the repository confirmed the newest segment");
+        let wal_durable_at = of_clusters(
+            "wal_durable_timestamp_seconds",
+            "When the repository last confirmed any WAL, which may be hours old: wal_complete_until tells how far a stream trails",
+        );
         let last_backup_at = of_clusters("last_backup_timestamp_seconds", "When the last backup by this agent ended");
         let backup_new_bytes =
             of_clusters("last_backup_new_bytes", "Bytes that the last backup had to store anew, plain");
@@ -130,6 +163,14 @@ impl Metrics {
             wal_shipped,
             wal_failures,
             wal_stored_bytes,
+            wal_pieces,
+            wal_requests,
+            wal_streaming,
+            wal_spool_degraded,
+            wal_spool_bytes,
+            wal_complete_until,
+            pg_wal_full_in,
+            wal_gaps,
             wal_durable_lsn,
             wal_durable_at,
             last_backup_at,
@@ -153,15 +194,36 @@ impl Metrics {
             Self::set(&self.archive_failed, cluster, archive.failed_count as f64);
             Self::set(&self.pg_wal_bytes, cluster, archive.pg_wal_bytes as f64);
             Self::set(&self.pg_wal_free_bytes, cluster, archive.pg_wal_free_bytes as f64);
+            let full_in = archive.pg_wal_full_in_seconds.map_or(-1.0, |seconds| seconds as f64);
+            Self::set(&self.pg_wal_full_in, cluster, full_in);
+            // Not known: no figure.
+            if !instance.windows.is_empty() {
+                let gaps = instance.windows.iter().flat_map(|window| &window.gaps);
+                Self::set(&self.wal_gaps, cluster, gaps.filter(|gap| !gap.acknowledged).count() as f64);
+            }
         }
     }
 
-    fn note_shipping(&self, cluster: &ClusterName, status: &ShipStatus) {
-        Self::set(&self.wal_shipped, cluster, status.shipped as f64);
-        Self::set(&self.wal_failures, cluster, status.failures as f64);
-        Self::set(&self.wal_stored_bytes, cluster, status.stored_bytes as f64);
-        Self::set(&self.wal_durable_lsn, cluster, status.durable_lsn.0 as f64);
-        if let Some(at) = status.durable_at {
+    fn note_shipping(&self, cluster: &ClusterName, shipping: &Shipping) {
+        let (archived, streamed) = (&shipping.archived, &shipping.streamed);
+        Self::set(&self.wal_shipped, cluster, (archived.shipped + streamed.segments) as f64);
+        Self::set(&self.wal_pieces, cluster, streamed.pieces as f64);
+        Self::set(&self.wal_requests, cluster, shipping.requests as f64);
+        Self::set(&self.wal_failures, cluster, (archived.failures + streamed.failures) as f64);
+        Self::set(&self.wal_stored_bytes, cluster, shipping.stored_bytes() as f64);
+        Self::set(&self.wal_streaming, cluster, f64::from(u8::from(streamed.phase.is_well())));
+        if let Some(spool) = &streamed.spool {
+            let is_degraded = spool.waits_for != WaitsFor::Spools;
+            Self::set(&self.wal_spool_degraded, cluster, f64::from(u8::from(is_degraded)));
+            Self::set(&self.wal_spool_bytes, cluster, spool.held_bytes as f64);
+        }
+        let durable = shipping.durable().max().map_or(0, |(_, lsn)| lsn.0);
+        Self::set(&self.wal_durable_lsn, cluster, durable as f64);
+        match streamed.complete_until {
+            Some(at) => Self::set(&self.wal_complete_until, cluster, seconds(at)),
+            None => drop(self.wal_complete_until.remove(&OfCluster { cluster: cluster.to_string() })),
+        }
+        if let Some(at) = archived.durable_at.max(streamed.durable_at) {
             Self::set(&self.wal_durable_at, cluster, seconds(at));
         }
     }
@@ -202,7 +264,7 @@ pub struct Scrape {
     pub jobs: Arc<Jobs>,
     pub link: watch::Receiver<LinkState>,
     pub certificate_expiry: Box<dyn Fn() -> Option<Timestamp> + Send + Sync>,
-    pub shipping: Box<dyn Fn() -> Vec<(ClusterName, ShipStatus)> + Send + Sync>,
+    pub shipping: Box<dyn Fn() -> Vec<(ClusterName, Shipping)> + Send + Sync>,
     pub facts: watch::Receiver<Arc<Facts>>,
 }
 

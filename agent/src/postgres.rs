@@ -8,6 +8,7 @@ pub mod control;
 pub mod instance;
 pub mod page;
 pub mod relation;
+pub mod replication;
 pub mod server;
 #[cfg(test)]
 pub(crate) mod test_server;

@@ -23,10 +23,12 @@ use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 use walfleet_repository::backup::fetch::{FetchError, FetchOptions, fetch_all};
 use walfleet_repository::backup::read::{BackupReader, ReadError};
+use walfleet_repository::checksum;
 use walfleet_repository::cluster::{ClusterError, OpenCluster};
 use walfleet_repository::format::manifest::{Content, EntryKind};
 use walfleet_repository::ids::BackupId;
 use walfleet_repository::postgres::SystemId;
+use walfleet_repository::recovery_window::KnownComplete;
 
 use crate::backup::manifest_json::{self, ManifestWriter};
 use crate::estimate::{self, Expected, Past, RestoreNeeds};
@@ -34,7 +36,7 @@ use crate::failure::{ExitCode, Failure, Remedy};
 use crate::history;
 use crate::jobs::order::RecoveryTarget;
 use crate::jobs::report::{PLANNED, RestoreReport};
-use crate::limits::{Allowance, threads};
+use crate::limits::Allowance;
 use crate::postgres::instance::{self, BinariesError};
 use crate::progress::Progress;
 use crate::restore::paced::PacedSink;
@@ -43,6 +45,7 @@ use crate::restore::recovery::RecoverySettings;
 use crate::restore::sink::FileSink;
 use crate::restore::start::{StartError, StartSpec};
 use crate::restore::write::{Destination, DirectoryMode, WriteError, create_plain, write_plain};
+use crate::tasks;
 use crate::wal::fetch::{RestoreSource, SOURCE_FILE, SourceTimeline};
 
 /// Segments that one `wal fetch` brings along: four times 16 MiB hides a store's latency behind replay.
@@ -70,6 +73,8 @@ pub struct RestoreRequest {
     pub delta: bool,
     /// A given backup instead of the best one for the target.
     pub backup: Option<BackupId>,
+    /// What the cluster's servers were seen to have.
+    pub complete: Vec<KnownComplete>,
     /// Start Postgres and wait until it stands at its target.
     pub start: bool,
     pub keep_archiving: bool,
@@ -162,7 +167,7 @@ pub async fn run(
     cancel: &CancellationToken,
 ) -> Result<RestoreReport, RestoreError> {
     progress.enter("plan", 0);
-    let plan = plan::plan(&request.cluster, &request.target, request.backup.as_ref()).await?;
+    let plan = plan::plan(&request.cluster, &request.target, request.backup.as_ref(), &request.complete).await?;
     let log = request.cluster.log().await?;
     let reader = Arc::new(request.cluster.open_backup(&plan.backup, log.state()).await?);
     let destination = Destination::map(&request.data_dir, &reader.manifest.tablespaces, &request.tablespaces)?;
@@ -240,7 +245,7 @@ pub async fn run(
         };
         let (progress, cancel) = (progress.clone(), cancel.clone());
         let starting = async move { start::start(&spec, &progress, &cancel).await };
-        let standing = threads::settled(request.normal.spawn(starting.in_current_span())).await?;
+        let standing = tasks::settled(request.normal.spawn(starting.in_current_span())).await?;
         report.replay_seconds = began.elapsed().as_secs_f64();
         report.server_state = standing.state.name().to_owned();
         report.reached_lsn = standing.reached_lsn;
@@ -365,7 +370,7 @@ pub(crate) async fn write_backup_manifest(
     let texts =
         [("backup_label", Some(&manifest.backup_label[..])), ("tablespace_map", tablespace_map.map(str::as_bytes))];
     for (name, content) in texts.into_iter().filter_map(|(name, content)| Some((name, content?))) {
-        text.file(name.as_bytes(), content.len() as u64, manifest.stopped_at_us, Some(crc32c::crc32c(content)))
+        text.file(name.as_bytes(), content.len() as u64, manifest.stopped_at_us, Some(checksum::crc32c(content)))
             .map_err(RestoreError::Manifest)?;
     }
     let control = &manifest.control_file;
@@ -491,6 +496,7 @@ fn source(request: &RestoreRequest, plan: &RestorePlan) -> RestoreSource {
             .map(|leg| SourceTimeline {
                 timeline: leg.wal.timeline,
                 branch: leg.wal.branch.to_string(),
+                begins_lsn: leg.begins,
                 needed_from_lsn: leg.from,
                 needed_to_lsn: leg.to,
             })

@@ -1,16 +1,19 @@
-//! The door to the controller: the only place of this crate that names generated protobuf types.
+//! The door to the controller and to other agents: the only place of this crate that names generated protobuf types.
 //!
 //! Conversions are fallible inward and total outward. Nothing here decides.
 
 mod enrolment;
 mod facts;
+mod found;
 mod job;
 mod link;
 mod outcome;
 mod past;
+mod spool;
 
 pub use enrolment::{Enrolled, Enrolment, JoinAsk, Met, who_am_i};
 pub use link::{Attached, attach};
+pub use spool::{Acknowledged, Incoming, bring, service as spool_service};
 
 /// A message of the controller that does not read as one.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]

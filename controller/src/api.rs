@@ -13,6 +13,7 @@ mod jobs;
 mod resources;
 mod restore;
 mod status;
+mod wal;
 mod watch;
 
 use std::sync::Arc;
@@ -26,6 +27,7 @@ use walfleet_proto::operator::v1::audit_server::AuditServer;
 use walfleet_proto::operator::v1::fleet_server::FleetServer;
 use walfleet_proto::operator::v1::jobs_server::JobsServer;
 use walfleet_proto::operator::v1::resources_server::ResourcesServer;
+use walfleet_proto::operator::v1::wal_server::WalServer;
 
 use crate::audit::{Actor, Audit};
 use crate::fleet::{Fleet, Timing, store};
@@ -57,7 +59,7 @@ pub struct Ground {
     pub tasks: Tasks,
 }
 
-/// All five services, and the loops behind them. Cheap to clone.
+/// All six services, and the loops behind them. Cheap to clone.
 #[derive(Clone)]
 pub struct Api {
     name: Arc<str>,
@@ -104,6 +106,7 @@ impl Api {
             .add_service(JobsServer::new(self.clone()))
             .add_service(ResourcesServer::new(self.clone()))
             .add_service(AuditServer::new(self.clone()))
+            .add_service(WalServer::new(self.clone()))
     }
 
     async fn audited<T>(

@@ -1,23 +1,27 @@
 //! What the controller does in repositories with the keeper's key: makes those that are declared, ends what agents left
 //! open, lends backups to copies, and asks the logs how attempts that nobody can tell of have ended.
 //!
-//! It never deletes an object. (Expiry, collection and replication will live here.) It is slow where a store is slow, so
+//! It deletes nothing but pieces of WAL segments that whole ones have taken the place of. (Expiry, collection and
+//! replication will live here.) It is slow where a store is slow, so
 //! it runs apart from the reconciler and only hands it events.
 
+pub mod gaps;
 mod lending;
 mod lost;
+mod superseded;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
-use walfleet_repository::ids::{JobId, RepositoryId};
+use walfleet_repository::ids::{ClusterName, JobId, RepositoryId};
 use walfleet_repository::open::{Initialised, Repository, RepositoryError, RepositorySpec as Roots};
 use walfleet_repository::store::{Folder, Store, StoreError, StoreOptions};
 
+use self::superseded::Cleaned;
 use crate::jobs::JobStoreError;
 use crate::reconcile::{Reconciler, in_full};
 use crate::resources::RepositorySpec;
@@ -33,8 +37,10 @@ struct Made {
 }
 
 const PREFIX: &str = "repository/";
-/// Between rounds without a signal: a store that was away is noticed, and few requests are made.
+/// Between rounds without a signal: a store that was away is noticed.
 const ROUND: Duration = Duration::from_secs(30);
+/// How long a repository that was found well counts as such: looking costs a request, for money at most stores.
+const SURE: SignedDuration = SignedDuration::from_hours(1);
 /// Of one repository's turn in a round: a hanging store must not keep the others waiting.
 const DEADLINE: Duration = Duration::from_secs(60);
 
@@ -60,6 +66,10 @@ pub enum KeeperError {
     Job(#[from] JobStoreError),
     #[error(transparent)]
     Log(#[from] walfleet_repository::cluster_log::LogError),
+    #[error(transparent)]
+    GapNotes(#[from] walfleet_repository::gap_notes::GapNotesError),
+    #[error("on which branch of cluster {cluster} the gap is cannot be told: {branch:?}")]
+    Gap { cluster: ClusterName, branch: String },
 }
 
 pub struct Keeper {
@@ -68,11 +78,21 @@ pub struct Keeper {
     troubles: Mutex<BTreeMap<String, String>>,
     /// Attempts whose leftovers were looked for.
     tidied: Mutex<BTreeSet<(JobId, u32)>>,
+    /// When superseded pieces of WAL were last removed, by repository.
+    cleaned: Mutex<BTreeMap<String, Cleaned>>,
+    /// Repositories that were found well, and when.
+    found: Mutex<BTreeMap<String, (RepositorySpec, Repository, Timestamp)>>,
 }
 
 impl Keeper {
     pub fn new(reconciler: Arc<Reconciler>) -> Arc<Keeper> {
-        Arc::new(Keeper { reconciler, troubles: Mutex::default(), tidied: Mutex::default() })
+        Arc::new(Keeper {
+            reconciler,
+            troubles: Mutex::default(),
+            tidied: Mutex::default(),
+            cleaned: Mutex::default(),
+            found: Mutex::default(),
+        })
     }
 
     /// Runs until cancelled. A round under way is dropped: every step is a creation that can be made again.
@@ -108,8 +128,9 @@ impl Keeper {
         let newcomers = self.newcomers(now).await;
         for (name, spec) in &catalog.repositories {
             let turn = async {
-                let repository = self.open(name, spec, now).await?;
+                let repository = self.find(name, spec, now).await?;
                 self.lend(name, &repository, &newcomers).await;
+                self.remove_superseded(name, &repository, now).await;
                 Ok(())
             };
             let result = match tokio::time::timeout(DEADLINE, turn).await {
@@ -139,6 +160,21 @@ impl Keeper {
                 }
             }
         }
+    }
+
+    /// A folder is looked at in each round: that costs nothing, and it may not be mounted any more.
+    async fn find(&self, name: &str, spec: &RepositorySpec, now: Timestamp) -> Result<Repository, KeeperError> {
+        let found = || self.found.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_sure = |(known, _, at): &&(RepositorySpec, Repository, Timestamp)| {
+            known == spec && now.duration_since(*at) < SURE && !spec.url.starts_with("file:")
+        };
+        if let Some((_, repository, _)) = found().get(name).filter(is_sure) {
+            return Ok(repository.clone());
+        }
+        found().remove(name);
+        let repository = self.open(name, spec, now).await?;
+        found().insert(name.to_owned(), (spec.clone(), repository.clone(), now));
+        Ok(repository)
     }
 
     /// Opens a declared repository; makes it if it never was.

@@ -3,15 +3,17 @@
 //! Level-triggered: a pass takes no hint about what changed, reads everything, and does what is still to do; a pass that
 //! failed half-way is made good by the next one. It runs when facts, jobs, members or documents change, and on a timer.
 //!
-//! A pass, in this order: store what was seen · pin new clusters · end lost leases · make due runs into jobs · offer
+//! A pass, in this order: store what was seen · pin new clusters · end lost leases · make due runs, and gaps without a backup behind them, into jobs · offer
 //! queued jobs · send offers, cancels and desired states to the streams of this controller · prune history.
 
 pub mod deliver;
 pub mod desired;
+pub mod gap_backups;
 pub mod leases;
 pub mod measure;
 pub mod report;
 pub mod schedules;
+pub mod spools;
 pub mod writers;
 
 use std::collections::BTreeMap;
@@ -217,6 +219,8 @@ impl Reconciler {
         let jobs = self.jobs.active().await?;
         report.leases_lost = leases::end_lost(self, &jobs, &mut memory.missing, now).await?;
         report.runs_created = schedules::make_runs(self, &assembly, &jobs, now).await?;
+        let jobs = self.jobs.active().await?;
+        report.runs_created += gap_backups::make_runs(self, &assembly, &jobs, now).await?;
         let jobs = self.jobs.active().await?;
         self.dispatch(&picture, &assembly, &jobs, report).await?;
         let jobs = self.jobs.active().await?;

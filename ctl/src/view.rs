@@ -10,6 +10,7 @@ pub mod change;
 pub mod cluster;
 pub mod context;
 pub mod cost;
+pub mod found;
 pub mod job;
 pub mod resource;
 pub mod restore;

@@ -8,12 +8,14 @@ mod access;
 mod audit;
 mod enrolment;
 mod fleet;
+mod found;
 mod jobs;
 mod recovery;
 mod resources;
+mod wal;
 
 pub use enrolment::Admission;
-pub use jobs::{JobWatch, RestoreSpec};
+pub use jobs::{FindSpec, JobWatch, RestoreSpec};
 pub use resources::Intent;
 
 use std::future::Future;

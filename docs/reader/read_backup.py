@@ -51,6 +51,7 @@ def ascending(data):
 
 class Repository:
     def __init__(self, folder, key_file):
+        self.folder = folder
         self.get = lambda key: open(os.path.join(folder, key), "rb").read()
         self.has = lambda key: os.path.exists(os.path.join(folder, key))
         lines = [line for line in open(key_file).read().split("\n") if line.strip() and line[0] != "#"]  # 2
@@ -249,12 +250,29 @@ def wal(cluster, key):  # 11
     check(blake3(content, key=cluster.keys[1][0]).digest() == raw(directory, 7), "another content id")
     return content.ljust(number(directory, 5), b"\0")
 
+def pieces(cluster, folder):  # 11: an unfinished segment, from the folder of its pieces
+    root, ways, longest = cluster.repository.folder, {}, b""
+    names = sorted(os.listdir(os.path.join(root, folder)), key=lambda name: name.split("."))
+    for name in names:
+        piece = Sealed(cluster, folder.rstrip("/") + "/" + name, 19)
+        directory = message(piece.directory)
+        start, member = number(directory, 6), raw(directory, 14)
+        before = ways.get((member, start, raw(directory, 8)), None if start else b"")
+        if before is not None:
+            frames = ((number(frame, n) for n in (1, 2, 3)) for frame in map(message, directory.get(10, [])))
+            content = before + b"".join(piece.frame(*frame) for frame in frames)
+            check(len(content) == number(directory, 7), name + ": another length")
+            check(blake3(content, key=cluster.keys[1][0]).digest() == raw(directory, 9), name + ": another content id")
+            ways[member, len(content), raw(directory, 9)] = content
+            longest = max(longest, content[:number(directory, 13)], key=len)  # whole records only
+    return longest.ljust(number(directory, 5), b"\0")
+
 def main(folder, key_file, name, verb="backups", subject="", *rest):
     cluster = Cluster(Repository(folder, key_file), name)
     if verb == "backups":
         print("\n".join(backup.decode() + " " + session["state"] for backup, session in cluster.sessions.items()))
     elif verb == "wal":
-        open(rest[0], "wb").write(wal(cluster, subject))
+        open(rest[0], "wb").write((pieces if subject.startswith("tails/") else wal)(cluster, subject))
     else:
         manifest, packs = cluster.backup(subject)
         for table, entry in packs.files(manifest):

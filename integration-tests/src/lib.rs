@@ -14,6 +14,7 @@ pub mod binaries;
 pub mod demo;
 pub mod fleet;
 pub mod log_watch;
+pub mod network;
 pub mod os_user;
 pub mod output;
 pub mod ports;

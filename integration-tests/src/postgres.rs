@@ -1,5 +1,6 @@
 //! Real PostgreSQL servers: starting and ending them, talking to them, loading them, and judging what was restored.
 
+pub mod acknowledged;
 pub mod barrier;
 pub mod dataset;
 pub mod fingerprint;

@@ -8,7 +8,7 @@ mod access;
 pub mod fault;
 
 use std::collections::{BTreeMap, HashMap};
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -60,6 +60,10 @@ struct Shared {
 impl S3Server {
     /// Serves a folder; what an earlier server stored there is there again.
     pub fn start(folder: &Path) -> anyhow::Result<S3Server> {
+        S3Server::start_at(folder, Ipv4Addr::LOCALHOST)
+    }
+
+    pub fn start_at(folder: &Path, address: Ipv4Addr) -> anyhow::Result<S3Server> {
         std::fs::create_dir_all(folder.join(BUCKET)).with_context(|| format!("create {}", folder.display()))?;
         let files =
             FileSystem::new(folder).map_err(|error| anyhow::anyhow!("serve {}: {error:?}", folder.display()))?;
@@ -72,7 +76,7 @@ impl S3Server {
             seen: Mutex::default(),
             conditional: Mutex::default(),
         });
-        let listener = block_on(TcpListener::bind(("127.0.0.1", 0))).context("listen for S3 requests")?;
+        let listener = block_on(TcpListener::bind((address, 0))).context("listen for S3 requests")?;
         let address = listener.local_addr().context("ask for the S3 server's port")?;
         let accepting = runtime().spawn(accept(listener, shared.clone()));
         Ok(S3Server { address, shared, accepting })

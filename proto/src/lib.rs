@@ -33,6 +33,13 @@ pub mod agent {
     }
 }
 
+/// What agents keep for each other.
+pub mod spool {
+    pub mod v1 {
+        tonic::include_proto!("walfleet.spool.v1");
+    }
+}
+
 /// What operators call.
 #[allow(rustdoc::invalid_html_tags, reason = "comments of .proto files are plain text")]
 pub mod operator {

@@ -118,6 +118,10 @@ impl OpenCluster {
         Ok(OpenCluster { repository, name, keys: Arc::new(keys), domain })
     }
 
+    pub(crate) fn of(repository: Repository, name: ClusterName, keys: Arc<Keyring>, domain: DomainKeys) -> OpenCluster {
+        OpenCluster { repository, name, keys, domain }
+    }
+
     /// The same cluster for bulk work, which waits for `pace` ([`crate::store::Store::paced`]).
     #[must_use]
     pub fn paced(&self, pace: Arc<dyn Pace>) -> OpenCluster {

@@ -84,6 +84,11 @@ impl DomainKey {
         ChunkId(*blake3::keyed_hash(&self.id_key, plain).as_bytes())
     }
 
+    /// The same of content that comes in portions.
+    pub fn content_hasher(&self) -> ContentHasher {
+        ContentHasher(blake3::Hasher::new_keyed(&self.id_key))
+    }
+
     /// The key of the object with this salt.
     pub fn object_key(&self, salt: &[u8; 32]) -> ObjectKey {
         let derive = |context: &str| {
@@ -99,6 +104,20 @@ impl DomainKey {
 impl std::fmt::Debug for DomainKey {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "DomainKey({} version {})", self.domain, self.version)
+    }
+}
+
+/// Works out the id of content that grows: at any time that of all it has seen.
+#[derive(Clone)]
+pub struct ContentHasher(blake3::Hasher);
+
+impl ContentHasher {
+    pub fn update(&mut self, plain: &[u8]) {
+        self.0.update(plain);
+    }
+
+    pub fn id(&self) -> ChunkId {
+        ChunkId(*self.0.finalize().as_bytes())
     }
 }
 

@@ -10,9 +10,11 @@
 //! | `clusters/<cluster>/backups/<backup>` | the manifest, sealed | the session's agent | never; the keeper deletes |
 //! | `clusters/<cluster>/backups/<backup>.refs` | its reference part, in clear and signed | the session's agent | never |
 //! | `clusters/<cluster>/wal/<system id>/<timeline>-<branch>/<segment>` | one WAL segment, sealed | any member's agent | never; the keeper deletes |
-//! | `clusters/<cluster>/wal/<system id>/<timeline>-<branch>/history` | the timeline's history file, sealed | any member's agent | never |
+//! | `clusters/<cluster>/wal/<system id>/<timeline>-<branch>/history` | the timeline's history file, sealed; of a branch that a diverging member's WAL went to, where that one left which branch | any member's agent | never |
 //! | `clusters/<cluster>/wal/<system id>/<timeline>-<branch>/partial/<segment>.<content>` | the last segment of a timeline that a promotion left unfinished, sealed; several promotions may leave several, told apart by the first 8 bytes of the content id | any member's agent | never; the keeper deletes |
 //! | `clusters/<cluster>/wal/<system id>/<timeline>-<branch>/<segment>.<offset>.backup` | a backup history file, sealed | any member's agent | never; the keeper deletes |
+//! | `clusters/<cluster>/wal/<system id>/<timeline>-<branch>/gaps/<from>-<to>.<tag>` | what is known of WAL that is missing in `[from, to)`: who let go of it and why, or who has acknowledged it; in clear and signed | any member's agent, keeper | never; the keeper deletes |
+//! | `clusters/<cluster>/wal/<system id>/<timeline>-<branch>/levels/<at>.<level>` | where `wal_level` changed: `minimal`, and nothing from before is recovered beyond `<at>`; or `replica`; sealed | any member's agent | never; the keeper deletes |
 //! | `clusters/<cluster>/wal/<system id>/catalog/<range>.<n>` | a cache of what the archive holds | keeper | never; the newest `n` wins |
 //! | `tails/<cluster>/<system id>/<timeline>-<branch>/<segment>/<from>-<to>.<member>` | `[from, to)` of an unfinished segment | the member's agent | never; the keeper deletes in batches |
 //! | `probe/<random>` | what the store probe tried | `repository init`, daily probe | never; litter, for a lifecycle rule to expire |
@@ -20,12 +22,20 @@
 //! `<sequence>` has 20 decimal digits, `<timeline>` 8 hexadecimal ones in upper case as in PostgreSQL's own names,
 //! `<branch>` 16 in lower case. Ids and names are checked when they are made ([`crate::ids`]), so no key escapes its folder.
 
+mod level_name;
+
+use std::fmt;
+
+pub use level_name::{WalLevelClass, WalLevelName};
+
 use object_store::path::Path;
 
 use crate::ids::{BackupId, ChunkId, ClusterName, DomainId, PackId, RecipientId};
-use crate::postgres::{Branch, Segment, SegmentSize, SystemId, Timeline, WalBranch};
+use crate::postgres::{Branch, Lsn, Segment, SegmentSize, SystemId, Timeline, WalBranch};
 
 const HISTORY: &str = "history";
+const GAPS: &str = "gaps";
+const LEVELS: &str = "levels";
 const REFERENCE_SUFFIX: &str = ".refs";
 const CHECKPOINT_SUFFIX: &str = ".checkpoint";
 
@@ -133,6 +143,49 @@ pub fn parse_wal_partial(cluster: &ClusterName, branch: &WalBranch, key: &Path, 
     Segment::from_file_name(segment, size).ok().filter(|segment| segment.timeline == branch.timeline)
 }
 
+/// What is known of WAL that the archive lacks.
+pub fn gap_note(cluster: &ClusterName, note: &GapNoteName) -> Path {
+    wal_branch(cluster, &note.wal).join(GAPS).join(note.to_string())
+}
+
+/// The note of a key below [`wal_branch`].
+pub fn parse_gap_note(cluster: &ClusterName, key: &Path) -> Option<GapNoteName> {
+    let [system_id, folder, gaps, name] = parts_below(&wal(cluster), key)?;
+    let wal = parse_branch_folder(&system_id, &folder).filter(|_| gaps == GAPS)?;
+    let (range, tag) = name.split_once('.')?;
+    let (from, to) = range.split_once('-')?;
+    let number = |text: &str| u64::from_str_radix(text, 16).ok();
+    let found = GapNoteName { wal, from: Lsn(number(from)?), to: Lsn(number(to)?), tag: number(tag)? };
+    Some(found).filter(|found| found.from < found.to && found.to_string() == name)
+}
+
+/// What the name of a gap note says: WAL `[from, to)` of a branch, and a tag that tells several notes apart.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct GapNoteName {
+    pub wal: WalBranch,
+    pub from: Lsn,
+    pub to: Lsn,
+    pub tag: u64,
+}
+
+impl fmt::Display for GapNoteName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:016x}-{:016x}.{:016x}", self.from.0, self.to.0, self.tag)
+    }
+}
+
+/// Where `wal_level` changed in a branch's WAL.
+pub fn wal_level(cluster: &ClusterName, name: &WalLevelName) -> Path {
+    wal_branch(cluster, &name.wal).join(LEVELS).join(name.to_string())
+}
+
+/// The change of a key below [`wal_branch`].
+pub fn parse_wal_level(cluster: &ClusterName, key: &Path) -> Option<WalLevelName> {
+    let [system_id, folder, levels, name] = parts_below(&wal(cluster), key)?;
+    let wal = parse_branch_folder(&system_id, &folder).filter(|_| levels == LEVELS)?;
+    WalLevelName::parse(wal, &name)
+}
+
 /// A backup history file (BackupHistoryFileName, src/include/access/xlog_internal.h).
 pub fn wal_backup_history(
     cluster: &ClusterName,
@@ -142,6 +195,91 @@ pub fn wal_backup_history(
     offset: u32,
 ) -> Path {
     wal_branch(cluster, branch).join(format!("{}.{offset:08X}.backup", segment.file_name(size)))
+}
+
+/// Below it lies one folder per system identifier, with pieces of unfinished segments.
+pub fn cluster_tails(cluster: &ClusterName) -> Path {
+    Path::from("tails").join(cluster.as_str())
+}
+
+/// Below it lie the pieces of a branch's unfinished segments, one folder per segment.
+pub fn tails(cluster: &ClusterName, branch: &WalBranch) -> Path {
+    cluster_tails(cluster).join(branch.system_id.to_string()).join(branch_folder(branch))
+}
+
+/// The key of the whole segment whose pieces lie in a folder.
+pub fn segment_of_tails(cluster: &ClusterName, folder: &Path) -> Option<Path> {
+    let [system_id, branch, segment] = parts_below(&cluster_tails(cluster), folder)?;
+    parse_branch_folder(&system_id, &branch)?;
+    Some(wal(cluster).join(system_id).join(branch).join(segment))
+}
+
+/// What the name of a piece says, wherever it lies.
+pub fn tail_name(key: &Path) -> Option<TailName> {
+    let name = key.filename()?;
+    let (range, member) = name.split_once('.')?;
+    let (from, to) = range.split_once('-')?;
+    let offset = |text: &str| u32::from_str_radix(text, 16).ok().filter(|offset| format!("{offset:08x}") == text);
+    let found = TailName { from: offset(from)?, to: offset(to)?, member: member.to_owned() };
+    Some(found).filter(|found| found.from < found.to && !found.member.is_empty())
+}
+
+/// Below it lie the pieces of one segment.
+pub fn segment_tails(cluster: &ClusterName, branch: &WalBranch, segment: Segment, size: SegmentSize) -> Path {
+    tails(cluster, branch).join(segment.file_name(size))
+}
+
+/// `[from, to)` of an unfinished segment, as one member's agent received it.
+pub fn tail(
+    cluster: &ClusterName,
+    branch: &WalBranch,
+    (segment, size): (Segment, SegmentSize),
+    piece: &TailName,
+) -> Path {
+    segment_tails(cluster, branch, segment, size).join(piece.to_string())
+}
+
+/// What the name of a piece says: offsets in its segment, and who received it.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct TailName {
+    pub from: u32,
+    pub to: u32,
+    pub member: String,
+}
+
+impl TailName {
+    /// Whether it holds all that another piece of the same member does, and more.
+    pub fn takes_in(&self, other: &TailName) -> bool {
+        self.member == other.member && self.from <= other.from && other.to <= self.to && self != other
+    }
+}
+
+impl fmt::Display for TailName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:08x}-{:08x}.{}", self.from, self.to, self.member)
+    }
+}
+
+/// The segment of a folder below [`tails`].
+pub fn parse_tail_segment(
+    cluster: &ClusterName,
+    branch: &WalBranch,
+    folder: &Path,
+    size: SegmentSize,
+) -> Option<Segment> {
+    let [name] = parts_below(&tails(cluster, branch), folder)?;
+    Segment::from_file_name(&name, size).ok().filter(|segment| segment.timeline == branch.timeline)
+}
+
+/// The piece of a key below [`segment_tails`].
+pub fn parse_tail(
+    cluster: &ClusterName,
+    branch: &WalBranch,
+    (segment, size): (Segment, SegmentSize),
+    key: &Path,
+) -> Option<TailName> {
+    let [_] = parts_below(&segment_tails(cluster, branch, segment, size), key)?;
+    tail_name(key).filter(|found| found.to <= size.bytes())
 }
 
 pub fn probe(run: &str) -> Path {
@@ -280,6 +418,46 @@ mod tests {
         assert_eq!(parse_cluster(&self::cluster(&cluster)), Some(cluster));
         let key = domain_key(DomainId([2; 16]), 3, RecipientId([1; 32]));
         assert_eq!(parse_domain_key(&key), Some((DomainId([2; 16]), 3, RecipientId([1; 32]))));
+    }
+
+    #[test]
+    fn pieces_of_a_segment_are_told_from_strangers() {
+        let (size, cluster) = (SegmentSize::DEFAULT, orders());
+        let branch = WalBranch { system_id: SystemId(7412), timeline: Timeline(2), branch: Branch([7; 8]) };
+        let segment = Segment { timeline: Timeline(2), number: 9 };
+        let piece = TailName { from: 0, to: 0x0100_0000, member: "pg1.db.example".into() };
+        let key = tail(&cluster, &branch, (segment, size), &piece);
+        assert_eq!(
+            key.to_string(),
+            "tails/orders/7412/00000002-0707070707070707/000000020000000000000009/00000000-01000000.pg1.db.example"
+        );
+        assert_eq!(parse_tail(&cluster, &branch, (segment, size), &key), Some(piece));
+        let folder = segment_tails(&cluster, &branch, segment, size);
+        assert_eq!(parse_tail_segment(&cluster, &branch, &folder, size), Some(segment));
+        let strangers =
+            ["0-1.pg1", "00000000-00000000.pg1", "00000000-01000001.pg1", "00000001-00000002", "0000000A-0000000B.pg1"];
+        for name in strangers {
+            assert_eq!(parse_tail(&cluster, &branch, (segment, size), &folder.clone().join(name)), None, "{name}");
+        }
+    }
+
+    #[test]
+    fn gap_notes_are_found_among_a_branch_s_objects() {
+        let (size, cluster) = (SegmentSize::DEFAULT, orders());
+        let wal = WalBranch { system_id: SystemId(7412), timeline: Timeline(2), branch: Branch([7; 8]) };
+        let note = GapNoteName { wal, from: Lsn(0x1_0000_0000), to: Lsn(0x1_0300_0000), tag: 0xabc };
+        let key = gap_note(&cluster, &note);
+        assert_eq!(
+            key.to_string(),
+            "clusters/orders/wal/7412/00000002-0707070707070707/gaps/0000000100000000-0000000103000000.0000000000000abc"
+        );
+        assert_eq!((parse_gap_note(&cluster, &key), parse_wal_object(&cluster, &key, size)), (Some(note), None));
+        let folder = wal_branch(&cluster, &wal);
+        for name in ["0000000100000000-0000000100000000.0000000000000abc", "1-2.3", "0000000000000001-0000000000000002"]
+        {
+            assert_eq!(parse_gap_note(&cluster, &folder.clone().join("gaps").join(name)), None, "{name}");
+        }
+        assert_eq!(parse_gap_note(&cluster, &folder.join("partial").join(note.to_string())), None);
     }
 
     #[test]

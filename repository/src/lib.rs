@@ -27,6 +27,8 @@
 //! | grant a key ([`keyring::Keyring::grant`]) | others that grant it, to the same recipient too | one object for each recipient; whichever wrap is there opens the same key |
 //! | store a segment ([`wal_archive::WalArchive::put_segment`]) | the same or another segment from any member | created once; who finds it there compares content ids: the same records are the same segment, others are an error and overwrite nothing |
 //! | store a history | the same from any member | its name holds the hash of its content |
+//! | note what is known of a gap ([`gap_notes::store`]) | anything, the gap's being filled too | a name of its own; it says why WAL is missing, and counts only as long as it is |
+//! | tell where `wal_level` changed (`wal_archive/levels.rs`) | the same from any member | its name says all of it; it is there before the WAL that it is about, so that whoever sees that sees it |
 //! | a backup session ([`backup::commit::BackupSession`]) | other sessions of the same cluster, and of the same run | packs lie under the session's own name; it refers only to packs of parents that were live at its `Open`; of two that serve one run the log lets one open |
 //! | abort another's session | that session, still writing | its `Commit` is void from then on, and no later session can name its packs |
 //! | expire, bring back, purge, hold, trim, borrow, move (entries, not deletions) | anything above | each has rules in the fold that a model check needs ([`cluster_log::fold`]); an entry that breaks one is void for every reader alike |
@@ -50,11 +52,14 @@
 //! [`Commit`]: format::log_entry::Action::Commit
 
 pub mod backup;
+pub mod checksum;
 pub mod cluster;
 pub mod cluster_log;
 pub mod crypto;
 pub mod format;
+pub mod gap_notes;
 pub mod ids;
+pub mod kept;
 pub mod key_file;
 pub mod keyring;
 pub mod layout;
@@ -63,8 +68,10 @@ pub mod lineage;
 pub mod open;
 pub mod postgres;
 pub mod recovery_window;
+pub mod shipping;
 pub mod signature;
 pub mod store;
+pub mod superseded;
 pub mod verify;
 pub mod wal_archive;
 pub mod wal_catalog;

@@ -153,7 +153,7 @@ impl Repository {
         Ok(Repository::of(store, root))
     }
 
-    fn of(store: Store, root: RepositoryRoot) -> Repository {
+    pub(crate) fn of(store: Store, root: RepositoryRoot) -> Repository {
         Repository { store, root: Arc::new(root), logs: LogMemory::default() }
     }
 

@@ -143,7 +143,7 @@ impl fmt::Display for SystemId {
 }
 
 /// Bytes of a WAL segment: a power of two from 1 MiB to 1 GiB (IsValidWalSegSize, xlog_internal.h).
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub struct SegmentSize(u32);
 
 impl SegmentSize {
@@ -217,7 +217,8 @@ impl Segment {
 
 /// Which of several timelines with one number is meant: the first 8 bytes of BLAKE3 of the history file, zero for a
 /// timeline without one. Two promotions to the same number share a name only if they left the same parent at the same
-/// position for the same reason; then the first to store a segment keeps it (`docs/format.md`, section 11).
+/// position for the same reason. Where two servers write one branch, the second to store a segment gets a branch of its own
+/// ([`crate::format::wal_history::Divergence`]; `docs/format.md`, section 11).
 #[derive(Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Branch(pub [u8; 8]);
 
@@ -263,6 +264,13 @@ pub struct WalBranch {
     pub system_id: SystemId,
     pub timeline: Timeline,
     pub branch: Branch,
+}
+
+impl WalBranch {
+    /// Whether it is the one that initdb began: no history says where it comes from.
+    pub fn is_first(&self) -> bool {
+        self.timeline == Timeline::FIRST && self.branch == Branch::ROOT
+    }
 }
 
 /// A parsed timeline history file: where each ancestor ended (readTimeLineHistory, src/backend/access/transam/timeline.c).

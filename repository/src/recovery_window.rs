@@ -6,7 +6,10 @@
 
 pub mod branch_name;
 pub mod choose;
+pub mod complete;
 pub mod lineage;
+pub mod split_brain;
+pub mod unlogged;
 
 #[cfg(test)]
 mod tests;
@@ -15,12 +18,17 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use crate::format::reference::ReferencePart;
+use crate::format::wal_history::Divergence;
 use crate::ids::BackupId;
-use crate::postgres::{Lsn, Segment, SegmentSize, SystemId, TimelineHistory, WalBranch};
+use crate::layout::GapNoteName;
+use crate::postgres::{Branch, Lsn, Segment, SegmentSize, SystemId, TimelineHistory, WalBranch};
 
 pub use branch_name::{BranchName, BranchNameError};
 pub use choose::{Choice, NotRecoverable, Pick, StopAt, TargetPoint, TimelineChoice, choose_backup, ways};
+pub use complete::KnownComplete;
 use lineage::{Lineage, Run};
+pub use split_brain::{SplitBrain, split_brains};
+pub use unlogged::Unlogged;
 
 /// A committed backup, as far as windows depend on it.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -51,6 +59,11 @@ impl From<&ReferencePart> for BackupFacts {
 #[derive(Clone, Default, PartialEq, Eq, Debug)]
 pub struct WalCatalog {
     pub branches: BTreeMap<WalBranch, BranchWal>,
+    /// Of gaps that somebody has noted.
+    pub notes: Vec<GapNoteName>,
+    pub unlogged: Vec<Unlogged>,
+    /// What does not read, and counts as absent.
+    pub damaged: Vec<String>,
 }
 
 /// The WAL of one branch.
@@ -61,6 +74,10 @@ pub struct BranchWal {
     pub segments: BTreeMap<u64, SegmentFacts>,
     /// Of a timeline that has ancestors; `None`: not known, so they are not followed.
     pub history: Option<TimelineHistory>,
+    /// Which branch of the last ancestor it goes on from; `None`: not known.
+    pub parent: Option<Branch>,
+    /// Set if it left another branch of the same timeline.
+    pub divergence: Option<Divergence>,
 }
 
 /// What is known of a stored segment.
@@ -69,6 +86,12 @@ pub struct SegmentFacts {
     /// Where its last record ends, if that was read; the rest is padding.
     pub records_end: Option<Lsn>,
     pub commits: SegmentCommits,
+    /// Not finished when its newest piece was stored: no WAL behind it can be reached.
+    pub is_begun: bool,
+    /// The server's clock when it had no more WAL than this, microseconds since the Unix epoch.
+    pub complete_at_us: Option<i64>,
+    /// Its writer's clock, if that was read.
+    pub shipped_at_us: Option<i64>,
 }
 
 /// The commits that end in a segment.
@@ -106,13 +129,16 @@ pub struct RecoveryRange {
     pub wal: WalBranch,
     /// Where and when the first backup is consistent.
     pub from: RecoveryPoint,
-    /// Where the contiguous WAL ends, and the newest commit known in it; without one, the stop of the last backup.
+    /// Where the contiguous WAL ends, and the newest commit known in it, or when the server had no more than this WAL;
+    /// without either, the stop of the last backup.
     pub to: RecoveryPoint,
     /// The backups it builds on, oldest first.
     pub backups: Vec<BackupId>,
+    /// It ends on a branch that left another one of the same timeline.
+    pub is_diverged: bool,
 }
 
-/// WAL that should be there and is not: `[from, to)`.
+/// WAL that should be there and is not, or that cannot be replayed: `[from, to)`.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub struct WalGap {
     pub wal: WalBranch,
@@ -137,9 +163,11 @@ pub struct Windows {
 }
 
 impl Windows {
-    /// The range that reaches farthest in time.
+    /// The range that reaches farthest in time. One of a diverged branch counts only where there is no other: it says
+    /// nothing of the server that it left.
     pub fn newest(&self) -> Option<&RecoveryRange> {
-        self.ranges.iter().max_by_key(|range| (range.to.at_us, range.wal.timeline, range.to.lsn))
+        let far = |range: &&RecoveryRange| (!range.is_diverged, range.to.at_us, range.wal.timeline, range.to.lsn);
+        self.ranges.iter().max_by_key(far)
     }
 }
 
@@ -154,12 +182,15 @@ pub fn recovery_windows(backups: &[BackupFacts], wal: &WalCatalog) -> Windows {
         for run in &runs {
             let within: Vec<_> = on_it.iter().copied().filter(|backup| run.covers(lineage, backup)).collect();
             restorable.extend(within.iter().map(|backup| backup.id.clone()));
-            if let Some(range) = range_of(lineage, run, within) {
+            if let Some(mut range) = range_of(lineage, run, within) {
+                range.is_diverged = wal.is_diverged(&range.wal);
                 ranges.push((lineage, range));
             }
         }
-        let needed_from = on_it.iter().map(|backup| backup.start_lsn.segment_number(lineage.size)).min();
-        gaps.extend(needed_from.into_iter().flat_map(|first| lineage.gaps(&runs, first)));
+        if let Some(needed_from) = on_it.iter().map(|backup| backup.start_lsn).min() {
+            let found = lineage.gaps(&runs, needed_from.segment_number(lineage.size));
+            gaps.extend(found.into_iter().filter(|gap| gap.to > needed_from));
+        }
     }
     let kept = ranges.iter().enumerate().filter(|(at, range)| {
         let better = |(other_at, other): (usize, &(&Lineage, RecoveryRange))| {
@@ -182,13 +213,14 @@ pub fn recovery_windows(backups: &[BackupFacts], wal: &WalCatalog) -> Windows {
 fn range_of(lineage: &Lineage, run: &Run, mut backups: Vec<&BackupFacts>) -> Option<RecoveryRange> {
     backups.sort_by_key(|backup| (backup.stop_lsn, backup.stopped_at_us));
     let (first, last) = (*backups.first()?, *backups.last()?);
-    let newest_commit = run.newest_commit_us(lineage, first.stop_lsn);
-    let to_us = newest_commit.map_or(last.stopped_at_us, |commit| commit.max(last.stopped_at_us));
+    let to_us =
+        run.newest_us(lineage, first.stop_lsn).map_or(last.stopped_at_us, |newest| newest.max(last.stopped_at_us));
     Some(RecoveryRange {
         wal: run.ends_on(lineage),
         from: RecoveryPoint { lsn: first.stop_lsn, at_us: first.stopped_at_us },
         to: RecoveryPoint { lsn: run.end(lineage).max(last.stop_lsn), at_us: to_us },
         backups: backups.into_iter().map(|backup| backup.id.clone()).collect(),
+        is_diverged: false,
     })
 }
 
@@ -234,7 +266,13 @@ impl BranchWal {
         history: Option<TimelineHistory>,
     ) -> BranchWal {
         let segments = segments.into_iter().map(|segment| (segment.number, SegmentFacts::default())).collect();
-        BranchWal { segment_size, segments, history }
+        BranchWal { segment_size, segments, history, parent: None, divergence: None }
+    }
+}
+
+impl WalCatalog {
+    pub fn is_diverged(&self, wal: &WalBranch) -> bool {
+        self.branches.get(wal).is_some_and(|branch| branch.divergence.is_some())
     }
 }
 
@@ -267,6 +305,11 @@ fn printed_branch(wal: &WalCatalog, branch: &WalBranch) -> String {
     let known = wal.branches.get(branch);
     let parent = known.and_then(|known| known.history.as_ref()?.ancestors.last());
     let begin = parent.map(|(parent, at)| format!(" left timeline {parent} at {at}"));
+    let diverged = known.and_then(|known| known.divergence.as_ref());
+    let begin = match diverged {
+        Some(left) => Some(format!(" is of {}, whose WAL differs from {}", left.member, left.at)),
+        None => begin,
+    };
     let commits = known.into_iter().flat_map(|known| known.segments.values()).map(|facts| facts.commits);
     let newest = commits.filter_map(SegmentCommits::newest_us).max();
     let newest = newest.map(|at_us| format!("newest commit {}", PrintedTime(at_us)));

@@ -8,6 +8,7 @@ mod attempt;
 mod counters;
 mod error;
 pub mod faulty;
+mod folder;
 mod pace;
 pub mod probe;
 
@@ -29,6 +30,9 @@ pub use pace::{Pace, Stopped};
 use attempt::Attempts;
 
 /// What became of a create.
+/// No object has more: a WAL segment has 1 GiB at most, and its notes some more.
+pub const LARGEST_OBJECT: u64 = 5 << 28;
+
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[must_use = "who did not create the object must look at what lies there"]
 pub enum Creation {
@@ -107,6 +111,12 @@ impl Store {
         Store { pace: Some(pace), ..self.clone() }
     }
 
+    /// The same store for small objects that somebody waits for: [`RetryPolicy::hurried`].
+    #[must_use]
+    pub fn hurried(&self, tries: u32) -> Store {
+        Store { retry: self.retry.hurried(tries), ..self.clone() }
+    }
+
     pub(crate) fn pace(&self) -> Option<&Arc<dyn Pace>> {
         self.pace.as_ref()
     }
@@ -121,10 +131,15 @@ impl Store {
         self.counters.snapshot()
     }
 
-    /// The whole object.
-    #[tracing::instrument(name = "store.get", skip_all, fields(otel.kind = "client", key = %key))]
+    /// The whole object, of at most [`LARGEST_OBJECT`] bytes.
     pub async fn get(&self, key: &Path) -> Result<Bytes, StoreError> {
-        let (bytes, _) = self.fetch(Operation::Get, key, None).await?;
+        self.get_at_most(key, LARGEST_OBJECT).await
+    }
+
+    /// The whole object, if it has at most so many bytes: who writes the bucket must not fill the memory of who reads it.
+    #[tracing::instrument(name = "store.get", skip_all, fields(otel.kind = "client", key = %key))]
+    pub async fn get_at_most(&self, key: &Path, most: u64) -> Result<Bytes, StoreError> {
+        let (bytes, _) = self.fetch(Operation::Get, key, None, most).await?;
         Ok(bytes)
     }
 
@@ -134,7 +149,8 @@ impl Store {
         if range.is_empty() {
             return Ok(Bytes::new());
         }
-        let (bytes, size) = self.fetch(Operation::GetRange, key, Some(GetRange::Bounded(range.clone()))).await?;
+        let (bytes, size) =
+            self.fetch(Operation::GetRange, key, Some(GetRange::Bounded(range.clone())), LARGEST_OBJECT).await?;
         if bytes.len() as u64 == range.end - range.start {
             Ok(bytes)
         } else {
@@ -146,7 +162,7 @@ impl Store {
     /// The last `count` bytes, or all of a smaller object, and the object's whole size.
     #[tracing::instrument(name = "store.get_suffix", skip_all, fields(otel.kind = "client", key = %key))]
     pub async fn get_suffix(&self, key: &Path, count: u64) -> Result<(Bytes, u64), StoreError> {
-        self.fetch(Operation::GetRange, key, Some(GetRange::Suffix(count))).await
+        self.fetch(Operation::GetRange, key, Some(GetRange::Suffix(count)), LARGEST_OBJECT).await
     }
 
     /// The object's size.
@@ -223,6 +239,22 @@ impl Store {
         }
     }
 
+    /// Deletes objects; one that is gone already is no error. The keeper alone may: agents have no right to.
+    #[tracing::instrument(name = "store.delete", skip_all, fields(otel.kind = "client", count = keys.len()))]
+    pub async fn delete(&self, keys: Vec<Path>) -> Result<(), StoreError> {
+        for key in keys {
+            let mut attempts = Attempts::new(Operation::Delete, &key, &self.retry);
+            loop {
+                match attempts.limit(0, self.inner.delete(&key)).await {
+                    Ok(()) => break,
+                    Err(error) if error.is_not_found() => break,
+                    Err(error) => self.again(&mut attempts, error).await?,
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// The folders and objects directly below `prefix`.
     #[tracing::instrument(name = "store.list_level", skip_all, fields(otel.kind = "client", prefix = %prefix))]
     pub async fn list_level(&self, prefix: &Path) -> Result<ListedLevel, StoreError> {
@@ -245,6 +277,7 @@ impl Store {
         operation: Operation,
         key: &Path,
         range: Option<GetRange>,
+        most: u64,
     ) -> Result<(Bytes, u64), StoreError> {
         let known = match &range {
             Some(GetRange::Bounded(range)) => Some(range.end - range.start),
@@ -255,7 +288,7 @@ impl Store {
         self.wait_to_fetch(known).await;
         let mut attempts = Attempts::new(operation, key, &self.retry);
         loop {
-            match self.try_fetch(&mut attempts, key, range.clone()).await {
+            match self.try_fetch(&mut attempts, key, range.clone(), most).await {
                 Ok(fetched) => {
                     self.wait_to_fetch(known.is_none().then_some(fetched.0.len() as u64)).await;
                     return Ok(fetched);
@@ -276,11 +309,23 @@ impl Store {
         attempts: &mut Attempts<'_>,
         key: &Path,
         range: Option<GetRange>,
+        most: u64,
     ) -> Result<(Bytes, u64), StoreError> {
         self.counters.get();
+        let is_of_end = matches!(range, Some(GetRange::Suffix(_)));
         let options = GetOptions { range, ..GetOptions::default() };
-        let result = attempts.limit(0, self.inner.get_opts(key, options)).await?;
-        self.read_body(attempts, result).await
+        match attempts.limit(0, self.inner.get_opts(key, options)).await {
+            Ok(result) if result.range.end - result.range.start > most => {
+                Err(attempts.error(StoreErrorKind::TooLarge { size: result.meta.size, most }))
+            }
+            Ok(result) => self.read_body(attempts, result).await,
+            // No range of an empty object can be had, and stores say so in words of their own.
+            Err(error) if is_of_end && !error.is_not_found() => match attempts.limit(0, self.inner.head(key)).await {
+                Ok(meta) if meta.size == 0 => Ok((Bytes::new(), 0)),
+                _ => Err(error),
+            },
+            Err(error) => Err(error),
+        }
     }
 
     async fn read_body(&self, attempts: &Attempts<'_>, result: GetResult) -> Result<(Bytes, u64), StoreError> {
@@ -329,7 +374,7 @@ impl Store {
 
     /// In a folder, an object that is visible may not be durable yet: its writer can have died, or failed, between
     /// linking the name and syncing the directory. Whoever believes in it syncs it first.
-    async fn make_durable(&self, key: &Path) -> Result<(), StoreError> {
+    pub async fn make_durable(&self, key: &Path) -> Result<(), StoreError> {
         let Some(folder) = self.folder.clone() else { return Ok(()) };
         let path = key.parts().fold(folder.to_path_buf(), |path, part| path.join(part.as_ref()));
         let synced = tokio::task::spawn_blocking(move || {

@@ -22,8 +22,9 @@ use crate::ids::{BackupId, PackId};
 use crate::keyring::Keyring;
 use crate::layout;
 use crate::open::CommittedBackup;
-use crate::postgres::{Segment, SegmentSize, WalBranch};
+use crate::postgres::{Lsn, Segment, SegmentSize, WalBranch};
 use crate::store::Store;
+use crate::wal_archive::WalArchive;
 
 /// Objects in flight: each costs up to 32 MiB of memory.
 const IN_FLIGHT: usize = 3;
@@ -241,10 +242,13 @@ async fn segments(cluster: &OpenCluster, backups: &[CommittedBackup], report: &m
             .collect();
         for backup in backups.iter().filter(|backup| backup.reference.wal.system_id == system_id) {
             let reference = &backup.reference;
-            let last = crate::postgres::Lsn(reference.stop_lsn.0.saturating_sub(1)).segment_number(size);
+            let last = Lsn(reference.stop_lsn.0.saturating_sub(1)).segment_number(size);
             for number in reference.start_lsn.segment_number(size)..=last {
                 let segment = Segment { timeline: reference.wal.timeline, number };
-                if !present.contains(&(reference.wal, segment)) {
+                let needed = (reference.stop_lsn, size);
+                if !present.contains(&(reference.wal, segment))
+                    && !lies_in_pieces(&archive, reference.wal, segment, needed).await
+                {
                     let object = layout::wal_segment(cluster.name(), &reference.wal, segment, size).to_string();
                     let problem = "the segment is missing, and the backup is not consistent without it".to_owned();
                     report.findings.push(Finding { object, problem, backups: vec![reference.backup.clone()] });
@@ -262,6 +266,18 @@ async fn segments(cluster: &OpenCluster, backups: &[CommittedBackup], report: &m
         }
     }
     (objects, bytes)
+}
+
+/// Whether pieces make up as much of a segment as a backup that stopped at `stop` needs: each is opened.
+async fn lies_in_pieces(
+    archive: &WalArchive,
+    wal: WalBranch,
+    segment: Segment,
+    (stop, size): (Lsn, SegmentSize),
+) -> bool {
+    let needed = stop.saturating_sub(segment.start(size)).min(u64::from(size.bytes()));
+    let found = archive.get_unfinished(wal, segment, size).await;
+    found.is_ok_and(|found| found.is_some_and(|found| u64::from(found.end) >= needed))
 }
 
 /// The object and the bytes read, or what is wrong with it.

@@ -3,22 +3,33 @@
 //! A segment is created once. Whoever finds it there already compares by content: the same records are the same segment,
 //! however its stale tail differs; other records under the same name are never taken for it and never overwritten.
 
+pub(crate) mod damage;
+mod divergence;
+mod histories;
+mod keyless;
+mod known;
+mod levels;
+mod reseal;
+mod segments;
 mod sidecars;
+mod tails;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
 use object_store::path::Path;
 
+use crate::crypto::ContentHasher;
 use crate::format::clear::ObjectKind;
-use crate::format::sealed::{Compressor, Header, SealedError};
-use crate::format::wal_segment::{self, SegmentDirectory, SegmentError, SegmentUpload};
+use crate::format::sealed::{Compressor, Effort, Header, SealedError};
+use crate::format::wal_segment::{self, SegmentDirectory, SegmentError, SegmentSealer};
+use crate::format::wal_tail::TailDirectory;
 use crate::ids::{ChunkId, ClusterName};
 use crate::keyring::Keyring;
-use crate::layout::{self, WalObject};
-use crate::postgres::{Branch, HistoryError, Segment, SegmentSize, SystemId, Timeline, TimelineHistory, WalBranch};
-use crate::store::{Creation, Store, StoreError};
+use crate::layout::{self, GapNoteName, WalLevelName, WalObject};
+use crate::postgres::{Branch, HistoryError, Segment, SegmentSize, SystemId, Timeline, WalBranch};
+use crate::store::{Creation, Store, StoreError, StoreErrorKind};
 
 #[derive(Debug, thiserror::Error)]
 pub enum ArchiveError {
@@ -29,7 +40,14 @@ pub enum ArchiveError {
     #[error(
         "{name} is already in the repository with other content: {stored_by} shipped records that differ from these\nHINT: two servers write the same timeline of one cluster; find out which is the primary before you go on. Nothing was overwritten."
     )]
-    Diverged { name: String, stored_by: String },
+    Diverged {
+        name: String,
+        stored_by: String,
+        /// Of what was to be stored.
+        content: ChunkId,
+    },
+    #[error("unpack {key}: {source}")]
+    Unpack { key: String, source: std::io::Error },
     #[error("history of timeline {timeline}: {source}")]
     History { timeline: Timeline, source: HistoryError },
     #[error(
@@ -46,7 +64,18 @@ impl ArchiveError {
     pub fn is_retryable(&self) -> bool {
         matches!(self, ArchiveError::Store(error) if error.is_retryable())
     }
+
+    /// Whether the store gave an object that is not what its name says: damaged, cut short, or somebody else's making.
+    pub fn is_damage(&self) -> bool {
+        matches!(self, ArchiveError::Segment { .. } | ArchiveError::History { .. })
+    }
 }
+
+pub use divergence::Strays;
+pub use keyless::{Continuity, KeylessTails, TailPlace};
+pub use levels::{LevelNote, ended_by};
+pub use segments::{ComingSegment, FetchedSegment, OwnedSegment, SealedSegment};
+pub use tails::{Beginning, BeginningFacts, Mark, OwnedTail, Unfinished};
 
 /// How a segment came to lie in the archive.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -58,6 +87,12 @@ pub enum Archived {
     AlreadyThere,
 }
 
+/// What is stored beside a segment's content has less, and a history file too.
+const NOTES_BYTES: u64 = 16 << 20;
+
+/// Buffers of sealed segments that are kept.
+const BUFFERS: usize = 4;
+
 /// One timeline branch's segments.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct BranchListing {
@@ -67,6 +102,9 @@ pub struct BranchListing {
     pub stored_bytes: u64,
     /// Of those, the segments'.
     pub segment_bytes: u64,
+    /// What is known of gaps in it.
+    pub notes: Vec<GapNoteName>,
+    pub levels: Vec<WalLevelName>,
 }
 
 /// The archive of one cluster. Cheap to clone.
@@ -75,18 +113,57 @@ pub struct WalArchive {
     store: Store,
     cluster: ClusterName,
     keys: Arc<Keyring>,
-    level: i32,
+    effort: Effort,
     /// Compressors that are not in use, kept since making one costs more than using it.
     compressors: Arc<Mutex<Vec<Compressor>>>,
+    /// What sealed segments were in.
+    buffers: Arc<Mutex<Vec<Vec<u8>>>>,
+    /// Of pieces.
+    directories: Arc<Mutex<HashMap<Path, Arc<TailDirectory>>>>,
+    level_notes: Arc<Mutex<HashMap<WalLevelName, LevelNote>>>,
+    known: Arc<known::Known>,
+    /// What was said to be damaged.
+    damaged: Arc<Mutex<BTreeSet<String>>>,
 }
 
 impl WalArchive {
     pub fn new(store: Store, cluster: ClusterName, keys: Arc<Keyring>, level: i32) -> WalArchive {
-        WalArchive { store, cluster, keys, level, compressors: Arc::default() }
+        let effort = Effort::Level(level);
+        WalArchive {
+            store,
+            cluster,
+            keys,
+            effort,
+            compressors: Arc::default(),
+            buffers: Arc::default(),
+            directories: Arc::default(),
+            level_notes: Arc::default(),
+            known: Arc::default(),
+            damaged: Arc::default(),
+        }
+    }
+
+    /// The same archive, compressing with another effort, if that is less.
+    pub fn with_less(&self, effort: Effort) -> WalArchive {
+        let is_less = effort.level() < self.effort.level() || effort == Effort::Least && self.effort.level() == 1;
+        match is_less {
+            true => WalArchive { effort, compressors: Arc::default(), ..self.clone() },
+            false => self.clone(),
+        }
+    }
+
+    /// The same archive for pieces, after so many times in vain: see [`Store::hurried`].
+    #[must_use]
+    pub fn hurried(&self, tries: u32) -> WalArchive {
+        WalArchive { store: self.store.hurried(tries), ..self.clone() }
     }
 
     pub fn store(&self) -> &Store {
         &self.store
+    }
+
+    pub fn cluster(&self) -> &ClusterName {
+        &self.cluster
     }
 
     /// The id of a segment's valid bytes, by which two writers of the same segment compare.
@@ -94,20 +171,80 @@ impl WalArchive {
         self.keys.newest().chunk_id(valid)
     }
 
+    /// The same id of bytes that come in portions.
+    pub fn content_hasher(&self) -> ContentHasher {
+        self.keys.newest().content_hasher()
+    }
+
     /// Seals and stores a segment; returns once it is durable. Sealing runs on the calling task's blocking pool.
-    pub async fn put_segment(&self, upload: OwnedSegment) -> Result<Archived, ArchiveError> {
-        let (segment, size, wal) = (upload.segment, upload.segment_size, upload.wal);
-        let key = layout::wal_segment(&self.cluster, &wal, segment, size);
+    pub async fn put_segment(&self, upload: impl Into<Arc<OwnedSegment>>) -> Result<Archived, ArchiveError> {
+        let sealed = self.seal_segment(upload).await?;
+        self.store_segment(&sealed).await
+    }
+
+    /// What is to be stored of a segment: its content need not be kept for it.
+    pub async fn seal_segment(&self, upload: impl Into<Arc<OwnedSegment>>) -> Result<SealedSegment, ArchiveError> {
+        let upload = upload.into();
+        let key = layout::wal_segment(&self.cluster, &upload.wal, upload.segment, upload.segment_size);
+        let levels = upload.facts.wal_levels.clone();
         let (bytes, directory) = self.sealed(upload, &key).await?;
-        let stored_bytes = bytes.len() as u64;
-        if self.store.create(&key, bytes).await? == Creation::Created {
-            return Ok(Archived::Stored { stored_bytes });
+        Ok(SealedSegment { key, bytes, directory, levels })
+    }
+
+    /// Seals a segment while it comes; [`ComingSegment::finish`] ends it. Work of some milliseconds a call.
+    pub fn begin_segment(
+        &self,
+        wal: WalBranch,
+        segment: Segment,
+        size: SegmentSize,
+    ) -> Result<ComingSegment, ArchiveError> {
+        let key = layout::wal_segment(&self.cluster, &wal, segment, size);
+        let sealer =
+            SegmentSealer::begin(self.keys.newest(), key.as_ref(), Vec::with_capacity(size.bytes() as usize / 4));
+        match sealer {
+            Ok(sealer) => Ok(ComingSegment { archive: self.clone(), wal, key, sealer }),
+            Err(source) => Err(ArchiveError::Segment { key: key.to_string(), source }),
         }
-        let existing = self.directory(wal, segment, size).await?;
-        if existing.content_id == directory.content_id && existing.valid_bytes == directory.valid_bytes {
-            return Ok(Archived::AlreadyThere);
+    }
+
+    /// Takes the memory of a segment that is stored, for the next that is sealed: fresh memory costs as much as what is
+    /// written into it.
+    pub fn reuse(&self, sealed: SealedSegment) {
+        // While a request that was given up has part of it, it is not free.
+        if sealed.bytes.is_unique() {
+            let mut buffers = self.buffers();
+            if buffers.len() < BUFFERS {
+                buffers.push(Vec::from(sealed.bytes));
+            }
         }
-        Err(ArchiveError::Diverged { name: segment.file_name(size), stored_by: existing.member })
+    }
+
+    /// Gives back what was kept by [`WalArchive::reuse`].
+    pub fn reuse_nothing(&self) {
+        self.buffers().clear();
+    }
+
+    fn buffers(&self) -> std::sync::MutexGuard<'_, Vec<Vec<u8>>> {
+        self.buffers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Stores it; returns once it is durable.
+    pub async fn store_segment(&self, sealed: &SealedSegment) -> Result<Archived, ArchiveError> {
+        let directory = &sealed.directory;
+        self.note_levels_of(sealed).await?;
+        if self.store.create(&sealed.key, sealed.bytes.clone()).await? == Creation::Created {
+            return Ok(Archived::Stored { stored_bytes: sealed.len() });
+        }
+        let existing = self.directory(directory.wal, directory.segment, directory.segment_size).await;
+        let existing = match existing {
+            Err(error) if error.is_damage() => {
+                self.readable::<()>(Err(error))?;
+                return self.store_beside(sealed).await;
+            }
+            existing => existing?,
+        };
+        sealed.agrees_with(existing)?;
+        Ok(Archived::AlreadyThere)
     }
 
     /// Stores the unfinished last segment of a timeline (`.partial`). Each promotion off the timeline may leave another,
@@ -116,7 +253,7 @@ impl WalArchive {
         let valid = upload.content.get(..upload.facts.valid_bytes as usize).unwrap_or_default();
         let content = self.id_of(valid);
         let key = layout::wal_partial(&self.cluster, &upload.wal, upload.segment, upload.segment_size, content);
-        let (bytes, _) = self.sealed(upload, &key).await?;
+        let (bytes, _) = self.sealed(Arc::new(upload), &key).await?;
         let stored_bytes = bytes.len() as u64;
         Ok(match self.store.create(&key, bytes).await? {
             Creation::Created => Archived::Stored { stored_bytes },
@@ -124,7 +261,7 @@ impl WalArchive {
         })
     }
 
-    async fn sealed(&self, upload: OwnedSegment, key: &Path) -> Result<(Bytes, SegmentDirectory), ArchiveError> {
+    async fn sealed(&self, upload: Arc<OwnedSegment>, key: &Path) -> Result<(Bytes, SegmentDirectory), ArchiveError> {
         let (archive, name) = (self.clone(), key.to_string());
         let sealed = tokio::task::spawn_blocking(move || archive.seal(&upload, &name)).await;
         let sealed = sealed.unwrap_or(Err(SegmentError::Content));
@@ -132,12 +269,17 @@ impl WalArchive {
     }
 
     fn seal(&self, upload: &OwnedSegment, key: &str) -> Result<(Bytes, SegmentDirectory), SegmentError> {
+        let buffer = self.buffers().pop().unwrap_or_default();
+        self.with_compressor(|zstd| upload.borrow().seal(self.keys.newest(), key, zstd, buffer))
+    }
+
+    fn with_compressor<T>(&self, act: impl FnOnce(&mut Compressor) -> T) -> T {
         let pool = || self.compressors.lock().unwrap_or_else(PoisonError::into_inner);
         let reused = pool().pop();
-        let mut zstd = reused.unwrap_or_else(|| Compressor::new(self.level));
-        let sealed = upload.borrow().seal(self.keys.newest(), key, &mut zstd);
+        let mut zstd = reused.unwrap_or_else(|| Compressor::of(self.effort));
+        let done = act(&mut zstd);
         pool().push(zstd);
-        sealed
+        done
     }
 
     /// The whole segment, padded with zeros to its size; `None` if the archive does not hold it.
@@ -147,7 +289,49 @@ impl WalArchive {
         segment: Segment,
         size: SegmentSize,
     ) -> Result<Option<(SegmentDirectory, Vec<u8>)>, ArchiveError> {
-        self.read_segment(&layout::wal_segment(&self.cluster, &wal, segment, size), wal, segment).await
+        self.read_segment(&layout::wal_segment(&self.cluster, &wal, segment, size), wal, (segment, size)).await
+    }
+
+    /// Whether an object lies under a whole segment's name.
+    pub async fn has_segment(&self, wal: WalBranch, segment: Segment, size: SegmentSize) -> Result<bool, ArchiveError> {
+        Ok(self.store.exists(&layout::wal_segment(&self.cluster, &wal, segment, size)).await?)
+    }
+
+    /// What was seen of a segment is there for good from now on: in a folder, its writer may have died before that was so.
+    pub async fn make_durable(&self, wal: WalBranch, segment: Segment, size: SegmentSize) -> Result<(), ArchiveError> {
+        Ok(self.store.make_durable(&layout::wal_segment(&self.cluster, &wal, segment, size)).await?)
+    }
+
+    /// A segment as it lies in the archive, to be unpacked; `None` if the archive does not hold it.
+    pub async fn fetch_segment(
+        &self,
+        wal: WalBranch,
+        segment: Segment,
+        size: SegmentSize,
+    ) -> Result<Option<FetchedSegment>, ArchiveError> {
+        let key = layout::wal_segment(&self.cluster, &wal, segment, size);
+        match self.object(&key, size).await {
+            Ok(bytes) => Ok(Some(FetchedSegment { bytes, key, keys: self.keys.clone(), wal, segment })),
+            Err(error) if error.is_not_found() => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The bytes of an object that has a segment's content at most.
+    async fn object(&self, key: &Path, size: SegmentSize) -> Result<Bytes, ArchiveError> {
+        // What does not compress, and what is noted beside it.
+        let most = u64::from(size.bytes()) / 8 * 9 + NOTES_BYTES;
+        self.object_at_most(key, most).await
+    }
+
+    async fn object_at_most(&self, key: &Path, most: u64) -> Result<Bytes, ArchiveError> {
+        self.store.get_at_most(key, most).await.map_err(|error| match error.kind() {
+            StoreErrorKind::TooLarge { .. } => ArchiveError::Segment {
+                key: key.to_string(),
+                source: SegmentError::Directory(error.kind().to_string()),
+            },
+            _ => error.into(),
+        })
     }
 
     /// The longest of the unfinished copies of a timeline's last segment, padded with zeros; `None` if there is none.
@@ -163,7 +347,7 @@ impl WalArchive {
             if layout::parse_wal_partial(&self.cluster, &wal, &object.key, size) != Some(segment) {
                 continue;
             }
-            let found = self.read_segment(&object.key, wal, segment).await?;
+            let found = self.readable(self.read_segment(&object.key, wal, (segment, size)).await)?.flatten();
             let length = |(directory, _): &(SegmentDirectory, Vec<u8>)| directory.valid_bytes;
             if found.as_ref().map(length) > longest.as_ref().map(length) {
                 longest = found;
@@ -176,12 +360,12 @@ impl WalArchive {
         &self,
         key: &Path,
         wal: WalBranch,
-        segment: Segment,
+        (segment, size): (Segment, SegmentSize),
     ) -> Result<Option<(SegmentDirectory, Vec<u8>)>, ArchiveError> {
-        let bytes = match self.store.get(key).await {
+        let bytes = match self.object(key, size).await {
             Ok(bytes) => bytes,
             Err(error) if error.is_not_found() => return Ok(None),
-            Err(error) => return Err(error.into()),
+            Err(error) => return Err(error),
         };
         let (keys, name) = (self.keys.clone(), key.to_string());
         let opened = tokio::task::spawn_blocking(move || {
@@ -192,62 +376,6 @@ impl WalArchive {
         opened.map(Some).map_err(|source| ArchiveError::Segment { key: key.to_string(), source })
     }
 
-    /// Stores a timeline history file under the branch that its content makes.
-    pub async fn put_history(
-        &self,
-        system_id: SystemId,
-        timeline: Timeline,
-        content: &[u8],
-        member: &str,
-        shipped_at_us: i64,
-    ) -> Result<Archived, ArchiveError> {
-        TimelineHistory::parse(timeline, content).map_err(|source| ArchiveError::History { timeline, source })?;
-        let wal = WalBranch { system_id, timeline, branch: Branch::of_history(content) };
-        let key = layout::wal_history(&self.cluster, &wal);
-        let domain = self.keys.newest();
-        let sealed = wal_segment::seal_history(domain, key.as_ref(), wal, content, member, shipped_at_us);
-        let bytes = sealed.map_err(|source| ArchiveError::Segment { key: key.to_string(), source })?;
-        let stored_bytes = bytes.len() as u64;
-        match self.store.create(&key, bytes).await? {
-            Creation::Created => Ok(Archived::Stored { stored_bytes }),
-            // The name holds the content's hash, so whatever lies there is this file; read it to be sure it opens.
-            Creation::AlreadyThere => self.history(wal).await.map(|_| Archived::AlreadyThere),
-        }
-    }
-
-    /// Stores a backup history file. It is never needed for a restore; it is kept because Postgres asked for it.
-    pub async fn put_backup_history(
-        &self,
-        wal: WalBranch,
-        (segment, size, offset): (Segment, SegmentSize, u32),
-        content: &[u8],
-        member: &str,
-        shipped_at_us: i64,
-    ) -> Result<Archived, ArchiveError> {
-        let key = layout::wal_backup_history(&self.cluster, &wal, segment, size, offset);
-        let domain = self.keys.newest();
-        let sealed = wal_segment::seal_history(domain, key.as_ref(), wal, content, member, shipped_at_us);
-        let bytes = sealed.map_err(|source| ArchiveError::Segment { key: key.to_string(), source })?;
-        let stored_bytes = bytes.len() as u64;
-        Ok(match self.store.create(&key, bytes).await? {
-            Creation::Created => Archived::Stored { stored_bytes },
-            Creation::AlreadyThere => Archived::AlreadyThere,
-        })
-    }
-
-    /// The history file of a branch as Postgres wrote it; `None` if the archive does not hold it.
-    pub async fn history(&self, wal: WalBranch) -> Result<Option<Bytes>, ArchiveError> {
-        let key = layout::wal_history(&self.cluster, &wal);
-        let named = |source| ArchiveError::Segment { key: key.to_string(), source };
-        let bytes = match self.store.get(&key).await {
-            Ok(bytes) => bytes,
-            Err(error) if error.is_not_found() => return Ok(None),
-            Err(error) => return Err(error.into()),
-        };
-        let domain = domain_for(&bytes, &self.keys, ObjectKind::History).map_err(named)?;
-        wal_segment::open_history(bytes.clone(), domain, key.as_ref(), wal).map(Some).map_err(named)
-    }
-
     /// Everything the archive holds of one system. What a listing does not show is not proven absent.
     pub async fn list(
         &self,
@@ -256,7 +384,14 @@ impl WalArchive {
     ) -> Result<BTreeMap<WalBranch, BranchListing>, ArchiveError> {
         let mut branches: BTreeMap<WalBranch, BranchListing> = BTreeMap::new();
         for object in self.store.list(&layout::wal_system(&self.cluster, system_id)).await? {
-            let Some((wal, found)) = layout::parse_wal_object(&self.cluster, &object.key, size) else { continue };
+            let Some((wal, found)) = layout::parse_wal_object(&self.cluster, &object.key, size) else {
+                if let Some(note) = layout::parse_gap_note(&self.cluster, &object.key) {
+                    branches.entry(note.wal).or_default().notes.push(note);
+                } else if let Some(level) = layout::parse_wal_level(&self.cluster, &object.key) {
+                    branches.entry(level.wal).or_default().levels.push(level);
+                }
+                continue;
+            };
             let listing = branches.entry(wal).or_default();
             listing.stored_bytes += object.size;
             match found {
@@ -300,33 +435,6 @@ fn domain_for<'a>(
     let header = Header::parse(bytes, kind)?;
     let missing = SealedError::KeyVersion { what: kind.name(), found: header.key_version };
     keys.version(header.key_version).ok_or(missing.into())
-}
-
-/// A segment on its way into the archive, owning its content.
-pub struct OwnedSegment {
-    pub wal: WalBranch,
-    pub segment: Segment,
-    pub segment_size: SegmentSize,
-    pub content: Vec<u8>,
-    pub facts: wal_segment::SegmentFacts,
-    pub predecessor: Option<ChunkId>,
-    pub member: String,
-    pub shipped_at_us: i64,
-}
-
-impl OwnedSegment {
-    fn borrow(&self) -> SegmentUpload<'_> {
-        SegmentUpload {
-            wal: self.wal,
-            segment: self.segment,
-            segment_size: self.segment_size,
-            content: &self.content,
-            facts: &self.facts,
-            predecessor: self.predecessor,
-            member: &self.member,
-            shipped_at_us: self.shipped_at_us,
-        }
-    }
 }
 
 #[cfg(test)]
@@ -399,18 +507,18 @@ mod tests {
     async fn a_history_lies_under_the_branch_its_content_makes() {
         let archive = archive(&Store::in_memory());
         let text = b"1\t0/3000000\tno recovery target specified\n";
-        let stored = archive.put_history(SystemId(5), Timeline(2), text, "pg1", 0).await.unwrap();
+        let stored = archive.put_history(SystemId(5), Timeline(2), text, None, "pg1", 0).await.unwrap();
         assert!(matches!(stored, Archived::Stored { .. }));
         assert_eq!(
-            archive.put_history(SystemId(5), Timeline(2), text, "pg2", 1).await.unwrap(),
+            archive.put_history(SystemId(5), Timeline(2), text, None, "pg2", 1).await.unwrap(),
             Archived::AlreadyThere
         );
         let wal = archive.branch_of(SystemId(5), Timeline(2)).await.unwrap().unwrap();
         assert_eq!(wal.branch, Branch::of_history(text));
         assert_eq!(archive.history(wal).await.unwrap().unwrap(), &text[..]);
         let other = b"1\t0/4000000\tno recovery target specified\n";
-        archive.put_history(SystemId(5), Timeline(2), other, "pg2", 1).await.unwrap();
+        archive.put_history(SystemId(5), Timeline(2), other, None, "pg2", 1).await.unwrap();
         assert!(matches!(archive.branch_of(SystemId(5), Timeline(2)).await, Err(ArchiveError::Ambiguous { .. })));
-        assert!(archive.put_history(SystemId(5), Timeline(3), b"rubbish", "pg1", 0).await.is_err());
+        assert!(archive.put_history(SystemId(5), Timeline(3), b"rubbish", None, "pg1", 0).await.is_err());
     }
 }

@@ -1,19 +1,23 @@
-//! What the archive holds, read from the repository as far as windows and plans need it: a listing, the histories, and
-//! of a few segments their commits.
+//! What the archive holds, read from the repository as far as windows and plans need it: a listing, the histories, the
+//! pieces of segments that are not finished, and of a few segments their commits.
 //!
 //! A listing only finds things. A segment it does not show makes a gap here, which promises less, never more.
 
+pub mod around;
+pub mod gap_edges;
 pub mod restore_points;
+mod unlogged;
 
 use std::collections::BTreeMap;
 
 use futures::FutureExt;
 use futures::future::BoxFuture;
 
+use crate::format::wal_history::Divergence;
 use crate::format::wal_segment::SegmentDirectory;
 use crate::postgres::{Lsn, Segment, SegmentSize, SystemId, TimelineHistory, WalBranch};
 use crate::recovery_window::{BackupFacts, BranchWal, SegmentCommits, SegmentFacts, WalCatalog};
-use crate::wal_archive::{ArchiveError, WalArchive};
+use crate::wal_archive::{ArchiveError, BeginningFacts, BranchListing, Strays, WalArchive};
 
 /// Directories read at once.
 const READS_IN_FLIGHT: usize = 8;
@@ -41,26 +45,116 @@ async fn read_systems(
     archive: &WalArchive,
     systems: &BTreeMap<SystemId, SegmentSize>,
 ) -> Result<WalCatalog, ArchiveError> {
-    let mut catalog = WalCatalog::default();
+    let (mut catalog, mut levels) = (WalCatalog::default(), Vec::new());
     for (system_id, size) in systems {
-        for (wal, listing) in archive.list(*system_id, *size).await? {
-            let history = match archive.history(wal).await? {
-                Some(content) => Some(
-                    TimelineHistory::parse(wal.timeline, &content)
-                        .map_err(|source| ArchiveError::History { timeline: wal.timeline, source })?,
-                ),
-                None => None,
-            };
-            let segments = listing.segments.iter().map(|segment| (segment.number, SegmentFacts::default())).collect();
-            catalog.branches.insert(wal, BranchWal { segment_size: *size, segments, history });
+        for (wal, mut listing) in archive.list(*system_id, *size).await? {
+            catalog.notes.append(&mut listing.notes);
+            levels.append(&mut listing.levels);
+            let branch = read_branch(archive, &mut catalog.damaged, (wal, listing), *size).await?;
+            catalog.branches.insert(wal, branch);
         }
     }
+    let divergences: Vec<(WalBranch, Divergence)> = divergences(&catalog);
     for wal in catalog.branches.keys().copied().collect::<Vec<_>>() {
-        for end in stretch_ends(&catalog, wal) {
-            note_newest_commit(archive, &mut catalog, wal, end).await?;
+        let of_timeline = divergences.iter().filter(|(left, _)| same_timeline(left, &wal));
+        let strays = Strays::of(wal, of_timeline.map(|(_, divergence)| divergence));
+        if let Some(branch) = catalog.branches.get_mut(&wal) {
+            let (timeline, size) = (wal.timeline, branch.segment_size);
+            branch.segments.retain(|number, _| !strays.holds(Segment { timeline, number: *number }, size));
+        }
+        note_begun(archive, &mut catalog, wal, &strays).await?;
+        unlogged::note(archive, &mut catalog, wal, (&levels, &strays)).await?;
+    }
+    for wal in catalog.branches.keys().copied().collect::<Vec<_>>() {
+        // One that does not read is left out, and what is before it ends the stretch.
+        let mut counted = None;
+        while counted != segment_count(&catalog, wal) {
+            counted = segment_count(&catalog, wal);
+            for end in stretch_ends(&catalog, wal) {
+                note_newest_commit(archive, &mut catalog, wal, end).await?;
+            }
         }
     }
     Ok(catalog)
+}
+
+/// A history that does not read is one that is not known: its ancestors are not followed.
+async fn read_branch(
+    archive: &WalArchive,
+    damaged: &mut Vec<String>,
+    (wal, listing): (WalBranch, BranchListing),
+    segment_size: SegmentSize,
+) -> Result<BranchWal, ArchiveError> {
+    let stored = if wal.is_first() { Ok(None) } else { archive.known_history(wal).await };
+    let stored = unless_damaged(archive, damaged, stored)?.flatten();
+    let mut branch = BranchWal::listed(segment_size, listing.segments, None);
+    if let Some(stored) = stored {
+        let parsed = TimelineHistory::parse(wal.timeline, &stored.content);
+        let parsed = parsed.map_err(|source| ArchiveError::History { timeline: wal.timeline, source });
+        branch.history = unless_damaged(archive, damaged, parsed)?;
+        (branch.parent, branch.divergence) = (stored.parent, stored.divergence);
+    }
+    Ok(branch)
+}
+
+fn unless_damaged<T>(
+    archive: &WalArchive,
+    damaged: &mut Vec<String>,
+    read: Result<T, ArchiveError>,
+) -> Result<Option<T>, ArchiveError> {
+    if let Err(error) = &read
+        && error.is_damage()
+    {
+        damaged.push(error.to_string());
+    }
+    archive.readable(read)
+}
+
+fn divergences(catalog: &WalCatalog) -> Vec<(WalBranch, Divergence)> {
+    let found = catalog.branches.iter().filter_map(|(wal, branch)| Some((*wal, branch.divergence.clone()?)));
+    found.collect()
+}
+
+fn same_timeline(one: &WalBranch, other: &WalBranch) -> bool {
+    (one.system_id, one.timeline) == (other.system_id, other.timeline)
+}
+
+/// Takes in the segments of which only pieces are there.
+async fn note_begun(
+    archive: &WalArchive,
+    catalog: &mut WalCatalog,
+    wal: WalBranch,
+    strays: &Strays,
+) -> Result<(), ArchiveError> {
+    let Some(branch) = catalog.branches.get_mut(&wal) else { return Ok(()) };
+    let size = branch.segment_size;
+    for segment in archive.begun_segments(wal, size).await? {
+        if branch.segments.contains_key(&segment.number) {
+            continue;
+        }
+        if let Some(begun) = archive.beginning_facts_without(wal, segment, size, strays).await? {
+            branch.segments.insert(segment.number, facts_of_begun(segment, size, &begun));
+        }
+    }
+    Ok(())
+}
+
+fn facts_of_begun(segment: Segment, size: SegmentSize, begun: &BeginningFacts) -> SegmentFacts {
+    let commits = begun.first_commit.zip(begun.last_commit);
+    SegmentFacts {
+        records_end: segment.start(size).checked_add(u64::from(begun.records_end)),
+        commits: commits.map_or(SegmentCommits::None, |(first, last)| SegmentCommits::Between {
+            first_us: first.at_us,
+            last_us: last.at_us,
+        }),
+        is_begun: begun.end < size.bytes(),
+        complete_at_us: begun.complete_at_us,
+        shipped_at_us: Some(begun.shipped_at_us),
+    }
+}
+
+fn segment_count(catalog: &WalCatalog, wal: WalBranch) -> Option<usize> {
+    catalog.branches.get(&wal).map(|branch| branch.segments.len())
 }
 
 /// The last segment of every stretch without a gap.
@@ -86,7 +180,8 @@ async fn note_newest_commit(
     Ok(())
 }
 
-/// Reads one segment's directory into the catalog; `None` if the catalog has no such segment.
+/// Reads one segment's directory into the catalog; `None` if the catalog has no such segment, or it does not read: then it is
+/// taken out, unless pieces of it lie beside.
 async fn note(
     archive: &WalArchive,
     catalog: &mut WalCatalog,
@@ -97,8 +192,18 @@ async fn note(
     let Some(facts) = branch.segments.get_mut(&number) else { return Ok(None) };
     if facts.commits == SegmentCommits::Unknown {
         let segment = Segment { timeline: wal.timeline, number };
-        let directory = archive.directory(wal, segment, branch.segment_size).await?;
-        *facts = facts_of(&directory);
+        let known = archive.known_facts(wal, segment, branch.segment_size).await;
+        let Some(known) = unless_damaged(archive, &mut catalog.damaged, known)? else {
+            let size = branch.segment_size;
+            let beside = archive.beginning_facts_without(wal, segment, size, &archive.strays(wal).await?).await?;
+            let Some(beside) = beside else {
+                branch.segments.remove(&number);
+                return Ok(None);
+            };
+            *facts = facts_of_begun(segment, size, &beside);
+            return Ok(Some(facts.commits));
+        };
+        *facts = known;
     }
     Ok(Some(facts.commits))
 }
@@ -110,7 +215,8 @@ pub fn facts_of(directory: &SegmentDirectory) -> SegmentFacts {
         (Some(first), Some(last)) => SegmentCommits::Between { first_us: first.at_us, last_us: last.at_us },
         _ => SegmentCommits::None,
     };
-    SegmentFacts { records_end: start.checked_add(u64::from(directory.valid_bytes)), commits }
+    let records_end = start.checked_add(u64::from(directory.valid_bytes));
+    SegmentFacts { records_end, commits, shipped_at_us: Some(directory.shipped_at_us), ..SegmentFacts::default() }
 }
 
 /// Reads, by bisection, the segments around a moment, so that a plan knows where recovery to it ends. Commits may be

@@ -5,6 +5,7 @@ use crate::config::InstanceConfig;
 use walfleet_repository::crypto::RecipientSecret;
 use walfleet_repository::key_file::KeyKind;
 use walfleet_repository::open::RepositorySpec;
+use walfleet_repository::shipping::ShippingSpec;
 
 fn desired_cluster(name: &str, member: bool) -> DesiredCluster {
     DesiredCluster {
@@ -15,6 +16,8 @@ fn desired_cluster(name: &str, member: bool) -> DesiredCluster {
         compression_level: Some(7),
         processes: None,
         member,
+        shipping: ShippingSpec::NONE,
+        spool_peer: None,
         relatives: Some(Vec::new()),
     }
 }

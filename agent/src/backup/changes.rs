@@ -226,7 +226,9 @@ async fn lineage(parent: &Manifest, now: &Beginning<'_>) -> Result<Vec<(WalBranc
     let mut begin = Lsn(0);
     for (ancestor, left_at) in history.ancestors {
         if ancestor >= parent.wal.timeline {
-            result.push((now.shipper.branch(ancestor).await?, begin));
+            // The one that its last WAL went to: what is before may lie elsewhere, and then it is unknown.
+            let last = Segment::containing(ancestor, Lsn(left_at.0.saturating_sub(1)), now.segment_size);
+            result.push((now.shipper.home(last).await?, begin));
         }
         // Left before the backup's end: the backup may have pages that this server never had.
         if ancestor == parent.wal.timeline && left_at < parent.stop_lsn {

@@ -11,6 +11,7 @@ use roaring::RoaringBitmap;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use walfleet_repository::backup::write::{ChunkWriter, PackSession, PlacedSlot, WriteError};
+use walfleet_repository::checksum;
 use walfleet_repository::format::file_map::{ChunkPlace, SLOT_BYTES, Slot};
 use walfleet_repository::format::overlay::PAGE_BYTES;
 
@@ -156,7 +157,7 @@ impl<'a> Reader<'a> {
             if job.proves {
                 self.note_replayed(offset, content, filled, &mut result.replayed);
             }
-            result.crc32c = crc32c::crc32c_append(result.crc32c, content);
+            result.crc32c = checksum::crc32c_append(result.crc32c, content);
             result.is_spgist |= offset == 0 && self.begins_spgist(job.kind, content);
             match &job.former {
                 Some(former) => {
@@ -227,7 +228,7 @@ impl<'a> Reader<'a> {
                 self.note_replayed(0, content, filled, &mut result.replayed);
                 result.is_spgist = self.begins_spgist(file.kind, content);
             }
-            result.crc32c = crc32c::crc32c(content);
+            result.crc32c = checksum::crc32c(content);
             result.slots.push(self.writer.store_slot(content, parent)?);
         }
         self.buffer = buffer;

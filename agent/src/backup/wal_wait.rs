@@ -4,7 +4,8 @@
 //! shipped from here. On a standby the last segment is closed by the primary, in its own time.
 //!
 //! That an object has the right name proves nothing: a server that was rolled back, or its twin, may have written it. So
-//! the segment is compared with what lies in this server's own `pg_wal`.
+//! the segment is compared with what lies in this server's own `pg_wal`. Where Postgres has recycled it since, the next
+//! segment that still lies there tells: the archive's records go on into it, or they do not.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -41,6 +42,10 @@ pub enum WalWaitError {
         "{segment} in the repository, shipped by {stored_by}, is not this server's WAL\nHINT: two servers write the same timeline of one cluster, or this one was rolled back to an older state; find out which is the primary. The backup would not restore and was given up."
     )]
     Foreign { segment: String, stored_by: String },
+    #[error(
+        "from {segment} on this server's WAL differs from what another member stored, and goes to a branch of its own since\nHINT: take the backup again: it is made for that branch."
+    )]
+    Parted { segment: String },
     #[error("cancelled")]
     Cancelled,
 }
@@ -51,7 +56,8 @@ pub struct WalWait<'a> {
     pub wal: WalBranch,
     pub segment_size: SegmentSize,
     pub deadline: Duration,
-    /// This host's clock when the backup began, microseconds since the Unix epoch.
+    /// This host's clock before Postgres was asked to begin the backup, microseconds since the Unix epoch: on a primary no
+    /// segment of the backup was finished by then.
     pub began_at_us: i64,
 }
 
@@ -69,24 +75,40 @@ impl WalWait<'_> {
         let began = Instant::now();
         for number in start.segment_number(size)..=last {
             let segment = Segment { timeline: self.wal.timeline, number };
-            self.wait_for(segment, (start, stop), is_primary, began, cancel).await?;
+            self.wait_for(segment, (start, stop, last), is_primary, began, cancel).await?;
         }
-        Ok(())
+        let last = Segment { timeline: self.wal.timeline, number: last };
+        let compare = |source| WalWaitError::Compare { segment: last.file_name(size), source: Arc::new(source) };
+        let home = self.shipper.home(last).await.map_err(compare)?;
+        // What was worked out from the other branch's WAL at the beginning does not hold.
+        match home == self.wal || self.shipper.newest_branch(last).await.map_err(compare)? == self.wal {
+            true => Ok(()),
+            false => Err(WalWaitError::Parted { segment: last.file_name(size) }),
+        }
     }
 
     async fn wait_for(
         &self,
         segment: Segment,
-        (start, stop): (Lsn, Lsn),
+        (start, stop, last): (Lsn, Lsn, u64),
         is_primary: bool,
         began: Instant,
         cancel: &CancellationToken,
     ) -> Result<(), WalWaitError> {
         let name = segment.file_name(self.segment_size);
+        let mut foreign = None;
         loop {
             let waited = began.elapsed();
-            match self.archive.directory(self.wal, segment, self.segment_size).await {
-                Ok(directory) => return self.must_be_ours(segment, &directory).await,
+            let compare = |source| WalWaitError::Compare { segment: name.clone(), source: Arc::new(source) };
+            let home = self.shipper.home(segment).await.map_err(compare)?;
+            match self.archive.directory(home, segment, self.segment_size).await {
+                Ok(directory) => match self.must_be_ours(home, (segment, last), &directory).await {
+                    // Nobody has seen yet that this server's differs: that it does is found out by shipping it.
+                    Err(error @ WalWaitError::Foreign { .. }) if is_primary && waited < 2 * GRACE => {
+                        foreign = Some(error)
+                    }
+                    settled => return settled,
+                },
                 Err(error) if error.is_not_found() => {}
                 Err(source) => return Err(WalWaitError::Archive { segment: name, source }),
             }
@@ -100,6 +122,9 @@ impl WalWait<'_> {
                     Ok(()) => return Ok(()),
                     // The archiver may have brought it and Postgres recycled it in between: look once more.
                     Err(source) if waited >= 2 * GRACE => {
+                        if let Some(foreign) = foreign {
+                            return Err(foreign);
+                        }
                         return Err(WalWaitError::Missing { segment: name.clone(), start, stop, source });
                     }
                     Err(_) => {}
@@ -115,20 +140,27 @@ impl WalWait<'_> {
         }
     }
 
-    /// An archived segment counts if this server's own file says the same, or if this host shipped it since the backup
-    /// began and Postgres has recycled the file since.
-    async fn must_be_ours(&self, segment: Segment, directory: &SegmentDirectory) -> Result<(), WalWaitError> {
+    /// An archived segment counts if this server's own file says the same; or, where Postgres has recycled the file, if the
+    /// segment was shipped since the backup began, or leads into those that this server still has.
+    async fn must_be_ours(
+        &self,
+        home: WalBranch,
+        (segment, last): (Segment, u64),
+        directory: &SegmentDirectory,
+    ) -> Result<(), WalWaitError> {
         if self.shipper.has_confirmed(segment) {
             return Ok(());
         }
         let name = segment.file_name(self.segment_size);
-        let compared = self.shipper.agrees(segment, directory.content_id).await;
-        let compared =
-            compared.map_err(|source| WalWaitError::Compare { segment: name.clone(), source: Arc::new(source) })?;
-        match compared {
-            Some(true) => Ok(()),
-            None if directory.shipped_at_us >= self.began_at_us => Ok(()),
-            _ => Err(WalWaitError::Foreign { segment: name, stored_by: directory.member.clone() }),
+        let compare = |source| WalWaitError::Compare { segment: name.clone(), source: Arc::new(source) };
+        let is_ours = match self.shipper.agrees(segment, directory.content_id).await.map_err(compare)? {
+            Some(agrees) => agrees,
+            None if directory.shipped_at_us >= self.began_at_us => true,
+            None => self.shipper.branches().leads_here(home, segment, last).await.map_err(compare)?,
+        };
+        match is_ours {
+            true => Ok(()),
+            false => Err(WalWaitError::Foreign { segment: name, stored_by: directory.member.clone() }),
         }
     }
 }

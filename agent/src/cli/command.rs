@@ -11,6 +11,7 @@ use crate::failure::{ExitCode, Failure, Remedy};
 
 pub mod backup;
 pub mod doctor;
+pub mod find;
 pub mod grant;
 pub mod init;
 pub mod join;

@@ -44,6 +44,14 @@ pub fn parse(text: &str, host: &TimeZone) -> Result<Timestamp, TimeError> {
     ambiguous.unambiguous().map_err(|_| clock_change(text, &zone, civil))
 }
 
+/// A span of time with its units: `90s`, `5m`, `1h30m`.
+pub fn duration(text: &str) -> Result<std::time::Duration, String> {
+    let is_plain = text.bytes().all(|byte| byte.is_ascii_digit() || b"hms".contains(&byte));
+    let read = text.parse::<jiff::SignedDuration>().ok().filter(|_| is_plain);
+    let read = read.and_then(|span| std::time::Duration::try_from(span).ok());
+    read.ok_or_else(|| format!("\"{text}\" is not a duration: write it with units, for example 90s, 10m or 1h30m"))
+}
+
 /// This host's zone, for [`parse`].
 pub fn host_zone() -> TimeZone {
     TimeZone::system()
@@ -118,6 +126,16 @@ mod tests {
         }
         let fraction = parse("2026-06-04 14:31:59.123456+00", &TimeZone::UTC).unwrap();
         assert_eq!(fraction.as_microsecond() % 1_000_000, 123_456);
+    }
+
+    #[test]
+    fn durations_have_units() {
+        use std::time::Duration;
+        assert_eq!(duration("1h30m"), Ok(Duration::from_secs(5400)));
+        assert_eq!(duration("90s"), Ok(Duration::from_secs(90)));
+        for bad in ["", "5", "-5m", "5 minutes", "PT5M", "m", "5x", "99999999999999999999h"] {
+            assert!(duration(bad).is_err(), "{bad}");
+        }
     }
 
     #[test]

@@ -1,4 +1,5 @@
-//! `wal push` and `wal fetch`: dispatched before anything else, and ended with codes that Postgres understands.
+//! `wal push` and `wal fetch`: dispatched before anything else, and ended with codes that Postgres understands. `wal find`
+//! is a command as any other, but for its wrong usage, which may be a misspelt fetch.
 //!
 //! Postgres takes 1 to 125 from `restore_command` for "no such file" and ends recovery there without a word
 //! (RestoreArchivedFile, src/backend/access/transam/xlogarchive.c). So a fetch ends with 0 or 1 only where
@@ -10,9 +11,14 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
+use walfleet_repository::ids::ClusterName;
+
+use super::{OutputArgs, RepositoryArgs, time};
 use crate::config::{DEFAULT_STATE_DIR, default_socket};
+use crate::jobs::order::{TargetTimeline, TimelineError};
 use crate::wal::client::{self, FetchArgs, PushArgs};
 use crate::wal::fetch::SOURCE_FILE;
+use crate::wal::prefetch;
 
 /// Wrong arguments of `wal fetch`.
 const FETCH_USAGE: i32 = 129;
@@ -29,6 +35,7 @@ pub enum WalCommand {
     Push(PushCommand),
     /// For restore_command: 0 delivered whole, 1 the archive does not have it, above 125 anything else.
     Fetch(FetchCommand),
+    Find(FindArgs),
 }
 
 #[derive(Args, Debug)]
@@ -51,6 +58,40 @@ pub struct FetchCommand {
     source: PathBuf,
 }
 
+/// Which transactions committed around a moment, what each did, and how to restore to just before it.
+#[derive(Args, Debug)]
+pub struct FindArgs {
+    #[command(flatten)]
+    pub repository: RepositoryArgs,
+    #[arg(long, value_name = "NAME")]
+    pub cluster: ClusterName,
+    /// The moment, with its zone: '2026-06-04 14:31:59 UTC'.
+    #[arg(long, value_name = "TIME")]
+    pub around: String,
+    /// How far to look on either side: 90s, 5m, 1h30m.
+    #[arg(long, value_name = "DURATION", default_value = "5m", value_parser = time::duration)]
+    pub within: std::time::Duration,
+    /// The WAL that leads to this timeline; N-BRANCH names one of several with one number.
+    #[arg(long, value_name = "N|N-BRANCH|latest", default_value = "latest", value_parser = timeline)]
+    pub timeline: TargetTimeline,
+    /// Transactions listed at most, up to 500 [default: 50; with --all 500].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=500))]
+    pub limit: Option<u32>,
+    /// List every commit, the nearest first to be kept, instead of those that destroyed or changed most.
+    #[arg(long)]
+    pub all: bool,
+    #[command(flatten)]
+    pub output: OutputArgs,
+}
+
+fn timeline(text: &str) -> Result<TargetTimeline, TimelineError> {
+    match text {
+        // Each backup has its own.
+        "" | "current" => Err(TimelineError::Word(text.to_owned())),
+        _ => text.parse(),
+    }
+}
+
 /// A parser of its own for each, so that nothing else is set up.
 #[derive(Parser, Debug)]
 #[command(name = "walfleet-agent wal push", bin_name = "walfleet-agent wal push", no_binary_name = true)]
@@ -66,11 +107,25 @@ struct FetchParser {
     fetch: FetchCommand,
 }
 
+#[derive(Parser, Debug)]
+#[command(name = "walfleet-agent wal prefetch", no_binary_name = true)]
+struct PrefetchParser {
+    #[arg(long)]
+    source: PathBuf,
+    /// The segment behind which it begins.
+    after: String,
+}
+
 /// Carries out `wal push` and `wal fetch`; `None` for every other command line.
 pub fn dispatch(arguments: &[OsString]) -> Option<i32> {
     let word = |index: usize| arguments.get(index).and_then(|word| word.to_str());
     match (word(1), word(2)) {
         (Some("wal"), Some("push")) => Some(push(arguments.get(3..).unwrap_or_default())),
+        // Started by `wal fetch`, and by nobody else.
+        (Some("wal"), Some("prefetch")) => {
+            let arguments = arguments.get(3..).unwrap_or_default();
+            Some(contained(|| prefetch(arguments)))
+        }
         (Some("wal"), Some("fetch")) => {
             let arguments = arguments.get(3..).unwrap_or_default();
             Some(contained(|| fetch(arguments)))
@@ -113,6 +168,14 @@ fn fetch(arguments: &[OsString]) -> i32 {
     }
 }
 
+/// Nobody waits for it, and nobody hears why it ended; what it did not bring, a fetch brings itself and says so.
+fn prefetch(arguments: &[OsString]) -> i32 {
+    match PrefetchParser::try_parse_from(arguments) {
+        Ok(parsed) => prefetch::run(&parsed.source, &parsed.after).map_or(client::FETCH_FAILED, |()| 0),
+        Err(_) => FETCH_USAGE,
+    }
+}
+
 /// A panic would exit with 101, the end of WAL.
 fn contained(act: impl FnOnce() -> i32) -> i32 {
     std::panic::catch_unwind(AssertUnwindSafe(act)).unwrap_or(FETCH_PANICKED)
@@ -128,7 +191,7 @@ mod tests {
 
     #[test]
     fn only_the_two_are_dispatched_early() {
-        for line in ["", "run", "wal", "wal fetsch a b", "doctor", "list wal push x"] {
+        for line in ["", "run", "wal", "wal find a b", "wal fetsch a b", "doctor", "list wal push x"] {
             assert_eq!(dispatch(&words(line)), None, "{line}");
         }
     }
@@ -147,7 +210,8 @@ mod tests {
             let code = dispatch(&words(line)).unwrap();
             assert!(code > 125, "{line}: {code}");
         }
-        for line in ["wal", "wal fetsch a b", "wla fetch a b", "fetch a b", "wal --x fetch"] {
+        for line in ["wal", "wal find a b", "wal find", "wal fetsch a b", "wla fetch a b", "fetch a b", "wal --x fetch"]
+        {
             assert!(usage_code(&words(line)) > 125, "{line}");
         }
         use std::os::unix::ffi::OsStringExt;

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use walfleet_repository::ids::ClusterName;
 use walfleet_repository::limits::LimitsSpec;
+use walfleet_repository::shipping::{Compression, LetGoAt, PieceInterval, ShippingSpec, Streaming, Synchronous};
 
 use super::{ConfigError, DEFAULT_STATE_DIR};
 
@@ -28,6 +29,7 @@ pub struct Config {
     pub wal: WalConfig,
     pub postgres: PostgresConfig,
     pub labels: BTreeMap<String, String>,
+    pub spool: SpoolConfig,
     pub metrics: MetricsConfig,
     pub telemetry: TelemetryConfig,
 }
@@ -93,6 +95,27 @@ pub struct WalConfig {
     pub parallel_uploads: u32,
     /// Segments taken from archive_status ahead of the one Postgres asks for, and fetched ahead in recovery.
     pub read_ahead_segments: u32,
+    /// Where the policy does not say.
+    pub streaming: Option<Streaming>,
+    pub piece_interval: Option<PieceInterval>,
+    pub synchronous: Option<Synchronous>,
+    pub compression: Option<Compression>,
+    pub let_go_at: Option<LetGoAt>,
+    /// The replication slot that keeps WAL until the repository has it.
+    pub slot: String,
+}
+
+impl WalConfig {
+    pub fn shipping(&self) -> ShippingSpec {
+        ShippingSpec {
+            streaming: self.streaming,
+            piece_interval: self.piece_interval,
+            synchronous: self.synchronous,
+            compression: self.compression,
+            let_go_at: self.let_go_at,
+            ..ShippingSpec::NONE
+        }
+    }
 }
 
 #[derive(Clone, Default, PartialEq, Debug, Serialize, Deserialize)]
@@ -100,6 +123,33 @@ pub struct WalConfig {
 pub struct PostgresConfig {
     /// Folders with `postgres` and `pg_ctl`, tried before the usual places.
     pub bin_dirs: Vec<PathBuf>,
+}
+
+/// What is kept of WAL until the repository has it, where commits wait for that: this host's own, and other hosts'.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct SpoolConfig {
+    /// Where other agents bring theirs; nothing is kept for others if absent.
+    pub listen: Option<SocketAddr>,
+    /// Where they reach it, "host:port"; the host's name and the port of `listen` if absent.
+    pub advertise: Option<String>,
+    /// All spools of this host together.
+    pub size_mib: u32,
+}
+
+impl Default for SpoolConfig {
+    fn default() -> SpoolConfig {
+        // At 50 MB/s of WAL, which compresses to a third, a minute without the repository.
+        SpoolConfig { listen: None, advertise: None, size_mib: 1024 }
+    }
+}
+
+impl SpoolConfig {
+    /// What the controller is told.
+    pub fn address(&self) -> Option<String> {
+        let listen = self.listen?;
+        Some(self.advertise.clone().unwrap_or_else(|| format!("{}:{}", hostname(), listen.port())))
+    }
 }
 
 #[derive(Clone, Default, PartialEq, Debug, Serialize, Deserialize)]
@@ -141,6 +191,7 @@ impl Default for Config {
             wal: WalConfig::default(),
             postgres: PostgresConfig::default(),
             labels: BTreeMap::new(),
+            spool: SpoolConfig::default(),
             metrics: MetricsConfig::default(),
             telemetry: TelemetryConfig::default(),
         }
@@ -157,8 +208,18 @@ impl Default for BackupConfig {
 
 impl Default for WalConfig {
     fn default() -> WalConfig {
-        // Four 16 MiB segments in flight hide a store's latency; sixteen ahead hide a burst of 256 MiB.
-        WalConfig { parallel_uploads: 4, read_ahead_segments: 16 }
+        // Of a backlog as many segments are under way as keep a store of 100 ms latency busy; what they take of memory is
+        // bounded apart. Sixty-four ahead hide a burst of a gigabyte.
+        WalConfig {
+            parallel_uploads: 32,
+            read_ahead_segments: 64,
+            streaming: None,
+            piece_interval: None,
+            synchronous: None,
+            compression: None,
+            let_go_at: None,
+            slot: "walfleet".to_owned(),
+        }
     }
 }
 
@@ -212,6 +273,34 @@ impl Config {
         range("backup.compression_level", self.backup.compression_level.into(), 1, 19)?;
         range("wal.parallel_uploads", self.wal.parallel_uploads.into(), 1, 64)?;
         range("wal.read_ahead_segments", self.wal.read_ahead_segments.into(), 0, 1024)?;
+        slot_name("wal.slot", &self.wal.slot)?;
+        if self.wal.synchronous == Some(Synchronous::Spool) {
+            return Err(ConfigError::Conflict {
+                at: "wal.synchronous".into(),
+                what: "which agent's spool keeps this host's WAL is for a controller to say".into(),
+                hint:
+                    "set wal.synchronous to spool in the policy; without a controller, repository loses nothing either."
+                        .into(),
+            });
+        }
+        range("spool.size_mib", self.spool.size_mib.into(), 64, 1 << 20)?;
+        if let Some(address) = &self.spool.advertise {
+            let parsed = format!("http://{address}").parse::<tonic::transport::Uri>().ok();
+            let good = parsed.is_some_and(|uri| uri.port_u16().is_some_and(|port| port != 0) && uri.path() == "/");
+            if !good {
+                return Err(value("spool.advertise", format!("{address:?}"), "\"host:port\""));
+            }
+            if self.spool.listen.is_none() {
+                return Err(value("spool.advertise", "set", "of use without spool.listen"));
+            }
+        }
+        if self.spool.listen.is_some() && self.controller.is_none() {
+            return Err(ConfigError::Conflict {
+                at: "spool.listen".into(),
+                what: "there is no controller that could name this agent to others".into(),
+                hint: "remove it, or join a controller.".into(),
+            });
+        }
         for (index, folder) in self.postgres.bin_dirs.iter().enumerate() {
             absolute(&format!("postgres.bin_dirs[{index}]"), folder)?;
         }
@@ -280,6 +369,19 @@ impl Config {
                 upload: "1MB/s".parse().ok(),
                 download: "1MB/s".parse().ok(),
             },
+            wal: WalConfig {
+                streaming: Some(Streaming::On),
+                piece_interval: Some(PieceInterval::default()),
+                synchronous: Some(Synchronous::Repository),
+                compression: Some(Compression::Fixed),
+                let_go_at: "90%".parse().ok(),
+                ..WalConfig::default()
+            },
+            spool: SpoolConfig {
+                listen: Some(SocketAddr::from(([0, 0, 0, 0], 7433))),
+                advertise: Some("db1.example.net:7433".into()),
+                ..SpoolConfig::default()
+            },
             ..Config::default()
         }
     }
@@ -300,6 +402,15 @@ impl RepositoryConfig {
             ));
         }
         Ok(())
+    }
+}
+
+/// As PostgreSQL takes it (ReplicationSlotValidateName, src/backend/replication/slot.c).
+fn slot_name(at: &str, name: &str) -> Result<(), ConfigError> {
+    let allowed = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_';
+    match (1..=63).contains(&name.len()) && name.bytes().all(allowed) {
+        true => Ok(()),
+        false => Err(value(at, format!("{name:?}"), "1 to 63 of a-z, 0-9 and '_'")),
     }
 }
 

@@ -15,7 +15,7 @@ use crate::identity::connect::{self, chain};
 use crate::identity::{Identity, IdentityFolder};
 use crate::postgres::control::ControlFile;
 use crate::postgres::instance;
-use crate::postgres::server::{Server, ServerFacts};
+use crate::postgres::server::{Server, ServerFacts, ServerRole};
 use crate::wal::client;
 use crate::wal::socket::{Reply, Request};
 use crate::wire;
@@ -311,9 +311,10 @@ async fn look_at_server(subject: &str, instance: &InstanceAccess, config: &Confi
         let server = Server::connect(&connection).await?;
         let facts = server.facts().await?;
         let rights = server.rights().await?;
-        Ok::<_, crate::postgres::server::ServerError>((facts, rights))
+        let slot = server.slot(&config.wal.slot).await?;
+        Ok::<_, crate::postgres::server::ServerError>((facts, rights, slot))
     };
-    let (facts, rights) = match asked.await {
+    let (facts, rights, slot) = match asked.await {
         Ok(asked) => asked,
         Err(error) => return vec![Finding::from_error(CHECK, subject, &error)],
     };
@@ -322,7 +323,15 @@ async fn look_at_server(subject: &str, instance: &InstanceAccess, config: &Confi
         findings.push(clocks("server_clock", subject, "the server's", Timestamp::now().duration_since(theirs)));
     }
     let socket: PathBuf = config.socket_path();
-    let view = ServerView { facts: &facts, rights: Some(&rights), socket: Some(&socket), program: Some(program) };
+    let view = ServerView {
+        facts: &facts,
+        rights: Some(&rights),
+        socket: Some(&socket),
+        program: Some(program),
+        // A standby is followed without a connection that stays open.
+        streams: slot.is_some_and(|slot| slot.is_active || facts.role == ServerRole::Standby),
+        shipping: config.wal.shipping(),
+    };
     findings.extend(server_findings(subject, &view));
     findings
 }

@@ -1,6 +1,10 @@
 //! What a server's settings and rights mean for its protection.
 
+mod streaming;
+
 use std::path::Path;
+
+use walfleet_repository::shipping::ShippingSpec;
 
 use super::{Finding, Verdict};
 use crate::config::{DEFAULT_STATE_DIR, default_socket};
@@ -15,6 +19,9 @@ pub struct ServerView<'a> {
     pub socket: Option<&'a Path>,
     /// This program, for the line to type.
     pub program: Option<&'a Path>,
+    /// Whether its WAL is received over the replication protocol; then archive_command may be left out.
+    pub streams: bool,
+    pub shipping: ShippingSpec,
 }
 
 const RELOAD: &str = "SELECT pg_reload_conf();";
@@ -25,9 +32,18 @@ pub fn server_findings(subject: &str, view: &ServerView<'_>) -> Vec<Finding> {
     findings.extend(view.rights.map(|rights| rights_finding(subject, rights)));
     findings.push(wal_level(subject, view.facts));
     findings.push(full_page_writes(subject, view.facts));
-    findings.push(archive_mode(subject, view.facts));
-    findings.push(archive_command(subject, view));
-    findings.push(archive_timeout(subject, view.facts));
+    let archives = view.facts.archive.mode != "off";
+    if view.streams && !archives {
+        findings.push(Finding::ok("archive_mode", subject, "off; WAL is streamed"));
+    } else {
+        findings.push(archive_mode(subject, view.facts));
+        findings.push(archive_command(subject, view));
+    }
+    match view.streams {
+        true => findings.extend(early_segments(subject, view.facts)),
+        false => findings.push(archive_timeout(subject, view.facts)),
+    }
+    findings.extend(streaming::findings(subject, view));
     findings.extend(archiver(subject, view.facts));
     findings.push(checksums(subject, view.facts));
     findings
@@ -150,6 +166,21 @@ fn archive_timeout(subject: &str, facts: &ServerFacts) -> Finding {
     }
 }
 
+/// Where WAL is streamed no segment need be finished before it is full (CheckArchiveTimeout, src/backend/postmaster/checkpointer.c,
+/// which heeds no archive_mode).
+fn early_segments(subject: &str, facts: &ServerFacts) -> Option<Finding> {
+    let seconds = u64::from(facts.archive.timeout_seconds);
+    let a_day = 86_400_u64.checked_div(seconds)?;
+    Some(Finding::advice(
+        "archive_timeout",
+        subject,
+        format!(
+            "archive_timeout is {seconds} s: up to {a_day} segments a day are finished early, and WAL is streamed before that"
+        ),
+        format!("ALTER SYSTEM SET archive_timeout = 0; {RELOAD}"),
+    ))
+}
+
 fn archiver(subject: &str, facts: &ServerFacts) -> Option<Finding> {
     const CHECK: &str = "archiver";
     let archiver = facts.archiver.as_ref()?;
@@ -186,12 +217,12 @@ fn checksums(subject: &str, facts: &ServerFacts) -> Finding {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
-    use crate::postgres::server::{ArchiveSettings, ArchiverState};
+    use crate::postgres::server::{ArchiveSettings, ArchiverState, SynchronousSettings};
     use walfleet_repository::postgres::{Lsn, SegmentSize, SystemId, Timeline};
 
-    fn good() -> ServerFacts {
+    pub(crate) fn good_server() -> ServerFacts {
         ServerFacts {
             version_num: 170_000,
             role: ServerRole::Primary,
@@ -216,19 +247,22 @@ mod tests {
                 timeout_seconds: 60,
             },
             archiver: Some(ArchiverState::default()),
+            synchronous: SynchronousSettings::default(),
             tablespaces: Vec::new(),
             clock_us: 0,
         }
     }
 
     fn check(change: impl FnOnce(&mut ServerFacts), socket: &str) -> Vec<Finding> {
-        let mut facts = good();
+        let mut facts = good_server();
         change(&mut facts);
         let view = ServerView {
             facts: &facts,
             rights: None,
             socket: Some(Path::new(socket)),
             program: Some(Path::new("/usr/bin/walfleet-agent")),
+            streams: false,
+            shipping: ShippingSpec::NONE,
         };
         server_findings("orders", &view).into_iter().filter(|finding| finding.verdict != Verdict::Ok).collect()
     }
@@ -271,6 +305,19 @@ mod tests {
             assert_eq!(findings[0].check, check_name);
             assert!(findings[0].fix.as_ref().unwrap().contains(types), "{findings:?}");
         }
+    }
+
+    #[test]
+    fn segments_need_not_be_finished_early_where_wal_is_streamed() {
+        let advice = |seconds| {
+            let mut facts = good_server();
+            facts.archive.timeout_seconds = seconds;
+            early_segments("orders", &facts).map(|finding| (finding.message, finding.fix.unwrap_or_default()))
+        };
+        assert_eq!(advice(0), None);
+        let (message, fix) = advice(60).unwrap();
+        assert!(message.contains("up to 1440 segments a day"), "{message}");
+        assert!(fix.contains("archive_timeout = 0"), "{fix}");
     }
 
     #[test]

@@ -1,5 +1,5 @@
-//! Looking: at the servers of this host every few seconds, at what the repositories hold of them every half minute or
-//! so and after each job. The two do not wait for each other, and no instance waits for another.
+//! Looking: at the servers of this host every few seconds, at what the repositories hold of them as [`super::pace`] says and
+//! after each job. The two do not wait for each other, and no instance waits for another.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -8,24 +8,29 @@ use std::time::Duration;
 use futures::future::join_all;
 use jiff::Timestamp;
 use tokio::sync::watch;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use walfleet_repository::ids::ClusterName;
 
+use super::pace::{Found, Pace, Signs};
 use super::repository::{ClusterWatch, RepositoryView, nothing};
 use super::server::{Seen, Versions, assemble, look, strangers};
+use super::trend::{Sample, Trend};
 use super::{Facts, InstanceFacts};
 use crate::access::{Access, AccessError, ClusterAccess, InstanceAccess};
-use crate::archiving::Archiving;
+use crate::archiving::{Archiving, Shipping};
 use crate::config::Config;
 use crate::identity::connect::chain;
 use crate::jobs::Jobs;
+use crate::wal::breaks;
+use crate::wal::fill::Missing;
+use crate::wal::receive::StreamPhase;
 
 /// The controller's own interval is longer; this is how soon a change of role or a failing archiver is noticed.
 const SERVERS: Duration = Duration::from_secs(10);
 
-/// Between two looks at repositories: see [`pause`].
-const REPOSITORIES: Duration = Duration::from_secs(30);
-const LONGEST_PAUSE: Duration = Duration::from_secs(900);
+/// Between two looks at what this host knows by itself, to see whether a repository is to be looked at.
+const PACE: Duration = Duration::from_secs(5);
 
 /// For one repository's answers.
 const REPOSITORY_DEADLINE: Duration = Duration::from_secs(120);
@@ -40,6 +45,9 @@ pub struct Collector {
 }
 
 type Members = BTreeMap<ClusterName, InstanceAccess>;
+
+/// What changes over time, by cluster.
+type Trends = HashMap<ClusterName, Trend>;
 
 type Views = Mutex<BTreeMap<ClusterName, RepositoryView>>;
 
@@ -57,10 +65,11 @@ impl Collector {
     async fn look_at_servers(&self, views: &Views) {
         let mut access = self.access.clone();
         let mut versions = Versions::new();
+        let mut trends = Trends::new();
         loop {
             let present = access.borrow_and_update().clone();
             let members = members(&self.config, present.as_deref());
-            let instances = self.instances(members, views, &mut versions).await;
+            let instances = self.instances(members, views, &mut versions, &mut trends).await;
             self.facts.send_replace(Arc::new(Facts { at: Timestamp::now(), instances }));
             tokio::select! {
                 () = tokio::time::sleep(SERVERS) => {}
@@ -72,40 +81,103 @@ impl Collector {
     async fn look_at_repositories(&self, views: &Views) {
         let (mut access, mut ends) = (self.access.clone(), self.jobs.ends());
         let mut watches = Watches::new();
+        let mut paces = Paces::new();
+        let mut are_all_due = true;
         loop {
             let present = access.borrow_and_update().clone();
-            let mut requests = 0;
             if let Some(present) = present {
-                requests = look_at_clusters(present, &mut watches, views).await;
+                let due = self.due(&present, &paces, are_all_due);
+                for (cluster, pace) in look_at_clusters(present, due, &mut watches, &paces, views).await {
+                    let missing = missing(views, &cluster);
+                    if !missing.is_empty() {
+                        self.archiving.fill(&cluster, missing);
+                    }
+                    paces.insert(cluster, pace);
+                }
             }
+            are_all_due = false;
             tokio::select! {
-                () = tokio::time::sleep(pause(requests)) => {}
+                () = tokio::time::sleep(PACE) => {}
                 changed = access.changed() => {
                     if changed.is_err() {
                         return;
                     }
                     // Keys, certificates or places may have changed.
                     watches.clear();
+                    paces.clear();
                 }
-                _ = ends.changed() => {}
+                _ = ends.changed() => are_all_due = true,
             }
         }
     }
 
-    async fn instances(&self, members: Members, views: &Views, versions: &mut Versions) -> Vec<InstanceFacts> {
+    /// The clusters that live here and are to be looked at now, with what is known of them before the look.
+    fn due(&self, access: &Access, paces: &Paces, are_all_due: bool) -> Vec<(ClusterAccess, Signs)> {
         let shipping: BTreeMap<_, _> = self.archiving.statuses().into_iter().collect();
+        let members = access.clusters.values().filter(|cluster| cluster.instance.is_some());
+        let with_signs = members.map(|cluster| {
+            // A shipper that is being made just now says nothing.
+            let before = || paces.get(&cluster.name).map(Pace::signs).cloned().unwrap_or_default();
+            (cluster.clone(), shipping.get(&cluster.name).map_or_else(before, Signs::of))
+        });
+        let now = Instant::now();
+        with_signs
+            .filter(|(cluster, signs)| {
+                are_all_due || paces.get(&cluster.name).is_none_or(|pace| pace.is_due(now, signs))
+            })
+            .collect()
+    }
+
+    async fn instances(
+        &self,
+        members: Members,
+        views: &Views,
+        versions: &mut Versions,
+        trends: &mut Trends,
+    ) -> Vec<InstanceFacts> {
+        let shipping: BTreeMap<_, _> = self.archiving.statuses().into_iter().collect();
+        // Before the looks: so what of a primary's own WAL is seen to be stored is never ahead of where it is seen to be.
+        let mut views = views.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let looks: Vec<_> = members.values().cloned().map(look).collect();
         let mut instances = Vec::new();
         for ((cluster, instance), look) in members.iter().zip(join_all(looks).await) {
-            let view = views.lock().unwrap_or_else(PoisonError::into_inner).get(cluster).cloned();
+            let view = views.remove(cluster);
             let (server, files, major) = (look.server, look.files, look.major);
+            let ready_bytes = files.ready_bytes;
             let seen = Seen { server, files, major, shipping: shipping.get(cluster), view };
-            instances.push(assemble(cluster, instance, seen));
+            let mut facts = assemble(cluster, instance, seen);
+            facts.problems.extend(break_problem(&self.config, cluster));
+            note_trend(trends.entry(cluster.clone()).or_default(), &mut facts, ready_bytes, shipping.get(cluster));
+            instances.push(facts);
         }
         let owned = members.into_values().map(|instance| instance.data_dir).collect();
         instances.extend(strangers(owned, versions).await);
         instances
     }
+}
+
+/// What this host has let go of, as long as the repository does not tell of it.
+fn break_problem(config: &Config, cluster: &ClusterName) -> Option<String> {
+    match breaks::current(&config.state_dir, cluster) {
+        Ok(found) => found?.problem(),
+        Err(error) => Some(chain(&error)),
+    }
+}
+
+fn note_trend(trend: &mut Trend, facts: &mut InstanceFacts, ready_bytes: u64, shipping: Option<&Shipping>) {
+    trend.note(Sample {
+        at: Timestamp::now(),
+        current_lsn: facts.current_lsn,
+        durable_lsn: facts.archive.durable_lsn,
+        is_streamed: facts.archive.stream.phase != StreamPhase::Off,
+        pg_wal_bytes: facts.archive.pg_wal_bytes,
+        ready_bytes,
+        requests: shipping.map_or(0, |shipping| shipping.requests),
+        stored_bytes: shipping.map_or(0, Shipping::stored_bytes),
+    });
+    facts.archive.last_hour = trend.last_hour();
+    let full_in = trend.full_in(facts.archive.pg_wal_free_bytes);
+    facts.archive.pg_wal_full_in_seconds = full_in.map(|full_in| full_in.as_secs().unsigned_abs());
 }
 
 /// The instances of this host by cluster: the configuration's, whether or not the controller knows of them yet, since
@@ -125,34 +197,54 @@ fn members(config: &Config, access: Option<&Access>) -> Members {
 /// Clusters opened before, by name.
 type Watches = HashMap<ClusterName, ClusterWatch>;
 
-/// Looks at every cluster that lives here, all at once; returns what it cost.
-async fn look_at_clusters(access: Arc<Access>, watches: &mut Watches, views: &Views) -> u64 {
-    let members: Vec<ClusterAccess> =
-        access.clusters.values().filter(|cluster| cluster.instance.is_some()).cloned().collect();
-    let looks: Vec<_> = members
+/// When each is looked at next.
+type Paces = HashMap<ClusterName, Pace>;
+
+fn missing(views: &Views, cluster: &ClusterName) -> Vec<Missing> {
+    let views = views.lock().unwrap_or_else(PoisonError::into_inner);
+    views.get(cluster).map(|view| view.missing.clone()).unwrap_or_default()
+}
+
+/// Looks at these clusters, all at once.
+async fn look_at_clusters(
+    access: Arc<Access>,
+    due: Vec<(ClusterAccess, Signs)>,
+    watches: &mut Watches,
+    paces: &Paces,
+    views: &Views,
+) -> Vec<(ClusterName, Pace)> {
+    let begun = Instant::now();
+    let looks: Vec<_> = due
         .into_iter()
-        .map(|cluster| {
+        .map(|(cluster, signs)| {
             let watch = watches.remove(&cluster.name);
-            look_at_cluster(Arc::clone(&access), cluster, watch)
+            let access = Arc::clone(&access);
+            async move { (look_at_cluster(access, cluster, watch).await, signs) }
         })
         .collect();
-    let mut requests: u64 = 0;
-    for (cluster, watch, looked) in join_all(looks).await {
+    let mut looked_at = Vec::new();
+    for ((cluster, watch, looked), signs) in join_all(looks).await {
         if let Some(watch) = watch {
             watches.insert(cluster.clone(), watch);
         }
         let mut views = views.lock().unwrap_or_else(PoisonError::into_inner);
-        let former = views.entry(cluster).or_default();
-        match looked {
+        let former = views.entry(cluster.clone()).or_default();
+        let came_to = match looked {
             Ok(view) => {
-                requests = requests.saturating_add(view.requests);
+                let came_to = (Found::between(former, &view), view.requests);
                 *former = view;
+                came_to
             }
             // What was last seen stays, with its own time beside it.
-            Err(problem) => former.problem = Some(problem),
-        }
+            Err(problem) => {
+                former.problem = Some(problem);
+                (Found::Trouble, 0)
+            }
+        };
+        let pace = Pace::after(paces.get(&cluster), begun, signs, came_to);
+        looked_at.push((cluster, pace));
     }
-    requests
+    looked_at
 }
 
 type ClusterLook = (ClusterName, Option<ClusterWatch>, Result<RepositoryView, String>);
@@ -178,12 +270,6 @@ async fn look_at_cluster(access: Arc<Access>, cluster: ClusterAccess, watch: Opt
     }
 }
 
-/// Until the next look: the more requests one takes, the more seldom. A cluster with a hundred thousand segments costs
-/// some hundred requests a look, and so at most 1200 an hour; requests are money at most stores.
-fn pause(requests: u64) -> Duration {
-    Duration::from_secs(requests.saturating_mul(3)).clamp(REPOSITORIES, LONGEST_PAUSE)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -200,12 +286,5 @@ mod tests {
         let config = Config { instances: vec![instance], ..Config::default() };
         let members = members(&config, None);
         assert_eq!(members.into_keys().map(|name| name.to_string()).collect::<Vec<_>>(), ["orders"]);
-    }
-
-    #[test]
-    fn looks_that_cost_more_come_more_seldom() {
-        for (requests, seconds) in [(0, 30), (10, 30), (100, 300), (u64::MAX, 900)] {
-            assert_eq!(pause(requests), Duration::from_secs(seconds), "{requests}");
-        }
     }
 }

@@ -10,16 +10,21 @@ use jiff::Timestamp;
 use walfleet_repository::cluster::{ClusterError, OpenCluster};
 use walfleet_repository::cluster_log::{ClusterLog, Committed, SessionState};
 use walfleet_repository::format::reference::ReferencePart;
+use walfleet_repository::gap_notes::{self, KnownGap, KnownGaps};
 use walfleet_repository::ids::BackupId;
 use walfleet_repository::open::{BackupLife, CommittedBackup, RepositoryError};
-use walfleet_repository::recovery_window::{BackupFacts, Windows, recovery_windows};
+use walfleet_repository::recovery_window::{
+    BackupFacts, Unrestorable, WalCatalog, Windows, recovery_windows, split_brains,
+};
 use walfleet_repository::wal_archive::WalArchive;
 use walfleet_repository::wal_catalog;
 
-use super::{RecoveryRange, RecoveryWindow, WalGap};
+use super::gaps::GapLooks;
+use super::{RecoveryRange, RecoveryWindow};
 use crate::access::{Access, AccessError, ClusterAccess};
 use crate::identity::connect::chain;
 use crate::jobs::report::{BackupReport, BackupState};
+use crate::wal::fill::Missing;
 
 /// Reference parts read at once: small objects, so latency counts.
 const READS: usize = 16;
@@ -36,6 +41,8 @@ pub struct RepositoryView {
     pub problem: Option<String>,
     /// Requests that this look cost.
     pub requests: u64,
+    /// WAL that should be there and is not.
+    pub missing: Vec<Missing>,
 }
 
 /// A cluster's place in its repository, looked at again and again.
@@ -45,6 +52,7 @@ pub struct ClusterWatch {
     archive: WalArchive,
     log: ClusterLog,
     references: BTreeMap<BackupId, ReferencePart>,
+    gaps: GapLooks,
 }
 
 impl ClusterWatch {
@@ -60,6 +68,7 @@ impl ClusterWatch {
             log: open.log().await?,
             cluster: open,
             references: BTreeMap::new(),
+            gaps: GapLooks::default(),
         }))
     }
 
@@ -87,17 +96,41 @@ impl ClusterWatch {
         match wal_catalog::read(&self.archive, &systems).await {
             Ok(catalog) => {
                 let windows = recovery_windows(&facts, &catalog);
-                problems.extend(windows.unrestorable.iter().map(|lost| {
+                let known = self.know_gaps(&windows, &facts, &catalog, &mut problems).await;
+                let split = split_brains(&catalog, as_of.as_microsecond());
+                problems.splice(0..0, split.iter().map(ToString::to_string));
+                problems.extend(catalog.damaged.iter().map(|damaged| format!("it counts as absent: {damaged}")));
+                let alarms = |lost: &&Unrestorable| {
+                    let gap = &lost.missing;
+                    !known.is_acknowledged(&gap.wal, gap.from, gap.to)
+                };
+                problems.extend(windows.unrestorable.iter().filter(alarms).map(|lost| {
                     let gap = &lost.missing;
                     format!("backup {} cannot be restored: WAL {} to {} is missing", lost.backup, gap.from, gap.to)
                 }));
-                view.windows = vec![window(&self.repository_name, as_of, windows)];
+                let missing = |known: &KnownGap| Missing { wal: known.gap.wal, from: known.gap.from, to: known.gap.to };
+                // What cannot be replayed is there.
+                let lacking = known.gaps.iter().filter(|known| catalog.unlogged_at(&known.gap).is_none());
+                view.missing = lacking.map(missing).collect();
+                let (gaps, filled) = self.gaps.facts(&self.archive, &catalog, known).await;
+                view.windows = vec![RecoveryWindow { gaps, filled, ..window(&self.repository_name, as_of, windows) }];
             }
             Err(error) => problems.push(format!("list the WAL archive: {}", chain(&error))),
         }
         view.problem = (!problems.is_empty()).then(|| problems.join("; "));
         view.requests = self.requests().saturating_sub(requests_before);
         Ok(view)
+    }
+
+    async fn know_gaps(
+        &mut self,
+        windows: &Windows,
+        backups: &[BackupFacts],
+        catalog: &WalCatalog,
+        problems: &mut Vec<String>,
+    ) -> KnownGaps {
+        problems.extend(self.gaps.read_notes(&self.cluster, &catalog.notes).await);
+        gap_notes::know(windows, backups, catalog, &self.gaps.notes())
     }
 
     fn requests(&self) -> u64 {
@@ -146,7 +179,7 @@ pub fn nothing(cluster: &ClusterAccess) -> RepositoryView {
 }
 
 /// Microseconds outside of jiff's range come from nonsense in the store, which shows as the epoch.
-fn time(us: i64) -> Timestamp {
+pub(super) fn time(us: i64) -> Timestamp {
     Timestamp::from_microsecond(us).unwrap_or(Timestamp::UNIX_EPOCH)
 }
 
@@ -170,17 +203,8 @@ fn window(repository: &str, as_of: Timestamp, windows: Windows) -> RecoveryWindo
                 branch: range.wal.branch,
             })
             .collect(),
-        gaps: windows
-            .gaps
-            .iter()
-            .map(|gap| WalGap {
-                timeline: gap.wal.timeline,
-                branch: gap.wal.branch,
-                from_lsn: gap.from,
-                to_lsn: gap.to,
-                acknowledged: false,
-            })
-            .collect(),
+        gaps: Vec::new(),
+        filled: Vec::new(),
     }
 }
 

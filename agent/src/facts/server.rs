@@ -1,19 +1,23 @@
 //! One instance, looked at: the server by SQL, its WAL folder, and put together with what else is known of it.
 
 use std::collections::BTreeMap;
+use std::io::Read;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use walfleet_repository::ids::ClusterName;
+use walfleet_repository::postgres::{Lsn, Segment, Timeline};
 
 use super::repository::RepositoryView;
-use super::{ArchiveFacts, InstanceFacts, InstanceRole, TablespaceFacts};
+use super::{ArchiveFacts, InstanceFacts, InstanceRole, StreamFacts, TablespaceFacts, unstreamed};
 use crate::access::InstanceAccess;
+use crate::archiving::Shipping;
 use crate::identity::connect::chain;
 use crate::postgres::control::{ClusterState, ControlFile};
 use crate::postgres::instance::{self, Instance, InstanceError, InstanceState};
 use crate::postgres::server::{Server, ServerFacts, ServerRole};
-use crate::wal::ship::ShipStatus;
+use crate::postgres::wal_record::{MOST_QUIET_BYTES, changes_nothing};
+use crate::tasks::on_disk;
 
 /// For one server's answers.
 const SERVER_DEADLINE: Duration = Duration::from_secs(15);
@@ -32,8 +36,34 @@ pub(super) async fn look(instance: InstanceAccess) -> Look {
     let major = tokio::task::spawn_blocking(move || instance::inspect(&data_dir).ok().map(|found| found.major));
     let major = major.await.ok().flatten();
     let late = |_| Err(format!("the server did not answer within {} s", SERVER_DEADLINE.as_secs()));
+    let data_dir = instance.data_dir.clone();
     let server = tokio::time::timeout(SERVER_DEADLINE, ask(instance)).await.unwrap_or_else(late);
-    Look { server, files, major }
+    let quiet_from = match &server {
+        Ok(server) if server.role == ServerRole::Primary => quiet_from(data_dir, server).await,
+        _ => None,
+    };
+    Look { server, files: PgWal { quiet_from, ..files }, major }
+}
+
+/// Where the segment begins that a primary writes, if it has written nothing there that changes anything.
+async fn quiet_from(data_dir: PathBuf, server: &ServerFacts) -> Option<Lsn> {
+    let (size, timeline, system_id) = (server.wal_segment_size, server.timeline, server.system_id);
+    let end = server.current_lsn;
+    let segment = Segment { timeline, number: end.segment_number(size) };
+    let start = segment.start(size);
+    if end.0 - start.0 > MOST_QUIET_BYTES as u64 {
+        return None;
+    }
+    let path = data_dir.join("pg_wal").join(segment.file_name(size));
+    let is_quiet = on_disk(move || {
+        // A segment that is switched to may not be there yet.
+        let mut bytes = Vec::new();
+        if let Ok(file) = std::fs::File::open(path) {
+            file.take(end.0 - start.0).read_to_end(&mut bytes).ok()?;
+        }
+        changes_nothing(&bytes, (start, end), size, timeline, system_id).then_some(start)
+    });
+    is_quiet.await
 }
 
 /// Over a connection of its own: one that stayed open would keep a smart shutdown waiting for ever.
@@ -142,22 +172,26 @@ pub(super) struct Seen<'a> {
     pub server: Result<ServerFacts, String>,
     pub files: PgWal,
     pub major: Option<u32>,
-    pub shipping: Option<&'a ShipStatus>,
+    pub shipping: Option<&'a Shipping>,
     pub view: Option<RepositoryView>,
 }
 
 pub(super) fn assemble(cluster: &ClusterName, instance: &InstanceAccess, seen: Seen<'_>) -> InstanceFacts {
     let Seen { server, files, major, shipping, view } = seen;
     let view = view.unwrap_or_default();
+    let durable = shipping.and_then(|shipping| durable(shipping, server.as_ref().ok().map(present)));
     let mut facts =
         InstanceFacts { cluster: Some(cluster.clone()), port: instance.port(), ..blank(instance.data_dir.clone()) };
     facts.archive = ArchiveFacts {
+        quiet_from: files.quiet_from,
         ready_segments: files.ready_segments,
         pg_wal_bytes: files.bytes,
         pg_wal_free_bytes: files.free_bytes,
-        last_error: shipping.and_then(|status| status.last_error.clone()),
-        durable_lsn: shipping.filter(|status| status.durable_at.is_some()).map(|status| status.durable_lsn),
-        durable_at: shipping.and_then(|status| status.durable_at),
+        last_error: shipping.and_then(|shipping| shipping.archived.last_error.clone()),
+        durable_lsn: durable.map(|(_, lsn)| lsn),
+        durable_timeline: durable.map(|(timeline, _)| timeline),
+        durable_at: shipping.and_then(|shipping| shipping.archived.durable_at.max(shipping.streamed.durable_at)),
+        stream: shipping.map(stream).unwrap_or_default(),
         ..ArchiveFacts::default()
     };
     facts.problems.extend(files.problem);
@@ -175,7 +209,36 @@ pub(super) fn assemble(cluster: &ClusterName, instance: &InstanceAccess, seen: S
     facts
 }
 
-fn fill(facts: &mut InstanceFacts, server: ServerFacts, shipping: Option<&ShipStatus>) {
+/// Up to where the WAL is stored that the server writes or replays now: of its own timeline, and not beyond its end, where only
+/// what it wrote before it was rolled back can lie. Of one that does not answer, the newest timeline's.
+fn durable(shipping: &Shipping, present: Option<(Timeline, Option<Lsn>)>) -> Option<(Timeline, Lsn)> {
+    let is_its_own = |&(timeline, lsn): &(Timeline, Lsn)| {
+        present.is_none_or(|(of, end)| timeline == of && end.is_none_or(|end| lsn <= end))
+    };
+    shipping.durable().filter(is_its_own).max()
+}
+
+/// Its timeline and the end of what it wrote; of a standby, which may have replayed less than is stored, only the first.
+fn present(server: &ServerFacts) -> (Timeline, Option<Lsn>) {
+    (server.timeline, (server.role == ServerRole::Primary).then_some(server.current_lsn))
+}
+
+fn stream(shipping: &Shipping) -> StreamFacts {
+    let status = &shipping.streamed;
+    StreamFacts {
+        phase: status.phase.clone(),
+        store_error: status.last_error.clone(),
+        received_lsn: status.timeline.map(|_| status.received),
+        complete_until: status.complete_until,
+        pieces: status.pieces,
+        segments: status.segments,
+        piece_interval_ms: shipping.shipping.piece_interval.unwrap_or_default().as_millis(),
+        synchronous: shipping.shipping.synchronous.unwrap_or_default(),
+        spool: status.spool.clone(),
+    }
+}
+
+fn fill(facts: &mut InstanceFacts, server: ServerFacts, shipping: Option<&Shipping>) {
     facts.system_identifier = server.system_id.0;
     facts.server_version_num = server.version_num;
     facts.role = match server.role {
@@ -186,7 +249,8 @@ fn fill(facts: &mut InstanceFacts, server: ServerFacts, shipping: Option<&ShipSt
     facts.current_lsn = Some(server.current_lsn);
     facts.data_checksums = server.data_checksums;
     let size = server.wal_segment_size;
-    facts.archive.last_segment = shipping.and_then(|status| status.last_segment).map(|segment| segment.file_name(size));
+    let last_segment = shipping.and_then(|shipping| shipping.archived.last_segment);
+    facts.archive.last_segment = last_segment.map(|segment| segment.file_name(size));
     facts.archive.archive_command_set = server.archive.mode != "off" && server.archive.command.is_some();
     if let Some(archiver) = &server.archiver {
         facts.archive.failed_count = archiver.failed_count;
@@ -195,7 +259,13 @@ fn fill(facts: &mut InstanceFacts, server: ServerFacts, shipping: Option<&ShipSt
             facts.archive.last_error = Some(format!("archive_command failed for {segment}; the server's log says why"));
         }
     }
-    facts.problems.extend(crate::doctor::server_problems(&server));
+    let streams = shipping.is_some_and(|shipping| shipping.streamed.phase.is_well());
+    facts.problems.extend(crate::doctor::server_problems(
+        &server,
+        streams,
+        shipping.map(|shipping| shipping.shipping).unwrap_or_default(),
+    ));
+    facts.problems.extend(shipping.and_then(|shipping| unstreamed::problem(&server, shipping, Instant::now())));
     facts.tablespaces = server
         .tablespaces
         .into_iter()
@@ -208,8 +278,11 @@ fn fill(facts: &mut InstanceFacts, server: ServerFacts, shipping: Option<&ShipSt
 #[derive(Default)]
 pub(super) struct PgWal {
     ready_segments: u64,
+    /// Of those: a segment's, which of all files there is the largest, for each.
+    pub ready_bytes: u64,
     bytes: u64,
     free_bytes: u64,
+    quiet_from: Option<Lsn>,
     problem: Option<String>,
 }
 
@@ -225,12 +298,13 @@ async fn pg_wal(data_dir: &Path) -> PgWal {
 
 fn count(folder: &Path) -> Result<PgWal, String> {
     let fail = |path: &Path, error: std::io::Error| format!("read {}: {error}", path.display());
-    let mut files = PgWal::default();
+    let (mut files, mut largest) = (PgWal::default(), 0);
     for entry in std::fs::read_dir(folder).map_err(|error| fail(folder, error))? {
         // Recycled and removed under our eyes: what is gone does not count.
         let Ok(meta) = entry.map_err(|error| fail(folder, error))?.metadata() else { continue };
         if meta.is_file() {
             files.bytes += meta.len();
+            largest = meta.len().max(largest);
         }
     }
     let status = folder.join("archive_status");
@@ -238,6 +312,7 @@ fn count(folder: &Path) -> Result<PgWal, String> {
         let name = entry.map_err(|error| fail(&status, error))?.file_name();
         files.ready_segments += u64::from(name.to_string_lossy().ends_with(".ready"));
     }
+    files.ready_bytes = files.ready_segments.saturating_mul(largest);
     let space = rustix::fs::statvfs(folder).map_err(|error| fail(folder, error.into()))?;
     files.free_bytes = space.f_bavail.saturating_mul(space.f_frsize);
     Ok(files)
@@ -264,6 +339,24 @@ mod tests {
             let owned = strangers(vec![server.data_dir.clone()], &mut versions).await;
             assert!(owned.iter().all(|facts| facts.data_dir != server.data_dir));
         }
+    }
+
+    #[test]
+    fn what_is_stored_of_what_a_server_was_before_is_not_stored_of_what_it_is() {
+        let mut shipping = Shipping::default();
+        assert_eq!(durable(&shipping, None), None);
+        shipping.archived.last_segment = Some(Segment { timeline: Timeline(1), number: 8 });
+        shipping.archived.durable_lsn = Lsn(900);
+        let present = |timeline, end| Some((Timeline(timeline), end));
+        assert_eq!(durable(&shipping, None), Some((Timeline(1), Lsn(900))), "it is down");
+        assert_eq!(durable(&shipping, present(2, Some(Lsn(500)))), None, "restored in place");
+        assert_eq!(durable(&shipping, present(1, Some(Lsn(500)))), None, "rolled back");
+        assert_eq!(durable(&shipping, present(1, None)), Some((Timeline(1), Lsn(900))), "a standby that replays");
+        (shipping.streamed.timeline, shipping.streamed.durable) = (Some(Timeline(2)), Lsn(480));
+        assert_eq!(durable(&shipping, present(2, Some(Lsn(500)))), Some((Timeline(2), Lsn(480))));
+        (shipping.streamed.timeline, shipping.streamed.durable) = (Some(Timeline(1)), Lsn(480));
+        assert_eq!(durable(&shipping, present(1, Some(Lsn(500)))), Some((Timeline(1), Lsn(480))));
+        assert_eq!(durable(&shipping, present(1, Some(Lsn(900)))), Some((Timeline(1), Lsn(900))), "the farther one");
     }
 
     #[test]

@@ -165,7 +165,7 @@ pub fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
-pub(super) fn provider() -> Arc<CryptoProvider> {
+pub(crate) fn provider() -> Arc<CryptoProvider> {
     Arc::new(aws_lc_rs::default_provider())
 }
 

@@ -20,8 +20,9 @@ impl Claim {
                 format!("restore into {}", folder.display())
             }
             WorkOrder::Verify(_) => format!("verification of {}", order.cluster),
-            // It only looks: any number may run, beside anything.
+            // They only look: any number may run, beside anything.
             WorkOrder::BackupPlan(_) => format!("{}: backup plan of {}", order.job, order.cluster),
+            WorkOrder::WalFind(_) => format!("{}: search of {}", order.job, order.cluster),
         })
     }
 

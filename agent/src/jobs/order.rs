@@ -9,9 +9,10 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use walfleet_repository::ids::{BackupId, ClusterName, JobId};
 use walfleet_repository::postgres::{Lsn, Timeline};
-use walfleet_repository::recovery_window::{BranchName, BranchNameError};
+use walfleet_repository::recovery_window::{BranchName, BranchNameError, KnownComplete};
 
 use crate::estimate::Past;
+use crate::wal::find::select::Show;
 
 /// One attempt of one job. Re-delivery of the same changes nothing.
 #[derive(Clone, PartialEq, Debug)]
@@ -42,6 +43,7 @@ pub enum WorkOrder {
     Restore(RestoreOrder),
     Verify(VerifyOrder),
     BackupPlan(BackupPlanOrder),
+    WalFind(WalFindOrder),
 }
 
 impl WorkOrder {
@@ -51,6 +53,7 @@ impl WorkOrder {
             WorkOrder::Restore(_) => WorkKind::Restore,
             WorkOrder::Verify(_) => WorkKind::Verify,
             WorkOrder::BackupPlan(_) => WorkKind::BackupPlan,
+            WorkOrder::WalFind(_) => WorkKind::WalFind,
         }
     }
 }
@@ -62,10 +65,12 @@ pub enum WorkKind {
     Restore,
     Verify,
     BackupPlan,
+    WalFind,
 }
 
 impl WorkKind {
-    pub const ALL: [WorkKind; 4] = [WorkKind::Backup, WorkKind::Restore, WorkKind::Verify, WorkKind::BackupPlan];
+    pub const ALL: [WorkKind; 5] =
+        [WorkKind::Backup, WorkKind::Restore, WorkKind::Verify, WorkKind::BackupPlan, WorkKind::WalFind];
 
     pub fn name(self) -> &'static str {
         match self {
@@ -73,6 +78,7 @@ impl WorkKind {
             WorkKind::Restore => "restore",
             WorkKind::Verify => "verify",
             WorkKind::BackupPlan => "backup_plan",
+            WorkKind::WalFind => "wal_find",
         }
     }
 }
@@ -120,6 +126,8 @@ pub struct RestoreOrder {
     pub apply_delay: Option<Duration>,
     /// Answer with the plan and restore nothing.
     pub plan_only: bool,
+    /// What the cluster's servers were seen to have.
+    pub complete: Vec<KnownComplete>,
 }
 
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -137,6 +145,20 @@ pub struct BackupPlanOrder {
     /// The repository's name in the desired state.
     pub repository: String,
     pub read_all: bool,
+}
+
+/// Which transactions committed around a moment.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct WalFindOrder {
+    /// The repository's name in the desired state.
+    pub repository: String,
+    pub around: Timestamp,
+    /// On either side.
+    pub within: Duration,
+    pub timeline: TargetTimeline,
+    /// Transactions listed at most.
+    pub limit: usize,
+    pub show: Show,
 }
 
 /// Where recovery is to stop, and what Postgres does there.

@@ -8,6 +8,7 @@ use walfleet_repository::ids::{BackupId, ClusterName};
 use walfleet_repository::postgres::{Lsn, Timeline};
 
 use super::order::WorkKind;
+use crate::wal::find::report::FindReport;
 
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -16,6 +17,7 @@ pub enum Report {
     Restore(RestoreReport),
     Verify(VerifyReport),
     BackupPlan(BackupPlanReport),
+    WalFind(Box<FindReport>),
 }
 
 impl Report {
@@ -25,6 +27,7 @@ impl Report {
             Report::Restore(_) => WorkKind::Restore,
             Report::Verify(_) => WorkKind::Verify,
             Report::BackupPlan(_) => WorkKind::BackupPlan,
+            Report::WalFind(_) => WorkKind::WalFind,
         }
     }
 }

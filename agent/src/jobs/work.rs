@@ -12,7 +12,9 @@ use walfleet_repository::cluster::ClusterError;
 use walfleet_repository::verify::{Depth, Seen, VerifyError, VerifySpec, verify};
 
 use super::Work;
-use super::order::{BackupOrder, BackupPlanOrder, Checkpoint, JobOrder, RestoreOrder, VerifyOrder, WorkOrder};
+use super::order::{
+    BackupOrder, BackupPlanOrder, Checkpoint, JobOrder, RestoreOrder, VerifyOrder, WalFindOrder, WorkOrder,
+};
 use super::report::{Report, VerifyFinding, VerifyReport};
 use crate::access::{Access, AccessError, ClusterAccess, InstanceAccess, cluster_failure};
 use crate::archiving::Archiving;
@@ -23,11 +25,13 @@ use crate::estimate::Past;
 use crate::failure::{ExitCode, Failure, Remedy};
 use crate::history::{self, History};
 use crate::limits::HostLimits;
-use crate::limits::threads::{self, BulkThreads};
+use crate::limits::threads::BulkThreads;
 use crate::limits::yielding;
 use crate::postgres::server::CheckpointPace;
 use crate::progress::Progress;
 use crate::restore::{self, RestoreRequest};
+use crate::tasks;
+use crate::wal::find::{self, FindRequest};
 use crate::wal::socket::Shippers;
 
 /// At the end of a backup: for WAL that another host ships, or that archive_command has yet to bring. Longer than any
@@ -162,7 +166,7 @@ impl HostWork {
         let connection = connection(instance.clone()).await?;
         let (archiving, data_dir) = (Arc::clone(&self.archiving), instance.data_dir.clone());
         let shipper = self.threads.normal().spawn(async move { archiving.shipper(&data_dir).await });
-        let shipper = threads::settled(shipper).await;
+        let shipper = tasks::settled(shipper).await;
         let allowance = self.limits.allowance(cancel);
         let open = access.open_or_begin(cluster).await?;
         let archiving = |message| Failure::new("backup.archiving", ExitCode::Failed, Remedy::Retry, message);
@@ -216,6 +220,7 @@ impl HostWork {
             tablespaces: order.tablespaces.clone(),
             delta: order.delta,
             backup: order.backup.clone(),
+            complete: order.complete.clone(),
             start: order.start,
             keep_archiving: order.keep_archiving,
             port: order.port,
@@ -267,6 +272,29 @@ impl HostWork {
                 .collect(),
         }))
     }
+
+    async fn wal_find(
+        &self,
+        job: &JobOrder,
+        order: &WalFindOrder,
+        progress: &Progress,
+        cancel: &CancellationToken,
+    ) -> Result<Report, Failure> {
+        let access = self.access(job, &order.repository, cancel).await?;
+        let cluster = known(&access, job, &order.repository)?;
+        let allowance = self.limits.allowance(cancel);
+        let open = access.open(&cluster.repository, cluster.name.clone()).await?;
+        let request = FindRequest {
+            cluster: open.paced(Arc::new(allowance)),
+            around: order.around,
+            within: order.within,
+            timeline: order.timeline,
+            limit: order.limit,
+            show: order.show,
+        };
+        progress.count(request.cluster.repository().store());
+        Ok(Report::WalFind(Box::new(find::find(request, progress, cancel).await?)))
+    }
 }
 
 #[async_trait]
@@ -279,6 +307,7 @@ impl Work for HostWork {
                 WorkOrder::Restore(restore) => work.restore(&order, restore, &progress, &cancel).await,
                 WorkOrder::Verify(verify) => work.verify(&order, verify, &progress, &cancel).await,
                 WorkOrder::BackupPlan(plan) => work.backup_plan(&order, plan, &progress, &cancel).await,
+                WorkOrder::WalFind(find) => work.wal_find(&order, find, &progress, &cancel).await,
             }?;
             work.remember(&order, &report, &progress).await;
             Ok::<Report, Failure>(report)

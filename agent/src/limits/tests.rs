@@ -114,7 +114,7 @@ async fn jobs_and_all_threads_they_make_have_a_low_priority_and_what_they_hand_b
         let task = tokio::spawn(async { nice() }).await.unwrap();
         let blocking = tokio::task::spawn_blocking(nice).await.unwrap();
         let thread = std::thread::spawn(nice).join().unwrap();
-        let handed_back = threads::settled(normal.spawn(async { nice() })).await;
+        let handed_back = crate::tasks::settled(normal.spawn(async { nice() })).await;
         ([nice(), task, blocking, thread], handed_back)
     });
     assert_eq!(seen.await, ([threads::NICE; 4], own));

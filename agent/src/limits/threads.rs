@@ -11,6 +11,7 @@ use tokio::runtime::{Builder, Handle, Runtime};
 use tracing::Instrument;
 
 use super::HostLimits;
+use crate::tasks::settled;
 
 /// Of nice(2). The I/O priority follows from it, as long as nothing sets one: best-effort, the lowest level
 /// (ioprio_set(2), "io_nice = (cpu_nice + 20) / 5"). The least that does so: at 19, a backup of 2 CPU-seconds took 80 s
@@ -55,18 +56,6 @@ impl Drop for BulkThreads {
         if let Some(runtime) = self.runtime.take() {
             runtime.shutdown_background();
         }
-    }
-}
-
-/// Waits for a task on another runtime; its panic goes on here.
-pub async fn settled<T>(task: tokio::task::JoinHandle<T>) -> T {
-    match task.await {
-        Ok(value) => value,
-        Err(error) => match error.try_into_panic() {
-            Ok(panic) => std::panic::resume_unwind(panic),
-            // Only a runtime that is being shut down ends tasks early, and then nobody reads what this one says.
-            Err(_) => std::future::pending().await,
-        },
     }
 }
 

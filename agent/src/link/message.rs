@@ -41,6 +41,8 @@ pub struct Hello {
     /// X25519 public key that domain keys are wrapped for.
     pub recipient: [u8; 32],
     pub capabilities: Vec<&'static str>,
+    /// Where other agents reach this one's spool.
+    pub spool_address: Option<String>,
 }
 
 #[derive(Clone, Debug)]

@@ -19,6 +19,7 @@ use crate::jobs::Answer;
 use crate::jobs::order::JobOrder;
 use crate::journal::JobOutcome;
 use crate::progress::ProgressReading;
+use crate::tasks::on_disk;
 use crate::wire::{self, Attached};
 
 /// Messages waiting for the network. Deep enough that a burst of outcomes after a reconnect does not wait for one
@@ -90,6 +91,7 @@ impl Link {
             journal: self.jobs.unsettled(),
             recipient: identity.recipient(),
             capabilities: self.capabilities.clone(),
+            spool_address: self.spool_address.clone(),
         };
         outbound.send(ToController::Hello(hello)).await.map_err(|_| LinkError::Stalled)?;
         let late = |_| LinkError::Silent { seconds: PATIENCE.as_secs() };
@@ -303,12 +305,4 @@ fn every(period: Duration) -> Interval {
     let mut interval = interval_at(Instant::now() + period, period);
     interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
     interval
-}
-
-/// Syncing a file can take seconds on a loaded database host.
-async fn on_disk<T: Send + 'static>(act: impl FnOnce() -> T + Send + 'static) -> T {
-    match tokio::task::spawn_blocking(act).await {
-        Ok(value) => value,
-        Err(error) => std::panic::resume_unwind(error.into_panic()),
-    }
 }

@@ -192,6 +192,7 @@ impl Agent {
             desired: Arc::clone(&desired),
             labels: BTreeMap::from([("env".into(), "test".into())]),
             capabilities: vec!["verify"],
+            spool_address: None,
             incarnation: "inc".into(),
             state: link_state,
         };
@@ -342,6 +343,7 @@ fn desired(generation: u64) -> ToAgent {
         clusters: vec![DesiredCluster { name: "orders".into(), repository: "main".into(), ..Default::default() }],
         writer_chain: Vec::new(),
         limits: Some(Limits { cpu_percent: 25, upload_bytes_per_second: 5_000_000, ..Default::default() }),
+        spools: Vec::new(),
     })
 }
 

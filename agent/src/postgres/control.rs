@@ -6,6 +6,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use walfleet_repository::checksum;
 use walfleet_repository::postgres::{Lsn, SegmentSize, SystemId, Timeline};
 
 use super::bytes;
@@ -140,7 +141,7 @@ impl ControlFile {
             other => return Err(ControlFault::Version(other)),
         };
         let found = fields.u32(crc_offset);
-        let expected = crc32c::crc32c(content.get(..crc_offset).unwrap_or_default());
+        let expected = checksum::crc32c(content.get(..crc_offset).unwrap_or_default());
         if found != expected {
             return Err(ControlFault::Checksum { expected, found });
         }
@@ -269,7 +270,7 @@ mod tests {
 
     fn seal(content: &mut [u8], version: u32) {
         let offset = if version == 1800 { 292 } else { 288 };
-        let crc = crc32c::crc32c(&content[..offset]);
+        let crc = checksum::crc32c(&content[..offset]);
         content[offset..offset + 4].copy_from_slice(&crc.to_le_bytes());
     }
 

@@ -14,6 +14,8 @@ use std::path::{Path, PathBuf};
 pub use binaries::{BinariesError, find_bin_dir, running_version};
 pub use postmaster::{PidFileError, Postmaster, PostmasterStatus};
 
+pub(super) use process::user_name;
+
 use super::server::local_connection_string;
 
 /// A data directory and what goes on in it.

@@ -1,11 +1,12 @@
 //! The SQL side of a server: one connection, what it tells about itself, and the low-level backup functions.
 //!
-//! Physical replication is not spoken here. Every call ends with an answer or an error when the connection ends.
+//! Physical replication is spoken in `replication`. Every call ends with an answer or an error when the connection ends.
 
 mod backup;
 mod error;
 mod facts;
 mod recovery;
+mod slots;
 
 use std::path::Path;
 use std::time::Duration;
@@ -18,16 +19,20 @@ use walfleet_repository::postgres::Lsn;
 
 pub use backup::{BackupSession, BackupStop, CheckpointPace};
 pub use error::{Refusal, ServerError, Target};
-pub use facts::{ArchiveSettings, ArchiverState, Rights, ServerFacts, ServerRole, ServerTablespace};
+pub use facts::{
+    ArchiveSettings, ArchiverState, Rights, ServerFacts, ServerRole, ServerTablespace, SynchronousException,
+    SynchronousSettings,
+};
 pub use recovery::RecoveryStanding;
+pub use slots::{KeptWal, SlotState, WalStatus};
 
 /// In pg_stat_activity.
 const APPLICATION_NAME: &str = "walfleet-agent";
 const OLDEST_MAJOR: u32 = 13;
 /// Long enough for a server under load, short enough for a person who waits.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+pub(super) const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// A dead peer is noticed within about a minute, also behind a firewall that forgot the connection.
-const KEEPALIVE: Duration = Duration::from_secs(30);
+pub(super) const KEEPALIVE: Duration = Duration::from_secs(30);
 
 /// Nothing may end our session but us: a backup holds one for hours. Names resolve to the catalog alone.
 const SESSION_SETTINGS: &str = "SET statement_timeout = 0; SET lock_timeout = 0; \

@@ -25,12 +25,13 @@ pub(crate) fn oldest_and_newest() -> Vec<Installation> {
     all
 }
 
-/// One per release: what scripts/get_postgres.sh brought, and the system's own. `WALFLEET_TEST_MAJORS=13,18` limits it.
+/// One per release: what scripts/get_postgres.sh brought, and the system's own. `WALFLEET_TEST_MAJORS=13,18` limits it,
+/// `all` does not.
 pub(crate) fn installations() -> Vec<Installation> {
     let mut folders = vec![PathBuf::from("/usr/lib/postgresql"), PathBuf::from("/var/cache/walfleet-test/pg")];
     folders.extend(std::env::var_os("HOME").map(|home| Path::new(&home).join(".cache/walfleet-test/pg")));
     folders.extend(std::env::var_os("WALFLEET_CACHE").map(|cache| Path::new(&cache).join("pg")));
-    let wanted = std::env::var("WALFLEET_TEST_MAJORS").ok();
+    let wanted = std::env::var("WALFLEET_TEST_MAJORS").ok().filter(|list| list != "all");
     let is_wanted =
         |major: u32| wanted.as_ref().is_none_or(|list| list.split(',').any(|text| text.trim().parse() == Ok(major)));
     let mut found = std::collections::BTreeMap::new();

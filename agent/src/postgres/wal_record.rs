@@ -11,9 +11,11 @@ mod decoder;
 mod digest;
 mod meaning;
 mod page_header;
+mod quiet;
 mod record;
 #[cfg(test)]
 mod tests;
+mod transactions;
 #[cfg(test)]
 mod waldump_tests;
 
@@ -22,9 +24,11 @@ use std::time::Duration;
 use walfleet_repository::postgres::{Lsn, SystemId, Timeline};
 
 pub use decoder::Carry;
-pub use digest::{SegmentDigest, SegmentEnd, SegmentPlace, digest_segment};
-pub use meaning::{Completion, Outcome, RestorePoint, WalLevel};
+pub use digest::{SegmentDigest, SegmentEnd, SegmentPlace, SegmentScan, digest_segment};
+pub use meaning::{Completion, Outcome, ParameterChange, RestorePoint, WalLevel};
 pub use page_header::LONG_HEADER;
+pub use quiet::{MOST_QUIET_BYTES, changes_nothing};
+pub use transactions::{FileChange, RelationName, RelationRows, RowCounts, Transaction, Transactions};
 
 /// How much of a long record's body is held: enough for all block headers (33 of at most 27 bytes) and the beginning of
 /// what follows, while a record may have a gigabyte.

@@ -10,8 +10,8 @@ use walfleet_repository::ids::BackupId;
 use walfleet_repository::open::CommittedBackup;
 use walfleet_repository::postgres::{Lsn, Timeline, WalBranch};
 use walfleet_repository::recovery_window::{
-    BackupFacts, Choice, NotRecoverable, Pick, RecoveryPoint, StopAt, TargetPoint as Point, TimelineChoice,
-    choose_backup,
+    BackupFacts, Choice, KnownComplete, NotRecoverable, Pick, RecoveryPoint, StopAt, TargetPoint as Point,
+    TimelineChoice, WalCatalog, choose_backup, split_brains,
 };
 use walfleet_repository::wal_archive::ArchiveError;
 use walfleet_repository::wal_catalog;
@@ -48,7 +48,7 @@ pub enum PlanError {
 impl PlanError {
     pub fn classify(&self) -> (&'static str, ExitCode, Remedy) {
         match self {
-            PlanError::NotRecoverable(NotRecoverable::NoSuchBackup { .. }) => {
+            PlanError::NotRecoverable(NotRecoverable::NoSuchBackup { .. } | NotRecoverable::NoneTaken) => {
                 ("restore.no_backup", ExitCode::NotFound, Remedy::Operator)
             }
             PlanError::NotRecoverable(_)
@@ -77,6 +77,8 @@ impl PlanError {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Leg {
     pub wal: WalBranch,
+    /// Set if another branch of its timeline leads to it: it is read from the segment of this position on.
+    pub begins: Option<Lsn>,
     pub from: Lsn,
     pub to: Lsn,
 }
@@ -141,11 +143,12 @@ impl RestorePlan {
     }
 }
 
-/// Reads the repository and decides.
+/// Reads the repository and decides. `complete`: what the cluster's servers were seen to have.
 pub async fn plan(
     cluster: &OpenCluster,
     target: &RecoveryTarget,
     backup: Option<&BackupId>,
+    complete: &[KnownComplete],
 ) -> Result<RestorePlan, PlanError> {
     if target.exclusive && !target.point.can_be_exclusive() {
         return Err(PlanError::Exclusive(match target.point {
@@ -160,8 +163,9 @@ pub async fn plan(
     let sizes: Vec<_> = backups.iter().map(|backup| backup.reference.segment_size).collect();
     let archive = cluster.wal_archive(3);
     let mut catalog = wal_catalog::read(&archive, &wal_catalog::systems(&facts, &sizes)).await?;
+    complete.iter().for_each(|known| catalog.note_complete(known));
     let point = point(target);
-    let pick = Pick { target: point, timeline: timeline(target.timeline), backup: backup.cloned() };
+    let pick = Pick { target: point, timeline: timeline_choice(target.timeline), backup: backup.cloned() };
     let (choice, notes) = match &target.point {
         TargetPoint::Name(name) => {
             let held = by_name::Held { backups: &facts, archive: &archive, catalog: &catalog };
@@ -180,10 +184,19 @@ pub async fn plan(
         }
         _ => choice,
     };
+    let mut notes = notes;
+    notes.extend(elsewhere(&catalog, &choice));
     let measured = backups.iter().filter_map(|backup| history::past_of_stored(&backup.reference)).collect();
     let chosen = backups.into_iter().find(|backup| backup.reference.backup == choice.backup);
     let chosen = chosen.ok_or_else(|| PlanError::Vanished(choice.backup.clone()))?;
     Ok(RestorePlan { measured, ..finish(target, choice, chosen, notes) })
+}
+
+/// A split brain of which this restore takes one side.
+fn elsewhere(catalog: &WalCatalog, choice: &Choice) -> Vec<String> {
+    let found = split_brains(catalog, Timestamp::now().as_microsecond());
+    let not_taken = found.iter().filter(|split| split.wal != choice.wal && split.wal.system_id == choice.wal.system_id);
+    not_taken.map(|split| format!("{split}, and is no part of this")).collect()
 }
 
 /// Transactions end in another order than that of their numbers, and the archive's index has no numbers.
@@ -200,12 +213,17 @@ fn note_of_xid(xid: u64, backup_given: bool) -> Vec<String> {
 }
 
 fn finish(target: &RecoveryTarget, choice: Choice, backup: CommittedBackup, mut notes: Vec<String>) -> RestorePlan {
-    let mut chain: Vec<Leg> =
-        choice.reads.iter().map(|read| Leg { wal: read.wal, from: read.from, to: read.to }).collect();
-    if chain.last().is_none_or(|leg| leg.wal != choice.wal) {
-        chain.push(Leg { wal: choice.wal, from: Lsn::INVALID, to: Lsn::INVALID });
+    let mut chain: Vec<Leg> = Vec::new();
+    let behind = |chain: &[Leg], wal: WalBranch| chain.last().is_some_and(|leg| leg.wal.timeline == wal.timeline);
+    for read in &choice.reads {
+        let begins = behind(&chain, read.wal).then_some(read.from);
+        chain.push(Leg { wal: read.wal, begins, from: read.from, to: read.to });
     }
-    let mut ends = PlanEnd::Open;
+    if chain.last().is_none_or(|leg| leg.wal != choice.wal) {
+        let begins = behind(&chain, choice.wal).then_some(choice.tip_begins);
+        chain.push(Leg { wal: choice.wal, begins, from: Lsn::INVALID, to: Lsn::INVALID });
+    }
+    let mut ends = if choice.ends_there { PlanEnd::There } else { PlanEnd::Open };
     let mut target = target.clone();
     if choice.stop == StopAt::EndOfWal {
         if target.point != TargetPoint::Latest {
@@ -234,7 +252,7 @@ fn finish(target: &RecoveryTarget, choice: Choice, backup: CommittedBackup, mut 
     RestorePlan { wal_from: choice.from, wal_to: choice.to, backup, chain, target, ends, notes, measured }
 }
 
-fn timeline(timeline: TargetTimeline) -> TimelineChoice {
+pub(crate) fn timeline_choice(timeline: TargetTimeline) -> TimelineChoice {
     match timeline {
         TargetTimeline::Latest => TimelineChoice::Latest,
         TargetTimeline::Current => TimelineChoice::Current,

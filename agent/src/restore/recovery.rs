@@ -89,6 +89,8 @@ impl RecoverySettings<'_> {
             ("archive_cleanup_command", String::new()),
             ("primary_conninfo", String::new()),
             ("primary_slot_name", String::new()),
+            // Nobody follows it yet: with the original's standbys its first commit would wait for ever.
+            ("synchronous_standby_names", String::new()),
         ];
         if self.major < 16 {
             // Gone with 16, which refuses unknown names. A file that lies there would end a pause at once.
@@ -276,7 +278,8 @@ mod tests {
             let text = written(&target, "");
             assert!(text.contains(wanted), "{text}");
             assert_eq!(text.matches("recovery_target_inclusive = 'off'").count(), usize::from(exclusive));
-            assert_eq!(text.matches(" = ''\n").count(), 4 + 3, "all other targets are none: {text}");
+            assert_eq!(text.matches(" = ''\n").count(), 4 + 4, "all other targets are none: {text}");
+            assert!(text.contains("synchronous_standby_names = ''"), "its commits wait for nobody: {text}");
             assert!(text.contains("recovery_target_action = 'promote'") && text.contains("archive_mode = 'off'"));
             assert!(text.contains("restore_command = '''/opt/wal fleet/walfleet-agent'' wal fetch --source"), "{text}");
         }

@@ -1,24 +1,28 @@
-//! From the archive to a recovering server: one call a file, several segments a call.
+//! From the archive to a recovering server: one call a file.
 //!
 //! A call finds everything it needs in one small file that the restore wrote: which repository, which key, which
-//! timelines. It brings the segments behind the one asked for along and leaves them beside `pg_wal`'s own files, so that
-//! most calls only rename a file. A file is delivered whole and durable in name, or not at all.
+//! timelines. The segments behind the one asked for are brought ahead ([`super::prefetch`]), so that most calls only rename
+//! a file. A file is delivered whole and durable in name, or not at all.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustix::fs::{FallocateFlags, fallocate};
 use serde::{Deserialize, Serialize};
 use walfleet_repository::cluster_log::DomainKeys;
+use walfleet_repository::format::wal_history::Divergence;
 use walfleet_repository::ids::{ClusterName, DomainId};
 use walfleet_repository::key_file::{KeyFile, KeyFileError};
 use walfleet_repository::keyring::{Keyring, KeyringError};
 use walfleet_repository::postgres::{Branch, Lsn, Segment, SegmentSize, SystemId, Timeline, WalBranch};
 use walfleet_repository::store::{Store, StoreError, StoreOptions};
-use walfleet_repository::wal_archive::{ArchiveError, WalArchive};
+use walfleet_repository::wal_archive::{ArchiveError, Strays, Unfinished, WalArchive};
 
+use crate::wal::prefetch;
 use crate::wal::read::{WalFile, WalReadError};
 
 /// The file that a restore leaves in `pg_wal`, which no base backup copies.
@@ -30,9 +34,6 @@ pub const AHEAD_FOLDER: &str = "pg_wal/walfleet-ahead";
 
 /// One call may take this long before recovery is stopped rather than left hanging.
 const DEADLINE: Duration = Duration::from_secs(600);
-
-/// How long a delivered file waits for those brought along with it.
-const AHEAD_DEADLINE: Duration = Duration::from_secs(20);
 
 /// Everything a fetch needs, kept beside the restored server's WAL.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -66,6 +67,9 @@ pub struct SourceTimeline {
     pub timeline: Timeline,
     /// 16 hexadecimal digits.
     pub branch: String,
+    /// Set if another branch of this timeline leads to this one: from the segment that holds it on, this one is read.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub begins_lsn: Option<Lsn>,
     /// Segments that begin in `[from, to)` were there when the restore was planned: without one of them recovery must
     /// stop, and not end.
     pub needed_from_lsn: Lsn,
@@ -110,16 +114,21 @@ pub enum FetchError {
 }
 
 /// Brings one file. `source` is the restore's file; `destination` is Postgres's `%p`.
-pub fn fetch(source: &Path, name: &str, destination: &Path) -> Result<FetchOutcome, FetchError> {
-    let text = std::fs::read(source).map_err(|e| FetchError::Source { path: source.to_owned(), source: e })?;
-    let syntax = |problem: String| FetchError::Syntax { path: source.to_owned(), problem };
-    let source: RestoreSource = serde_json::from_slice(&text).map_err(|e| syntax(e.to_string()))?;
-    let plan = Plan::of(&source).map_err(syntax)?;
+pub fn fetch(source_file: &Path, name: &str, destination: &Path) -> Result<FetchOutcome, FetchError> {
+    let (source, plan) = RestoreSource::read(source_file)?;
     let file = WalFile::parse(name, plan.size)?;
-    if let WalFile::Segment(segment) = file
-        && let Some(outcome) = deliver_waiting(&plan, segment, destination)?
-    {
-        return Ok(outcome);
+    if let WalFile::Segment(segment) = file {
+        if let Some(outcome) = deliver_waiting(&plan, segment, destination)? {
+            return Ok(outcome);
+        }
+        if plan.is_on_the_way(segment) && source.read_ahead > 0 {
+            if prefetch::wait_for(name)
+                && let Some(outcome) = deliver_waiting(&plan, segment, destination)?
+            {
+                return Ok(outcome);
+            }
+            prefetch::start(source_file, name);
+        }
     }
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -134,15 +143,47 @@ pub fn fetch(source: &Path, name: &str, destination: &Path) -> Result<FetchOutco
     outcome
 }
 
+impl RestoreSource {
+    pub(super) fn read(path: &Path) -> Result<(RestoreSource, Plan), FetchError> {
+        let text = std::fs::read(path).map_err(|e| FetchError::Source { path: path.to_owned(), source: e })?;
+        let syntax = |problem: String| FetchError::Syntax { path: path.to_owned(), problem };
+        let source: RestoreSource = serde_json::from_slice(&text).map_err(|e| syntax(e.to_string()))?;
+        let plan = Plan::of(&source).map_err(syntax)?;
+        Ok((source, plan))
+    }
+}
+
+/// The branch that a restored server's recovery read a segment of its last timeline from, if the data directory is one that a
+/// restore made.
+pub fn restored_from(data_dir: &Path, system_id: SystemId, segment: Segment) -> Option<WalBranch> {
+    let (source, plan) = RestoreSource::read(&data_dir.join(SOURCE_FILE)).ok()?;
+    let is_last = source.timelines.last().is_some_and(|last| last.timeline == segment.timeline);
+    plan.wal(segment).filter(|_| is_last && plan.system_id == system_id)
+}
+
 /// The source, checked.
-struct Plan {
+#[derive(Clone)]
+pub(super) struct Plan {
     system_id: SystemId,
     size: SegmentSize,
     domain: DomainKeys,
-    branches: BTreeMap<Timeline, Branch>,
-    needed: BTreeMap<Timeline, (Lsn, Lsn)>,
+    /// By timeline and first segment.
+    legs: BTreeMap<(Timeline, u64), PlanLeg>,
     /// WAL from here on is not part of the restore.
     end: Option<Lsn>,
+    /// The end of what was planned.
+    needed_to: Lsn,
+    /// No segment behind the one that holds it is brought along.
+    last: u64,
+    /// Members that left branches, and what of theirs lies in those.
+    divergences: Vec<(WalBranch, Divergence)>,
+}
+
+/// A branch that is read from, and which of it cannot be done without.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct PlanLeg {
+    branch: Branch,
+    needed: (Lsn, Lsn),
 }
 
 impl Plan {
@@ -157,39 +198,150 @@ impl Plan {
             let digest: walfleet_repository::ids::Digest = text.parse().map_err(|e| format!("key_commitments: {e}"))?;
             commitments.insert(*version, digest.0);
         }
-        let branches = source.timelines.iter().map(|entry| Ok((entry.timeline, entry.branch.parse::<Branch>()?)));
-        let branches = branches.collect::<Result<_, walfleet_repository::postgres::ParseError>>();
+        let legs = source.timelines.iter().map(|entry| {
+            let first = entry.begins_lsn.map_or(0, |begins| begins.segment_number(size));
+            let needed = (entry.needed_from_lsn, entry.needed_to_lsn);
+            Ok(((entry.timeline, first), PlanLeg { branch: entry.branch.parse::<Branch>()?, needed }))
+        });
+        let legs = legs.collect::<Result<_, walfleet_repository::postgres::ParseError>>();
         Ok(Plan {
             system_id: SystemId(source.system_identifier),
             size,
             domain: DomainKeys { domain, commitments },
-            branches: branches.map_err(|e| e.to_string())?,
-            needed: source
-                .timelines
-                .iter()
-                .map(|entry| (entry.timeline, (entry.needed_from_lsn, entry.needed_to_lsn)))
-                .collect(),
+            legs: legs.map_err(|e| e.to_string())?,
+            divergences: Vec::new(),
             end: source.ends_there.then_some(source.needed_to_lsn),
+            needed_to: source.needed_to_lsn,
+            last: source.needed_to_lsn.segment_number(size),
         })
     }
 
-    fn wal(&self, timeline: Timeline) -> Option<WalBranch> {
-        let branch = *self.branches.get(&timeline)?;
-        Some(WalBranch { system_id: self.system_id, timeline, branch })
+    /// The branch that a timeline's history lies in.
+    fn history(&self, timeline: Timeline) -> Option<WalBranch> {
+        let (_, leg) = self.legs.range((timeline, 0)..=(timeline, u64::MAX)).next()?;
+        Some(WalBranch { system_id: self.system_id, timeline, branch: leg.branch })
+    }
+
+    fn leg(&self, segment: Segment) -> Option<&PlanLeg> {
+        let timeline = segment.timeline;
+        self.legs.range((timeline, 0)..=(timeline, segment.number)).next_back().map(|(_, leg)| leg)
+    }
+
+    fn wal(&self, segment: Segment) -> Option<WalBranch> {
+        let branch = self.leg(segment)?.branch;
+        Some(WalBranch { system_id: self.system_id, timeline: segment.timeline, branch })
+    }
+
+    /// Reads which members left branches of the plan's timelines. Before that nothing is brought.
+    pub async fn read_divergences(&mut self, archive: &WalArchive) -> Result<(), FetchError> {
+        let timelines: BTreeSet<Timeline> = self.legs.keys().map(|(timeline, _)| *timeline).collect();
+        for timeline in timelines {
+            self.divergences.extend(archive.divergences(self.system_id, timeline).await?);
+        }
+        Ok(())
+    }
+
+    /// Whether a segment that lies in a branch is another's: its member stored it before it knew that its WAL differs.
+    fn is_stray(&self, wal: WalBranch, segment: Segment) -> bool {
+        let of_timeline = self.divergences.iter().filter(|(left, _)| left.timeline == wal.timeline);
+        Strays::of(wal, of_timeline.map(|(_, divergence)| divergence)).holds(segment, self.size)
     }
 }
 
 impl Plan {
     fn needs(&self, segment: Segment) -> bool {
         let start = segment.start(self.size);
-        self.needed.get(&segment.timeline).is_some_and(|(from, to)| {
+        self.leg(segment).is_some_and(|leg| {
+            let (from, to) = leg.needed;
             // The first needed position lies within its segment.
-            segment.end(self.size) > *from && start < *to
+            segment.end(self.size) > from && start < to
         })
+    }
+
+    /// How much of a needed segment recovery cannot do without.
+    fn needed_of(&self, segment: Segment) -> u32 {
+        let needed = self.needed_to.saturating_sub(segment.start(self.size));
+        u32::try_from(needed).unwrap_or(u32::MAX).min(self.size.bytes())
     }
 
     fn is_behind(&self, segment: Segment) -> bool {
         self.end.is_some_and(|end| segment.start(self.size) >= end)
+    }
+
+    pub fn size(&self) -> SegmentSize {
+        self.size
+    }
+
+    /// The segment of a file's name.
+    pub fn segment(&self, name: &str) -> Result<Segment, FetchError> {
+        match WalFile::parse(name, self.size)? {
+            WalFile::Segment(segment) => Ok(segment),
+            _ => Err(WalReadError::Name { name: name.to_owned() }.into()),
+        }
+    }
+
+    /// The timeline from which recovery reads a segment: the newest that begins in or before it.
+    fn timeline_of(&self, number: u64) -> Option<Timeline> {
+        // Of a timeline that only leads to the target nothing is read.
+        let begun = |(_, leg): &(&(Timeline, u64), &PlanLeg)| {
+            let (from, to) = leg.needed;
+            from < to && from.segment_number(self.size) <= number
+        };
+        self.legs.iter().rfind(begun).map(|((timeline, _), _)| *timeline)
+    }
+
+    /// Whether recovery to the target reads this very segment.
+    fn is_on_the_way(&self, segment: Segment) -> bool {
+        segment.number <= self.last && self.timeline_of(segment.number) == Some(segment.timeline)
+    }
+
+    /// The segment that recovery reads next; `None`: the target lies before.
+    pub fn after(&self, segment: Segment) -> Option<Segment> {
+        let number = segment.number.checked_add(1).filter(|number| *number <= self.last)?;
+        let next = Segment { timeline: self.timeline_of(number)?, number };
+        Some(next).filter(|next| !self.is_behind(*next))
+    }
+
+    /// Writes a whole segment as this restore needs it; `false`: the archive does not hold it.
+    pub async fn bring(
+        &self,
+        archive: &WalArchive,
+        segment: Segment,
+        destination: PathBuf,
+    ) -> Result<bool, FetchError> {
+        let Some(wal) = self.wal(segment).filter(|wal| !self.is_stray(*wal, segment)) else { return Ok(false) };
+        let Some(found) = archive.fetch_segment(wal, segment, self.size).await? else { return Ok(false) };
+        let plan = self.clone();
+        let written = tokio::task::spawn_blocking(move || {
+            let mut at = segment.start(plan.size);
+            write_by(&destination, |file| {
+                // Not needed, but on ext4 half the cost of writing is otherwise to put off where each block will lie.
+                let _ = fallocate(&*file, FallocateFlags::empty(), 0, u64::from(plan.size.bytes()));
+                found.unpack(|content| {
+                    match plan.end.filter(|end| *end < Lsn(at.0 + content.len() as u64)) {
+                        Some(_) => {
+                            let mut content = content.to_vec();
+                            plan.cut(at, &mut content);
+                            file.write_all(&content)?;
+                        }
+                        None => file.write_all(content)?,
+                    }
+                    at = Lsn(at.0 + content.len() as u64);
+                    Ok(())
+                })?;
+                Ok(())
+            })
+        });
+        written.await.map_err(|bug| FetchError::Internal(bug.to_string()))?.map(|()| true)
+    }
+
+    /// What has come to a segment since the restore was planned, behind its end, is not part of it. `content` is WAL from
+    /// `at` on.
+    fn cut(&self, at: Lsn, content: &mut [u8]) {
+        if let Some(end) = self.end {
+            let kept = usize::try_from(end.saturating_sub(at)).unwrap_or(usize::MAX);
+            content.get_mut(kept..).unwrap_or_default().fill(0);
+        }
     }
 }
 
@@ -207,19 +359,27 @@ fn deliver_waiting(plan: &Plan, segment: Segment, destination: &Path) -> Result<
     }
 }
 
+pub(super) async fn open_archive(plan: &Plan, source: &RestoreSource) -> Result<WalArchive, FetchError> {
+    let key = KeyFile::read(&source.key_file)?;
+    let options = StoreOptions { settings: source.options.clone(), ..StoreOptions::default() };
+    let store = Store::open(&source.url, &options)?;
+    let keys = Keyring::open(&store, &plan.domain, &key.recipient).await?;
+    Ok(WalArchive::new(store, source.cluster.clone(), Arc::new(keys), 3))
+}
+
 async fn bring(
     plan: &Plan,
     source: &RestoreSource,
     file: WalFile,
     destination: &Path,
 ) -> Result<FetchOutcome, FetchError> {
-    let key = KeyFile::read(&source.key_file)?;
-    let options = StoreOptions { settings: source.options.clone(), ..StoreOptions::default() };
-    let store = Store::open(&source.url, &options)?;
-    let keys = Keyring::open(&store, &plan.domain, &key.recipient).await?;
-    let archive = WalArchive::new(store, source.cluster.clone(), Arc::new(keys), 3);
+    let archive = open_archive(plan, source).await?;
     match file {
-        WalFile::Segment(segment) => bring_segments(plan, source, &archive, segment, destination).await,
+        WalFile::Segment(segment) => {
+            let mut plan = plan.clone();
+            plan.read_divergences(&archive).await?;
+            bring_segment(&plan, &archive, segment, destination).await
+        }
         WalFile::History(timeline) => bring_history(plan, &archive, timeline, destination).await,
         // Recovery never asks for these by name.
         WalFile::Partial(_) | WalFile::BackupHistory(..) => Ok(FetchOutcome::Absent),
@@ -234,7 +394,7 @@ async fn bring_history(
     timeline: Timeline,
     destination: &Path,
 ) -> Result<FetchOutcome, FetchError> {
-    let wal = match plan.wal(timeline) {
+    let wal = match plan.history(timeline) {
         Some(wal) => Some(wal),
         None => {
             let branches = archive.branches(plan.system_id).await?;
@@ -247,67 +407,56 @@ async fn bring_history(
     Ok(FetchOutcome::Delivered)
 }
 
-async fn bring_segments(
+async fn bring_segment(
     plan: &Plan,
-    source: &RestoreSource,
     archive: &WalArchive,
     segment: Segment,
     destination: &Path,
 ) -> Result<FetchOutcome, FetchError> {
     // A timeline that does not lead to the target: its WAL is not part of this restore.
-    let Some(wal) = plan.wal(segment.timeline).filter(|_| !plan.is_behind(segment)) else {
+    let Some(wal) = plan.wal(segment).filter(|_| !plan.is_behind(segment)) else {
         return Ok(FetchOutcome::Absent);
     };
-    let last = source.needed_to_lsn.segment_number(plan.size);
-    let ahead: Vec<Segment> = (1..=u64::from(source.read_ahead))
-        .map(|n| Segment { number: segment.number.saturating_add(n), ..segment })
-        .take_while(|next| next.number <= last)
-        .filter(|next| !Path::new(AHEAD_FOLDER).join(next.file_name(plan.size)).exists())
-        .collect();
-    let mut tasks = tokio::task::JoinSet::new();
-    for next in ahead {
-        let (archive, size) = (archive.clone(), plan.size);
-        tasks.spawn(async move {
-            // What does not come now is asked for by name later; then its failure counts.
-            if let Ok(Some((_, content))) = archive.get_segment(wal, next, size).await {
-                let _ = write_ahead(&next.file_name(size), &content);
-            }
-        });
-    }
-    let mut found = archive.get_segment(wal, segment, plan.size).await?;
-    if found.is_none() {
-        found = archive.get_partial(wal, segment, plan.size).await?;
-    }
-    let Some((_, content)) = found else {
-        if plan.needs(segment) {
-            return Err(FetchError::Gone { name: segment.file_name(plan.size) });
-        }
-        return Ok(FetchOutcome::Absent);
+    // What does not read counts as absent, and may lie beside in pieces.
+    let damage = match plan.bring(archive, segment, destination.to_owned()).await {
+        Ok(true) => return Ok(FetchOutcome::Delivered),
+        Ok(false) => None,
+        Err(FetchError::Archive(error)) if error.is_damage() => Some(error),
+        Err(error) => return Err(error),
     };
+    let unfinished = archive.get_unfinished(wal, segment, plan.size).await?;
+    if plan.needs(segment) && unfinished.as_ref().is_none_or(|found| found.end < plan.needed_of(segment)) {
+        let gone = || FetchError::Gone { name: segment.file_name(plan.size) };
+        return Err(damage.map_or_else(gone, FetchError::Archive));
+    }
+    let Some(Unfinished { mut content, .. }) = unfinished else { return Ok(FetchOutcome::Absent) };
+    plan.cut(segment.start(plan.size), &mut content);
     write_whole(destination, &content)?;
-    // The file is delivered; what was to come along may hang without spoiling that.
-    let all = async { while tasks.join_next().await.is_some() {} };
-    let _ = tokio::time::timeout(AHEAD_DEADLINE, all).await;
     Ok(FetchOutcome::Delivered)
-}
-
-fn write_ahead(name: &str, content: &[u8]) -> Result<(), FetchError> {
-    let folder = Path::new(AHEAD_FOLDER);
-    std::fs::create_dir_all(folder).map_err(|source| FetchError::Write { path: folder.to_owned(), source })?;
-    write_whole(&folder.join(name), content)
 }
 
 /// Writes beside the destination and renames, so that its name never stands for half a file. Not synced: recovery reads
 /// it at once and asks again after a crash.
 fn write_whole(destination: &Path, content: &[u8]) -> Result<(), FetchError> {
+    write_by(destination, |file| {
+        file.write_all(content).map_err(|source| FetchError::Write { path: destination.to_owned(), source })
+    })
+}
+
+fn write_by(destination: &Path, write: impl FnOnce(&mut File) -> Result<(), FetchError>) -> Result<(), FetchError> {
     let mut partial = destination.as_os_str().to_owned();
     partial.push(format!(".walfleet-{}", std::process::id()));
     let partial = PathBuf::from(partial);
-    let written = std::fs::File::create(&partial)
-        .and_then(|mut file| file.write_all(content))
-        .and_then(|()| std::fs::rename(&partial, destination));
-    written.map_err(|source| {
+    let fail = |source| FetchError::Write { path: destination.to_owned(), source };
+    let written = File::create(&partial)
+        .map_err(fail)
+        .and_then(|mut file| write(&mut file))
+        .and_then(|()| std::fs::rename(&partial, destination).map_err(fail));
+    if written.is_err() {
         let _ = std::fs::remove_file(&partial);
-        FetchError::Write { path: destination.to_owned(), source }
-    })
+    }
+    written
 }
+
+#[cfg(test)]
+mod tests;

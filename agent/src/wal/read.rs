@@ -5,10 +5,13 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use walfleet_repository::format::wal_segment::{CommitPoint, RestorePoint, SegmentFacts};
+use walfleet_repository::format::wal_segment::{CommitPoint, RestorePoint, SegmentFacts, WalLevelChange};
+use walfleet_repository::layout::WalLevelClass;
 use walfleet_repository::postgres::{Segment, SegmentSize, SystemId, Timeline};
 
-use crate::postgres::wal_record::{Carry, SegmentDigest, SegmentEnd, SegmentPlace, WalError, digest_segment};
+use crate::postgres::wal_record::{
+    Carry, ParameterChange, SegmentDigest, SegmentEnd, SegmentPlace, WalError, digest_segment,
+};
 
 /// Commits closer together are thinned in the archive's index.
 const COMMIT_SPACING: Duration = Duration::from_millis(100);
@@ -90,13 +93,14 @@ pub struct SegmentContent {
 /// src/backend/access/transam/xlog.c). Whoever opened it before would read some of either, and take a server's own WAL for
 /// another's. If the name still means the same file afterwards, nothing was written over yet.
 pub fn read_in_place(path: &Path) -> std::io::Result<Vec<u8>> {
-    read_and(path, || {})
+    read_and(path, Vec::new(), || {})
 }
 
-fn read_and(path: &Path, meanwhile: impl FnOnce()) -> std::io::Result<Vec<u8>> {
+fn read_and(path: &Path, mut bytes: Vec<u8>, meanwhile: impl FnOnce()) -> std::io::Result<Vec<u8>> {
     let mut file = std::fs::File::open(path)?;
     let opened = file.metadata()?;
-    let mut bytes = Vec::with_capacity(usize::try_from(opened.len()).unwrap_or_default());
+    bytes.clear();
+    bytes.reserve_exact(usize::try_from(opened.len()).unwrap_or_default());
     file.read_to_end(&mut bytes)?;
     meanwhile();
     let named = std::fs::metadata(path)?;
@@ -114,7 +118,19 @@ pub fn read_segment(
     system_id: SystemId,
     carry: Option<Carry>,
 ) -> Result<SegmentContent, WalReadError> {
-    let bytes = read_in_place(path).map_err(|source| WalReadError::Io { path: path.to_owned(), source })?;
+    read_segment_into(Vec::new(), path, segment, size, system_id, carry)
+}
+
+/// The same into a buffer that was used before: memory that is fresh costs as much as what is read into it.
+pub fn read_segment_into(
+    buffer: Vec<u8>,
+    path: &Path,
+    segment: Segment,
+    size: SegmentSize,
+    system_id: SystemId,
+    carry: Option<Carry>,
+) -> Result<SegmentContent, WalReadError> {
+    let bytes = read_and(path, buffer, || {}).map_err(|source| WalReadError::Io { path: path.to_owned(), source })?;
     let (found, expected) = (bytes.len() as u64, u64::from(size.bytes()));
     if found != expected {
         return Err(WalReadError::Length { path: path.to_owned(), found, expected });
@@ -126,16 +142,28 @@ pub fn read_segment(
     if let Some(found) = digest.system_id.filter(|found| *found != system_id) {
         return Err(WalReadError::System { path: path.to_owned(), found, expected: system_id });
     }
-    let suspicion = match digest.end {
-        SegmentEnd::Broken(reason) => Some(format!("its records end at byte {}: {reason:?}", digest.valid_bytes)),
-        SegmentEnd::MoreToCome => Some("its records end before the segment".to_owned()),
-        _ => None,
-    };
+    let suspicion = suspicion(&digest);
     let facts = facts_of(&mut digest);
     Ok(SegmentContent { bytes, facts, carry: digest.carry, suspicion })
 }
 
-fn facts_of(digest: &mut SegmentDigest) -> SegmentFacts {
+/// What leads into the next segment, from the content of this one alone.
+pub fn read_carry(content: &[u8], segment: Segment, size: SegmentSize, system_id: SystemId) -> Option<Carry> {
+    let place =
+        SegmentPlace { start: segment.start(size), size, timeline: segment.timeline, system_id: Some(system_id) };
+    digest_segment(place, None, COMMIT_SPACING, content).ok()?.carry
+}
+
+/// What is odd about a segment that Postgres calls finished.
+pub fn suspicion(digest: &SegmentDigest) -> Option<String> {
+    match digest.end {
+        SegmentEnd::Broken(reason) => Some(format!("its records end at byte {}: {reason:?}", digest.valid_bytes)),
+        SegmentEnd::MoreToCome => Some("its records end before the segment".to_owned()),
+        _ => None,
+    }
+}
+
+pub fn facts_of(digest: &mut SegmentDigest) -> SegmentFacts {
     let point = |lsn, at_us| CommitPoint { lsn, at_us };
     SegmentFacts {
         valid_bytes: digest.valid_bytes,
@@ -146,7 +174,36 @@ fn facts_of(digest: &mut SegmentDigest) -> SegmentFacts {
             .map(|r| RestorePoint { name: r.name.clone(), point: point(r.end, r.at_us) })
             .collect(),
         changed_blocks: digest.changed_blocks.take().filter(|_| digest.end.is_complete()),
+        wal_levels: digest.parameter_changes.iter().map(wal_level_change).collect(),
     }
+}
+
+/// What a change of settings means for the WAL around it: what can be recovered ends before the record before, where a target
+/// still stops recovery before it comes to the change.
+pub fn wal_level_change(change: &ParameterChange) -> WalLevelChange {
+    match change.ends_archive_recovery() {
+        true => WalLevelChange { at: change.previous, level: WalLevelClass::Minimal },
+        false => WalLevelChange { at: change.end, level: WalLevelClass::Replica },
+    }
+}
+
+/// A history file: a few lines, never more than a page or two. `None` if it is not there.
+pub async fn read_small(data_dir: &Path, name: &str) -> Result<Option<Vec<u8>>, WalReadError> {
+    const LIMIT: u64 = 1 << 20;
+    let path = data_dir.join("pg_wal").join(name);
+    let read = tokio::task::spawn_blocking(move || {
+        let io = |source| WalReadError::Io { path: path.clone(), source };
+        let found = match std::fs::metadata(&path) {
+            Ok(found) => found.len(),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(io(error)),
+        };
+        if found == 0 || found > LIMIT {
+            return Err(WalReadError::Length { path: path.clone(), found, expected: LIMIT });
+        }
+        std::fs::read(&path).map(Some).map_err(io)
+    });
+    read.await.unwrap_or_else(|_| Err(WalReadError::Name { name: name.to_owned() }))
 }
 
 #[cfg(test)]
@@ -160,9 +217,9 @@ mod tests {
         let recycled = folder.path().join("000000010000000000000009");
         std::fs::write(&path, "first").unwrap();
         assert_eq!(read_in_place(&path).unwrap(), b"first");
-        let gone = read_and(&path, || std::fs::rename(&path, &recycled).unwrap());
+        let gone = read_and(&path, Vec::new(), || std::fs::rename(&path, &recycled).unwrap());
         assert_eq!(gone.unwrap_err().kind(), std::io::ErrorKind::NotFound);
-        let replaced = read_and(&recycled, || {
+        let replaced = read_and(&recycled, b"used before".to_vec(), || {
             std::fs::rename(&recycled, &path).unwrap();
             std::fs::write(&recycled, "another").unwrap();
         });

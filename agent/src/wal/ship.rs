@@ -4,28 +4,47 @@
 //! as well, and answers at once when Postgres comes to ask for them. An answer is only ever given for what the store
 //! has confirmed; nothing else is remembered across a restart of the agent, since asking the archive again is cheap.
 
+mod home;
+mod segment;
+
 use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use jiff::Timestamp;
 use tokio::runtime::Handle;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{Notify, Semaphore, watch};
+use walfleet_repository::format::sealed::Effort;
 use walfleet_repository::ids::ChunkId;
-use walfleet_repository::postgres::{Branch, Lsn, Segment, SegmentSize, SystemId, Timeline, WalBranch};
-use walfleet_repository::wal_archive::{ArchiveError, Archived, OwnedSegment, WalArchive};
+use walfleet_repository::postgres::{Lsn, Segment, SegmentSize, SystemId, Timeline};
+use walfleet_repository::shipping::Compression;
+use walfleet_repository::wal_archive::{ArchiveError, Archived, WalArchive};
 
-use crate::limits::{HostLimits, threads};
+use crate::limits::HostLimits;
 use crate::postgres::wal_record::Carry;
-use crate::wal::read::{SegmentContent, WalFile, WalReadError, read_segment};
+use crate::wal::branches::{Branches, Ticket};
+use crate::wal::read::{WalFile, WalReadError, read_segment, read_small};
+use crate::wal::receive::StreamStatus;
 
 /// Files that were shipped ahead and not asked for yet are remembered; beyond this, the oldest are forgotten and would
 /// only be compared again.
 const REMEMBERED: usize = 4096;
 
-/// Segments in flight hold at most this much content, and about as much again sealed; always one.
-const IN_FLIGHT_BYTES: u32 = 64 << 20;
+/// How long a segment that the WAL stream brings is waited for before it is stored from its file.
+const STREAM_PATIENCE: Duration = Duration::from_secs(30);
+
+/// Segments being read, decoded and sealed hold at most this much content, and about as much again; always one.
+const CONTENT_BYTES: u32 = 48 << 20;
+
+/// Sealed segments on their way hold at most this much; always one.
+const SEALED_KIB: u32 = 32 << 10;
+
+/// With so many segments waiting they are compressed lightly, and from more on as lightly as pays: then time counts, and
+/// not space.
+const BACKLOG: usize = 8;
+const LARGE_BACKLOG: usize = 16;
 
 #[derive(Debug, thiserror::Error)]
 pub enum ShipError {
@@ -35,6 +54,8 @@ pub enum ShipError {
     Archive(#[from] ArchiveError),
     #[error("timeline {0} has no history file in pg_wal, so its branch is not known\nHINT: copy {name} back into pg_wal.", name = .0.history_name())]
     NoHistory(Timeline),
+    #[error("what lies in pg_wal as {name} is not a finished segment: {suspicion}")]
+    Unfinished { name: String, suspicion: String },
     #[error("the agent is stopping")]
     Stopping,
 }
@@ -57,6 +78,7 @@ pub struct ShipSource {
     pub archive: WalArchive,
     /// This agent's name.
     pub member: String,
+    pub compression: Compression,
     /// What is shipped is counted there, and never waits.
     pub limits: Arc<HostLimits>,
 }
@@ -79,8 +101,10 @@ pub struct ShipStatus {
 /// Which file of a segment is meant.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum SegmentForm {
-    /// Finished: its last record ends with it or continues in the next.
+    /// Finished, as Postgres says: its last record ends with it or continues in the next.
     Whole,
+    /// Finished, if its records say so: under its name may also lie one that is being written, or that was recycled.
+    Presumed,
     /// The last of its timeline, which a promotion left unfinished (`.partial`).
     Partial,
 }
@@ -93,12 +117,12 @@ struct State {
     files: HashMap<WalFile, watch::Receiver<Outcome>>,
     /// In the order they were begun.
     order: std::collections::VecDeque<WalFile>,
-    /// Whose history file the archive holds.
-    stored_histories: BTreeSet<Branch>,
+    /// How often a branch had been left when something was last begun.
+    partings: u64,
     /// Confirmed segments ahead of the contiguous end, by number.
     confirmed: BTreeSet<Segment>,
-    /// Whether the last segment was new to the archive: nobody else is ahead with this timeline.
-    leads: bool,
+    /// Whether the last segment was new to the archive: nobody else is ahead with this timeline. `None`: not known yet.
+    leads: Option<bool>,
     /// The first segment whose durability is promised, and from which the contiguous end grows.
     next: Option<Segment>,
     first: Option<Segment>,
@@ -107,12 +131,28 @@ struct State {
 /// Ships one instance's WAL. Cheap to share.
 pub struct Shipper {
     source: ShipSource,
+    branches: Arc<Branches>,
     options: ShipOptions,
     state: Mutex<State>,
     /// Decoding goes in WAL order, so that a record across two segments is read whole.
     decoding: tokio::sync::Mutex<Option<(Segment, Carry)>>,
+    /// The segments that were begun and are not decoded yet: the first of them is next.
+    to_decode: watch::Sender<BTreeSet<Segment>>,
     slots: Arc<Semaphore>,
+    contents: Semaphore,
+    /// Of contents that were sealed, for the next while some wait.
+    buffers: Mutex<Vec<Vec<u8>>>,
+    sealed_kib: Semaphore,
+    /// Compress lightly.
+    light: WalArchive,
+    lightest: WalArchive,
+    /// Segments that waited when it was last looked.
+    backlog: AtomicUsize,
     status: watch::Sender<ShipStatus>,
+    /// What the same server's WAL stream has brought.
+    stream: watch::Sender<StreamStatus>,
+    /// Postgres has asked for a timeline's history: it was promoted.
+    promoted: Notify,
     /// The one it was made on: a backup that asks runs on threads that may have to wait.
     runtime: Handle,
 }
@@ -121,15 +161,24 @@ impl Shipper {
     /// To be made on the runtime that it is to work on.
     pub fn new(source: ShipSource, options: ShipOptions) -> Arc<Shipper> {
         let (status, _) = watch::channel(ShipStatus::default());
-        let fitting = (IN_FLIGHT_BYTES / source.segment_size.bytes()).max(1) as usize;
-        let options = ShipOptions { parallel: options.parallel.clamp(1, fitting), ..options };
+        let fitting = (CONTENT_BYTES / source.segment_size.bytes()).max(1) as usize;
         Arc::new(Shipper {
-            slots: Arc::new(Semaphore::new(options.parallel)),
+            slots: Arc::new(Semaphore::new(options.parallel.max(1))),
+            contents: Semaphore::new(fitting),
+            buffers: Mutex::default(),
+            sealed_kib: Semaphore::new(SEALED_KIB as usize),
+            light: source.archive.with_less(Effort::Level(1)),
+            lightest: source.archive.with_less(Effort::Least),
+            backlog: AtomicUsize::new(0),
+            to_decode: watch::Sender::default(),
+            branches: Branches::new(source.clone()),
             source,
             options,
             state: Mutex::default(),
             decoding: tokio::sync::Mutex::new(None),
             status,
+            stream: watch::Sender::default(),
+            promoted: Notify::new(),
             runtime: Handle::current(),
         })
     }
@@ -138,42 +187,123 @@ impl Shipper {
         self.status.subscribe()
     }
 
+    pub fn source(&self) -> &ShipSource {
+        &self.source
+    }
+
+    /// Where this server's WAL goes, whoever stores it.
+    pub fn branches(&self) -> &Arc<Branches> {
+        &self.branches
+    }
+
+    /// Where whoever streams this server's WAL says how far that is.
+    pub fn stream(&self) -> &watch::Sender<StreamStatus> {
+        &self.stream
+    }
+
+    /// Returns when Postgres has asked for a timeline's history to be archived since it was last waited for.
+    pub async fn promoted(&self) {
+        self.promoted.notified().await;
+    }
+
     /// Returns once the file is durable in the repository. Dropping it leaves the upload running.
     pub async fn ship(self: &Arc<Self>, name: &str) -> Result<(), Arc<ShipError>> {
         let file = WalFile::parse(name, self.source.segment_size).map_err(|e| Arc::new(ShipError::Read(e)))?;
         if let WalFile::Segment(segment) = file {
+            if self.is_brought_by_stream(segment).await {
+                return Ok(());
+            }
             self.expect(segment);
         }
-        let mut receiver = self.begin(file);
+        let receiver = self.begin(file, SegmentForm::Whole);
         self.read_ahead(file).await;
-        let outcome = receiver.wait_for(Option::is_some).await;
-        let result = match outcome {
-            Ok(outcome) => (*outcome).clone().unwrap_or(Err(Arc::new(ShipError::Stopping))),
-            Err(_) => Err(Arc::new(ShipError::Stopping)),
-        };
+        self.outcome(file, receiver).await
+    }
+
+    /// Begins to store a segment from its file, whoever may have brought it before, if its records go to its end:
+    /// [`ShipError::Unfinished`] otherwise. Postgres may ask for it meanwhile or afterwards, and is answered without storing it
+    /// twice.
+    pub fn store(self: &Arc<Self>, segment: Segment) -> impl Future<Output = Result<(), Arc<ShipError>>> + use<> {
+        self.store_as(segment, SegmentForm::Presumed)
+    }
+
+    /// The same of one that is known to be finished.
+    pub fn store_finished(
+        self: &Arc<Self>,
+        segment: Segment,
+    ) -> impl Future<Output = Result<(), Arc<ShipError>>> + use<> {
+        self.store_as(segment, SegmentForm::Whole)
+    }
+
+    fn store_as(
+        self: &Arc<Self>,
+        segment: Segment,
+        form: SegmentForm,
+    ) -> impl Future<Output = Result<(), Arc<ShipError>>> + use<> {
+        let file = WalFile::Segment(segment);
+        let is_over = self.state().files.get(&file).is_some_and(|known| known.borrow().is_some());
+        if is_over {
+            self.forget(file);
+        }
+        result_of(self.begin(file, form))
+    }
+
+    /// How many segments whoever stores them is about to store.
+    pub fn note_backlog(&self, segments: usize) {
+        self.backlog.store(segments, Ordering::Relaxed);
+    }
+
+    /// Files in flight at once, at most.
+    pub fn parallel(&self) -> usize {
+        self.options.parallel.max(1)
+    }
+
+    async fn outcome(&self, file: WalFile, receiver: watch::Receiver<Outcome>) -> Result<(), Arc<ShipError>> {
+        let result = result_of(receiver).await;
         // Answered: Postgres will not ask again unless it failed, and then it must be tried anew.
         self.forget(file);
         result
     }
 
+    /// Whether the WAL stream has stored a finished segment, or does so soon: then it is not read and stored twice. On a standby
+    /// that follows, another member brings it: it is waited for likewise, and compared then.
+    async fn is_brought_by_stream(&self, segment: Segment) -> bool {
+        let size = self.source.segment_size;
+        let mut stream = self.stream.subscribe();
+        let comes = |status: &StreamStatus| status.covers(segment, size) || status.follows(segment);
+        let decided = stream.wait_for(|status| !comes(status) || segment.end(size) <= status.sealed);
+        let decided = tokio::time::timeout(STREAM_PATIENCE, decided).await;
+        decided.is_ok_and(|status| status.is_ok_and(|status| status.covers(segment, size)))
+    }
+
     /// Begins a file unless it is in flight or done.
-    fn begin(self: &Arc<Self>, file: WalFile) -> watch::Receiver<Outcome> {
+    fn begin(self: &Arc<Self>, file: WalFile, form: SegmentForm) -> watch::Receiver<Outcome> {
         let mut state = self.state();
+        self.heed_partings(&mut state);
         if let Some(receiver) = state.files.get(&file) {
             return receiver.clone();
         }
         let (sender, receiver) = watch::channel(None);
         state.files.insert(file, receiver.clone());
         state.order.push_back(file);
+        if let WalFile::Segment(segment) = file {
+            self.to_decode.send_if_modified(|waiting| waiting.insert(segment));
+        }
         while state.order.len() > REMEMBERED {
             if let Some(oldest) = state.order.pop_front() {
                 state.files.remove(&oldest);
             }
         }
+        let ticket = match file {
+            WalFile::Segment(segment) => Some(self.branches.ticket(segment)),
+            _ => None,
+        };
         drop(state);
         let shipper = Arc::clone(self);
         self.runtime.spawn(async move {
-            let result = shipper.ship_file(file).await.map_err(Arc::new);
+            let turn = Turn { shipper: Arc::clone(&shipper), file };
+            let result = shipper.ship_file(file, ticket, form).await.map_err(Arc::new);
+            drop(turn);
             shipper.note(file, &result);
             if result.is_err() {
                 shipper.forget(file);
@@ -181,6 +311,18 @@ impl Shipper {
             sender.send_replace(Some(result.map(|_| ())));
         });
         receiver
+    }
+
+    /// Where a branch was left, what had been stored ahead in it may not be this server's there: it is asked for anew.
+    fn heed_partings(&self, state: &mut State) {
+        let partings = self.branches.partings();
+        if std::mem::replace(&mut state.partings, partings) == partings {
+            return;
+        }
+        let (files, confirmed) = (&mut state.files, &mut state.confirmed);
+        files.retain(|file, receiver| !matches!(file, WalFile::Segment(_)) || receiver.borrow().is_none());
+        confirmed.clear();
+        state.order.retain(|file| state.files.contains_key(file));
     }
 
     fn forget(&self, file: WalFile) {
@@ -195,33 +337,61 @@ impl Shipper {
     /// differ from some segment on, that segment is refused, and none behind it may get into the archive before.
     async fn read_ahead(self: &Arc<Self>, asked: WalFile) {
         let WalFile::Segment(asked) = asked else { return };
-        if self.options.read_ahead == 0 || !self.state().leads {
+        if self.options.read_ahead == 0 || !self.leads(asked).await {
             return;
         }
         let (data_dir, size) = (self.source.data_dir.clone(), self.source.segment_size);
         let listed = tokio::task::spawn_blocking(move || ready_segments(&data_dir, size)).await;
         let ready = listed.unwrap_or_default();
-        let ahead = ready.into_iter().filter(|segment| *segment > asked && segment.timeline == asked.timeline);
+        let stream = self.stream.borrow().clone();
+        self.note_backlog(ready.len());
+        let ahead = ready
+            .into_iter()
+            .filter(|segment| *segment > asked && segment.timeline == asked.timeline && !stream.covers(*segment, size));
         for segment in ahead.take(self.options.read_ahead) {
-            self.begin(WalFile::Segment(segment));
+            self.begin(WalFile::Segment(segment), SegmentForm::Whole);
         }
     }
 
-    async fn ship_file(&self, file: WalFile) -> Result<Archived, ShipError> {
-        let _slot = self.slots.acquire().await.map_err(|_| ShipError::Stopping)?;
+    async fn leads(&self, asked: Segment) -> bool {
+        let known = self.state().leads;
+        match known {
+            Some(leads) => leads,
+            None => match self.find_home(asked).await {
+                Ok(wal) => {
+                    let there = self.source.archive.directory(wal, asked, self.source.segment_size).await;
+                    there.is_err_and(|error| error.is_not_found())
+                }
+                Err(_) => false,
+            },
+        }
+    }
+
+    async fn ship_file(&self, file: WalFile, ticket: Option<Ticket>, form: SegmentForm) -> Result<Archived, ShipError> {
+        if let (WalFile::Segment(segment), Some(ticket)) = (file, ticket) {
+            // In WAL order, before anything is taken that the one before may need.
+            let is_next = |waiting: &BTreeSet<Segment>| waiting.first().is_none_or(|first| *first >= segment);
+            let _ = self.to_decode.subscribe().wait_for(is_next).await;
+            return self.ship_segment(segment, &ticket, form).await;
+        }
+        let _slot = self.slot().await?;
         match file {
-            WalFile::Segment(segment) => self.ship_segment(segment, SegmentForm::Whole).await,
-            WalFile::Partial(segment) => self.ship_segment(segment, SegmentForm::Partial).await,
+            WalFile::Segment(segment) | WalFile::Partial(segment) => {
+                let _content_permit = self.contents.acquire().await.map_err(|_| ShipError::Stopping)?;
+                let home = self.find_home(segment).await?;
+                let upload = self.upload(home, segment, SegmentForm::Partial).await?;
+                Ok(self.source.archive.put_partial(upload).await?)
+            }
             WalFile::History(timeline) => {
+                self.promoted.notify_one();
                 let content = self.read_small(&timeline.history_name()).await?;
-                let (system_id, now) = (self.source.system_id, Timestamp::now().as_microsecond());
-                let archive = &self.source.archive;
-                Ok(archive.put_history(system_id, timeline, &content, &self.source.member, now).await?)
+                let (_, archived) = self.branches.store_history(timeline, &content).await?;
+                Ok(archived)
             }
             WalFile::BackupHistory(segment, offset) => {
                 let size = self.source.segment_size;
                 let content = self.read_small(&format!("{}.{offset:08X}.backup", segment.file_name(size))).await?;
-                let wal = self.find_branch(segment.timeline).await?;
+                let wal = self.find_home(segment).await?;
                 let now = Timestamp::now().as_microsecond();
                 let place = (segment, size, offset);
                 Ok(self.source.archive.put_backup_history(wal, place, &content, &self.source.member, now).await?)
@@ -229,103 +399,16 @@ impl Shipper {
         }
     }
 
-    async fn ship_segment(&self, segment: Segment, form: SegmentForm) -> Result<Archived, ShipError> {
-        let wal = self.find_branch(segment.timeline).await?;
-        let mut content = self.decode(segment, form).await?;
-        if let Some(suspicion) = content.suspicion.filter(|_| form == SegmentForm::Whole) {
-            content.facts.valid_bytes = self.source.segment_size.bytes();
-            let name = segment.file_name(self.source.segment_size);
-            tracing::warn!(
-                segment = name,
-                "a finished segment does not read to its end and is archived as it is: {suspicion}"
-            );
-        }
-        let upload = OwnedSegment {
-            wal,
-            segment,
-            segment_size: self.source.segment_size,
-            content: content.bytes,
-            facts: content.facts,
-            predecessor: None,
-            member: self.source.member.clone(),
-            shipped_at_us: Timestamp::now().as_microsecond(),
-        };
-        Ok(match form {
-            SegmentForm::Whole => self.source.archive.put_segment(upload).await?,
-            SegmentForm::Partial => self.source.archive.put_partial(upload).await?,
-        })
-    }
-
-    /// Reads and decodes a segment behind its predecessor.
-    async fn decode(&self, segment: Segment, form: SegmentForm) -> Result<SegmentContent, ShipError> {
-        let mut last = self.decoding.lock().await;
-        let known = last.take().filter(|(previous, _)| previous.next() == segment).map(|(_, carry)| carry);
-        let (source, size) = (self.source.clone(), self.source.segment_size);
-        let read = tokio::task::spawn_blocking(move || {
-            let carry = known.or_else(|| predecessor_carry(&source, segment));
-            let name = match form {
-                SegmentForm::Whole => segment.file_name(size),
-                SegmentForm::Partial => format!("{}.partial", segment.file_name(size)),
-            };
-            let path = source.data_dir.join("pg_wal").join(name);
-            let content = read_segment(&path, segment, size, source.system_id, carry)?;
-            Ok::<_, WalReadError>(content)
-        });
-        let mut content = read.await.map_err(|_| ShipError::Stopping)??;
-        if form == SegmentForm::Whole {
-            *last = content.carry.take().map(|carry| (segment, carry));
-        }
-        Ok(content)
-    }
-
-    /// Where a timeline's WAL lies: said by the history file that lies in `pg_wal` at this moment, since a host can be
-    /// rewound and promoted to the same number again. It is archived before any of the timeline's segments.
-    pub async fn branch(self: &Arc<Self>, timeline: Timeline) -> Result<WalBranch, ShipError> {
-        let shipper = Arc::clone(self);
-        threads::settled(self.runtime.spawn(async move { shipper.find_branch(timeline).await })).await
-    }
-
-    async fn find_branch(&self, timeline: Timeline) -> Result<WalBranch, ShipError> {
-        let system_id = self.source.system_id;
-        if timeline == Timeline::FIRST {
-            return Ok(WalBranch { system_id, timeline, branch: Branch::ROOT });
-        }
-        let content = match self.read_small(&timeline.history_name()).await {
-            Ok(content) => content,
-            Err(WalReadError::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
-                return Err(ShipError::NoHistory(timeline));
-            }
-            Err(error) => return Err(error.into()),
-        };
-        let branch = Branch::of_history(&content);
-        let is_stored = self.state().stored_histories.contains(&branch);
-        if !is_stored {
-            let now = Timestamp::now().as_microsecond();
-            self.source.archive.put_history(system_id, timeline, &content, &self.source.member, now).await?;
-            self.state().stored_histories.insert(branch);
-        }
-        Ok(WalBranch { system_id, timeline, branch })
-    }
-
-    /// A history file: a few lines, never more than a page or two.
     async fn read_small(&self, name: &str) -> Result<Vec<u8>, WalReadError> {
-        const LIMIT: u64 = 1 << 20;
         let path = self.source.data_dir.join("pg_wal").join(name);
-        let read = tokio::task::spawn_blocking(move || {
-            let io = |source| WalReadError::Io { path: path.clone(), source };
-            let found = std::fs::metadata(&path).map_err(io)?.len();
-            if found == 0 || found > LIMIT {
-                return Err(WalReadError::Length { path: path.clone(), found, expected: LIMIT });
-            }
-            std::fs::read(&path).map_err(io)
-        });
-        read.await.unwrap_or_else(|_| Err(WalReadError::Name { name: name.to_owned() }))
+        let gone = || WalReadError::Io { path, source: std::io::ErrorKind::NotFound.into() };
+        read_small(&self.source.data_dir, name).await?.ok_or_else(gone)
     }
 
     fn note(&self, file: WalFile, result: &Result<Archived, Arc<ShipError>>) {
         let size = self.source.segment_size;
         if let WalFile::Segment(_) = file {
-            self.state().leads = matches!(result, Ok(Archived::Stored { .. }));
+            self.state().leads = Some(matches!(result, Ok(Archived::Stored { .. })));
         }
         let reached = match (file, result) {
             (WalFile::Segment(segment), Ok(_)) => self.confirm(segment),
@@ -348,6 +431,8 @@ impl Shipper {
                 }
                 status.last_error = None;
             }
+            // Nobody said that it is finished.
+            Err(error) if matches!(**error, ShipError::Unfinished { .. }) => {}
             Err(error) => {
                 status.failures += 1;
                 status.last_error = Some(error.to_string());
@@ -383,6 +468,9 @@ impl Shipper {
 
     /// Whether this process has seen the archive confirm the segment with the content that lay here.
     pub fn has_confirmed(&self, segment: Segment) -> bool {
+        if self.stream.borrow().has_brought(segment, self.source.segment_size) {
+            return true;
+        }
         let state = self.state();
         state.confirmed.contains(&segment)
             || state.next.is_some_and(|next| segment.timeline == next.timeline && segment < next)
@@ -391,19 +479,7 @@ impl Shipper {
 
     /// Compares a finished segment in `pg_wal` with the archived one; `None`: there is nothing to compare.
     pub async fn agrees(&self, segment: Segment, archived: ChunkId) -> Result<Option<bool>, ShipError> {
-        let (source, size) = (self.source.clone(), self.source.segment_size);
-        let read = tokio::task::spawn_blocking(move || {
-            let path = source.data_dir.join("pg_wal").join(segment.file_name(size));
-            match read_segment(&path, segment, size, source.system_id, None) {
-                Ok(content) if content.suspicion.is_none() => Ok(Some(content)),
-                Ok(_) => Ok(None),
-                Err(WalReadError::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => Ok(None),
-                Err(error) => Err(error),
-            }
-        });
-        let Some(content) = read.await.map_err(|_| ShipError::Stopping)?? else { return Ok(None) };
-        let valid = content.bytes.get(..content.facts.valid_bytes as usize).unwrap_or_default();
-        Ok(Some(self.source.archive.id_of(valid) == archived))
+        self.branches.agrees(segment, archived).await
     }
 
     fn state(&self) -> std::sync::MutexGuard<'_, State> {
@@ -414,6 +490,27 @@ impl Shipper {
     pub async fn drain(&self, deadline: Duration) {
         let all = u32::try_from(self.options.parallel).unwrap_or(u32::MAX);
         let _ = tokio::time::timeout(deadline, self.slots.acquire_many(all)).await;
+    }
+}
+
+/// Gives up a segment's place in the order of decoding, whatever became of it.
+struct Turn {
+    shipper: Arc<Shipper>,
+    file: WalFile,
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        if let WalFile::Segment(segment) = self.file {
+            self.shipper.is_decoded(segment);
+        }
+    }
+}
+
+async fn result_of(mut receiver: watch::Receiver<Outcome>) -> Result<(), Arc<ShipError>> {
+    match receiver.wait_for(Option::is_some).await {
+        Ok(outcome) => (*outcome).clone().unwrap_or(Err(Arc::new(ShipError::Stopping))),
+        Err(_) => Err(Arc::new(ShipError::Stopping)),
     }
 }
 
@@ -431,7 +528,7 @@ pub fn ready_segments(data_dir: &Path, size: SegmentSize) -> Vec<Segment> {
 }
 
 /// What leads into `segment`, from its predecessor in `pg_wal`, if that is still there.
-fn predecessor_carry(source: &ShipSource, segment: Segment) -> Option<Carry> {
+pub(super) fn predecessor_carry(source: &ShipSource, segment: Segment) -> Option<Carry> {
     let previous = Segment { number: segment.number.checked_sub(1)?, ..segment };
     let path = source.data_dir.join("pg_wal").join(previous.file_name(source.segment_size));
     read_segment(&path, previous, source.segment_size, source.system_id, None).ok()?.carry

@@ -6,18 +6,23 @@ use std::time::Duration;
 use jiff::Timestamp;
 use walfleet_proto::job::v1 as proto;
 use walfleet_proto::recovery::v1 as recovery;
+use walfleet_repository::postgres::{SystemId, Timeline};
+use walfleet_repository::recovery_window::KnownComplete;
 
 use super::{Reader, WireError};
 use crate::jobs::order::{
     BackupOrder, BackupPlanOrder, Checkpoint, JobOrder, RecoveryTarget, RestoreOrder, TargetAction, TargetPoint,
-    TargetTimeline, VerifyOrder, WorkOrder,
+    TargetTimeline, VerifyOrder, WalFindOrder, WorkOrder,
 };
+use crate::wal::find::select::Show;
+use crate::wal::find::{FEW_LISTED, MOST_LISTED};
 
 const ORDER: Reader = Reader { message: "job order" };
 const BACKUP: Reader = Reader { message: "backup order" };
 const RESTORE: Reader = Reader { message: "restore order" };
 const VERIFY: Reader = Reader { message: "verify order" };
 const BACKUP_PLAN: Reader = Reader { message: "backup plan order" };
+const WAL_FIND: Reader = Reader { message: "WAL find order" };
 const TARGET: Reader = Reader { message: "recovery target" };
 
 /// Past jobs believed of one order: the contract's number.
@@ -36,6 +41,7 @@ pub(super) fn order(order: proto::JobOrder) -> Result<JobOrder, WireError> {
             repository: BACKUP_PLAN.text("repository", plan.repository)?,
             read_all: plan.read_all,
         }),
+        proto::job_order::Work::WalFind(find) => WorkOrder::WalFind(wal_find_order(find)?),
     };
     if order.attempt == 0 {
         return Err(ORDER.value("attempt", 0, "attempts count from 1"));
@@ -86,6 +92,34 @@ fn restore_order(order: proto::RestoreOrder) -> Result<RestoreOrder, WireError> 
         standby: order.standby,
         apply_delay: Some(order.apply_delay_seconds).filter(|delay| *delay != 0).map(Duration::from_secs),
         plan_only: order.plan_only,
+        complete: order.complete.into_iter().map(known_complete).collect::<Result<_, _>>()?,
+    })
+}
+
+fn known_complete(known: proto::KnownComplete) -> Result<KnownComplete, WireError> {
+    let timeline = Timeline::new(known.timeline);
+    Ok(KnownComplete {
+        system_id: SystemId(known.system_identifier),
+        timeline: timeline.map_err(|error| RESTORE.value("complete.timeline", known.timeline, error))?,
+        lsn: RESTORE.parse("complete.lsn", &known.lsn)?,
+        at_us: known.at_us,
+    })
+}
+
+fn wal_find_order(order: proto::WalFindOrder) -> Result<WalFindOrder, WireError> {
+    let around = Timestamp::from_microsecond(order.around_us);
+    let timeline = order.timeline.parse::<TargetTimeline>();
+    let limit = match order.limit {
+        0 => FEW_LISTED,
+        limit => usize::try_from(limit).unwrap_or(MOST_LISTED).min(MOST_LISTED),
+    };
+    Ok(WalFindOrder {
+        repository: WAL_FIND.text("repository", order.repository)?,
+        around: around.map_err(|error| WAL_FIND.value("around_us", order.around_us, error))?,
+        within: Duration::from_secs(order.within_seconds),
+        timeline: timeline.map_err(|error| WAL_FIND.value("timeline", &order.timeline, error))?,
+        limit,
+        show: if order.all { Show::All } else { Show::Notable },
     })
 }
 

@@ -9,9 +9,10 @@ use tonic::transport::Channel;
 use tonic::{Status, Streaming};
 use walfleet_proto::agent::v1 as proto;
 use walfleet_repository::limits::{ByteRate, CpuShare, LimitsSpec};
+use walfleet_repository::shipping::{PieceInterval, ShippingSpec};
 
 use super::{Reader, WireError, outcome};
-use crate::desired::{Desired, DesiredCluster, DesiredRepository, Recipient};
+use crate::desired::{Desired, DesiredCluster, DesiredRepository, DesiredSpool, Recipient, SpoolPeer};
 use crate::link::message::{FromController, Hello, ToController, Welcome};
 
 const WELCOME: Reader = Reader { message: "welcome" };
@@ -77,6 +78,7 @@ fn hello(hello: &Hello) -> proto::Hello {
         journal: hello.journal.iter().map(outcome::journal_entry).collect(),
         recipient: hello.recipient.to_vec().into(),
         capabilities: hello.capabilities.iter().map(|name| (*name).to_owned()).collect(),
+        spool_address: hello.spool_address.clone().unwrap_or_default(),
     }
 }
 
@@ -150,7 +152,34 @@ fn limits(limits: proto::Limits) -> Result<LimitsSpec, WireError> {
     })
 }
 
+fn shipping(shipping: proto::Shipping) -> Result<ShippingSpec, WireError> {
+    let said = |text: &String| !text.is_empty();
+    let streaming = Some(shipping.streaming).filter(said);
+    let synchronous = Some(shipping.synchronous).filter(said);
+    let compression = Some(shipping.compression).filter(said);
+    let let_go_at = Some(shipping.let_go_at).filter(said);
+    let without_peer = Some(shipping.without_peer).filter(said);
+    Ok(ShippingSpec {
+        streaming: streaming.map(|text| DESIRED.parse("clusters.shipping.streaming", &text)).transpose()?,
+        piece_interval: PieceInterval::from_millis(shipping.piece_interval_ms),
+        compression: compression.map(|text| DESIRED.parse("clusters.shipping.compression", &text)).transpose()?,
+        synchronous: synchronous.map(|text| DESIRED.parse("clusters.shipping.synchronous", &text)).transpose()?,
+        let_go_at: let_go_at.map(|text| DESIRED.parse("clusters.shipping.let_go_at", &text)).transpose()?,
+        // The controller has chosen.
+        spool_peer: None,
+        without_peer: without_peer.map(|text| DESIRED.parse("clusters.shipping.without_peer", &text)).transpose()?,
+    })
+}
+
 fn desired(desired: proto::Desired) -> Result<Desired, WireError> {
+    let spool = |spool: proto::DesiredSpool| {
+        Ok(DesiredSpool {
+            cluster: DESIRED.parse("spools.cluster", &spool.cluster)?,
+            repository: DESIRED.text("spools.repository", spool.repository)?,
+            system_identifier: spool.system_identifier,
+            agents: spool.agents,
+        })
+    };
     let repository = |repository: proto::DesiredRepository| {
         Ok(DesiredRepository {
             name: DESIRED.text("repositories.name", repository.name)?,
@@ -174,7 +203,9 @@ fn desired(desired: proto::Desired) -> Result<Desired, WireError> {
             compression_level: Some(cluster.compression_level).filter(|level| (1..=19).contains(level)),
             processes: Some(cluster.processes).filter(|processes| *processes != 0),
             member: cluster.member,
+            shipping: cluster.shipping.map(shipping).transpose()?.unwrap_or_default(),
             relatives: (cluster.system_identifier != 0).then_some(relatives),
+            spool_peer: cluster.spool_peer.map(|peer| SpoolPeer { agent: peer.agent, address: peer.address }),
         })
     };
     Ok(Desired {
@@ -183,5 +214,6 @@ fn desired(desired: proto::Desired) -> Result<Desired, WireError> {
         clusters: desired.clusters.into_iter().map(cluster).collect::<Result<_, WireError>>()?,
         writer_chain: desired.writer_chain.into_iter().map(|bytes| bytes.to_vec()).collect(),
         limits: desired.limits.map(limits).transpose()?.unwrap_or_default(),
+        spools: desired.spools.into_iter().map(spool).collect::<Result<_, WireError>>()?,
     })
 }

@@ -86,6 +86,7 @@ fn report(report: &Report) -> proto::job_outcome::Report {
         Report::Restore(restore) => proto::job_outcome::Report::Restore(restore_report(restore)),
         Report::Verify(verify) => proto::job_outcome::Report::Verify(verify_report(verify)),
         Report::BackupPlan(plan) => proto::job_outcome::Report::BackupPlan(backup_plan_report(plan)),
+        Report::WalFind(found) => proto::job_outcome::Report::WalFind(super::found::report(found)),
     }
 }
 

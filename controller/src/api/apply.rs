@@ -126,6 +126,8 @@ fn differences(
     }
     let next_backup = |cluster: Option<&ClusterSeen<'_>>| overview.next_backup(cluster?).map(at_the_second);
     compare("next backup", next_backup(old), next_backup(new));
+    let shipping = |cluster: Option<&ClusterSeen<'_>>| Some(cluster?.policy?.wal.in_words());
+    compare("WAL by streaming", shipping(old), shipping(new));
     let names = |set: &BTreeSet<String>| set.iter().cloned().collect::<Vec<_>>().join(", ");
     let hosts = |cluster: Option<&ClusterSeen<'_>>| {
         cluster.map(|cluster| desired::restore_hosts(cluster, agents)).unwrap_or_default()

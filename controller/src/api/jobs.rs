@@ -19,7 +19,7 @@ use crate::jobs::{Event, Job, JobKind, NewJob, Refusal, dispatch};
 use crate::reconcile::Picture;
 use crate::reconcile::schedules::backup_work;
 use crate::state::Txn;
-use crate::wire::job::backup_id;
+use crate::wire::job::{backup_id, wal_find_in};
 use crate::wire::operator::job_out;
 
 impl Api {
@@ -131,17 +131,7 @@ impl Api {
         let cluster = find(&assembly, &wanted.cluster)?;
         let repository = cluster.repository.ok_or_else(|| no_repository(cluster))?.to_owned();
         let backup = backup_id("backup", &wanted.backup)?;
-        let on = match wanted.agent.as_str() {
-            "" => {
-                any_ready(&self.reconciler.fleet, &picture, cluster, JobKind::Verify)?;
-                None
-            }
-            agent => {
-                self.may_hold(&picture, cluster, agent)?;
-                ready(&self.reconciler.fleet, &picture, agent, JobKind::Verify)?;
-                Some(agent.to_owned())
-            }
-        };
+        let on = self.reader(&picture, cluster, &wanted.agent, JobKind::Verify)?;
         self.create(NewJob {
             cluster: cluster.name.clone(),
             work: Work::Verify(VerifyWork { repository, backup, deep: wanted.deep }),
@@ -153,6 +143,43 @@ impl Api {
             retries: 0,
         })
         .await
+    }
+
+    async fn start_wal_find_job(&self, peer: &PeerIdentity, wanted: pb::StartWalFindRequest) -> Result<Job, Status> {
+        let picture = self.picture().await?;
+        let assembly = picture.assemble();
+        let cluster = find(&assembly, &wanted.cluster)?;
+        let repository = cluster.repository.ok_or_else(|| no_repository(cluster))?;
+        let work = wal_find_in(wanted.order.unwrap_or_default(), repository).map_err(|error| error.within("order"))?;
+        let on = self.reader(&picture, cluster, &wanted.agent, JobKind::WalFind)?;
+        self.create(NewJob {
+            cluster: cluster.name.clone(),
+            work: Work::WalFind(work),
+            on,
+            requested_by: peer.name.to_string(),
+            run: None,
+            idempotency_key: Some(wanted.idempotency_key).filter(|key| !key.is_empty()),
+            traceparent: telemetry::current_traceparent(),
+            retries: 0,
+        })
+        .await
+    }
+
+    /// Who is to do what needs no server, only the cluster's key; `None`: any member.
+    fn reader(
+        &self,
+        picture: &Picture,
+        cluster: &ClusterSeen<'_>,
+        agent: &str,
+        kind: JobKind,
+    ) -> Result<Option<String>, Status> {
+        if agent.is_empty() {
+            any_ready(&self.reconciler.fleet, picture, cluster, kind)?;
+            return Ok(None);
+        }
+        self.may_hold(picture, cluster, agent)?;
+        ready(&self.reconciler.fleet, picture, agent, kind)?;
+        Ok(Some(agent.to_owned()))
     }
 
     async fn find_job(&self, id: &str) -> Result<Job, Status> {
@@ -229,7 +256,9 @@ fn any_ready(fleet: &Fleet, picture: &Picture, cluster: &ClusterSeen<'_>, kind: 
         JobKind::Backup | JobKind::BackupPlan => {
             dispatch::backup_order(cluster).map_err(Status::failed_precondition)?
         }
-        JobKind::Restore | JobKind::Verify => cluster.members.iter().map(|member| member.agent).collect(),
+        JobKind::Restore | JobKind::Verify | JobKind::WalFind => {
+            cluster.members.iter().map(|member| member.agent).collect()
+        }
     };
     if candidates.is_empty() {
         return Err(Status::failed_precondition(format!("no agent declares an instance of {}", cluster.name)));
@@ -297,6 +326,18 @@ impl Jobs for Api {
         let object = format!("cluster {}", wanted.cluster);
         let started = self.start_backup_plan_job(&peer, wanted).await;
         let job = self.audited(&peer, "Jobs.StartBackupPlan", &object, started).await?;
+        Ok(Response::new(pb::StartJobReply { job: Some(self.job_view(&job)) }))
+    }
+
+    async fn start_wal_find(
+        &self,
+        request: Request<pb::StartWalFindRequest>,
+    ) -> Result<Response<pb::StartJobReply>, Status> {
+        let peer = peer(&request)?;
+        let wanted = request.into_inner();
+        let object = format!("cluster {}", wanted.cluster);
+        let started = self.start_wal_find_job(&peer, wanted).await;
+        let job = self.audited(&peer, "Jobs.StartWalFind", &object, started).await?;
         Ok(Response::new(pb::StartJobReply { job: Some(self.job_view(&job)) }))
     }
 

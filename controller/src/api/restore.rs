@@ -8,10 +8,10 @@ use walfleet_proto::job::v1::RestoreOrder;
 use super::Api;
 use super::fleet::no_agent;
 use super::jobs::no_repository;
-use crate::fleet::clusters::ClusterSeen;
+use crate::fleet::clusters::{ClusterSeen, MemberSeen};
 use crate::fleet::protection::windows;
 use crate::jobs::target::Stop;
-use crate::jobs::work::RestoreWork;
+use crate::jobs::work::{CompleteWork, RestoreWork};
 use crate::reconcile::{Picture, desired};
 use crate::wire::job::restore_in;
 
@@ -44,7 +44,8 @@ impl Api {
             return Err(Status::invalid_argument("agent: it is empty\nHINT: name the host to restore on with --on."));
         }
         let repository = cluster.repository.ok_or_else(|| no_repository(cluster))?;
-        let work = restore_in(order, repository).map_err(|error| error.within("order"))?;
+        let mut work = restore_in(order, repository).map_err(|error| error.within("order"))?;
+        work.complete = complete(cluster);
         if !picture.catalog.repositories.contains_key(&work.repository) {
             return Err(Status::not_found(format!(
                 "repository {:?} is not declared\nHINT: `walfleet repository list` shows those there are.",
@@ -56,6 +57,20 @@ impl Api {
         refuse_too_early(cluster, &work)?;
         Ok(work)
     }
+}
+
+/// What the members' streams were seen to have brought.
+fn complete(cluster: &ClusterSeen<'_>) -> Vec<CompleteWork> {
+    let of_member = |member: &MemberSeen<'_>| {
+        let archive = member.instance.archive.as_ref()?;
+        Some(CompleteWork {
+            system_identifier: member.instance.system_identifier,
+            timeline: archive.durable_timeline.unwrap_or(member.instance.timeline),
+            lsn: archive.durable_lsn?,
+            at: archive.stream.as_ref()?.complete_until?,
+        })
+    };
+    cluster.members.iter().filter_map(of_member).collect()
 }
 
 /// The data directory of a server that runs there is never a place to restore to; the agent checks again.

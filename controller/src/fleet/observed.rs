@@ -30,6 +30,9 @@ pub struct HelloObserved {
     #[serde(with = "as_text")]
     pub recipient: RecipientId,
     pub capabilities: Vec<String>,
+    /// Where other agents reach its spool, "host:port". Absent: it keeps nothing for others.
+    #[serde(default)]
+    pub spool_address: Option<String>,
 }
 
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
@@ -93,13 +96,91 @@ pub struct TablespaceObserved {
 pub struct ArchiveObserved {
     pub last_segment: String,
     pub durable_lsn: Option<Lsn>,
+    /// Absent: the agent is of an earlier release.
+    #[serde(default)]
+    pub durable_timeline: Option<u32>,
     pub durable_at: Option<Timestamp>,
+    /// Behind it a primary has written nothing but what an idle one writes by itself. Absent: more, or it is not known.
+    #[serde(default)]
+    pub quiet_from: Option<Lsn>,
     pub ready_segments: u64,
     pub failed_count: u64,
     pub last_error: String,
     pub pg_wal_bytes: u64,
     pub pg_wal_free_bytes: u64,
     pub archive_command_set: bool,
+    /// Absent: the agent is of an earlier release.
+    #[serde(default)]
+    pub stream: Option<StreamObserved>,
+    /// Absent: WAL that the repository lacks does not accumulate.
+    #[serde(default)]
+    pub pg_wal_full_in_seconds: Option<u64>,
+    #[serde(default)]
+    pub requests_last_hour: u64,
+    #[serde(default)]
+    pub stored_bytes_last_hour: u64,
+}
+
+/// WAL over the replication protocol.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct StreamObserved {
+    pub phase: StreamPhase,
+    /// Why it waits.
+    pub problem: String,
+    pub store_error: String,
+    pub received_lsn: Option<Lsn>,
+    /// By the server's clock: everything committed before is in the repository.
+    pub complete_until: Option<Timestamp>,
+    pub pieces: u64,
+    pub segments: u64,
+    pub piece_interval_ms: u64,
+    pub synchronous: String,
+    /// While commits may wait for spools.
+    #[serde(default)]
+    pub spool: Option<SpoolObserved>,
+}
+
+/// Commits that wait for two hosts' spools.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct SpoolObserved {
+    /// Empty: none is named.
+    pub peer: String,
+    /// "spools", or for what instead.
+    pub waits_for: String,
+    /// Why instead.
+    pub problem: String,
+    pub written_lsn: Option<Lsn>,
+    pub held_bytes: u64,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub enum StreamPhase {
+    Off,
+    Streaming,
+    /// A standby: its primary's agent streams.
+    Following,
+    Waiting,
+}
+
+impl StreamPhase {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            StreamPhase::Off => "off",
+            StreamPhase::Streaming => "streaming",
+            StreamPhase::Following => "following",
+            StreamPhase::Waiting => "waiting",
+        }
+    }
+
+    /// Whatever a newer agent may call it, it is not known to be well.
+    pub fn read(word: &str) -> StreamPhase {
+        match word {
+            "streaming" => StreamPhase::Streaming,
+            "following" => StreamPhase::Following,
+            "off" | "" => StreamPhase::Off,
+            _ => StreamPhase::Waiting,
+        }
+    }
 }
 
 /// A value by its text, for types that have no serde form of their own.

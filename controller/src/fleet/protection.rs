@@ -2,14 +2,18 @@
 //! unknown, never assumed.
 
 use jiff::{SignedDuration, Timestamp};
-use walfleet_repository::postgres::Lsn;
 
 use super::clusters::{ClusterSeen, MemberSeen};
-use super::observed::InstanceRole;
+use super::observed::{ArchiveObserved, InstanceRole};
 use super::recovery::{BackupSummary, RecoveryWindow};
 use crate::jobs::ReportedBackup;
 use crate::policy::Binding;
 use crate::resources::Span;
+
+mod lag;
+
+use lag::lag;
+pub use lag::leader;
 
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub enum Protection {
@@ -56,7 +60,7 @@ pub fn assess(
     stale_after: Span,
 ) -> Assessment {
     let last_backup = last_backup(cluster, reported);
-    let lag = lag(cluster);
+    let lag = leader(now, cluster, stale_after).and_then(|leader| lag(cluster, leader));
     let (state, reason) = judge(now, cluster, last_backup.as_ref(), lag, stale_after);
     Assessment { state, reason, lag, last_backup }
 }
@@ -74,8 +78,16 @@ fn judge(
     }
     let freshest = cluster.members.iter().map(|member| member.received_at).max().unwrap_or(Timestamp::MIN);
     let age = now.duration_since(freshest);
-    if age > seconds(stale_after) {
+    let silence = silence(cluster, age, stale_after);
+    if silence == Silence::TooLong {
         return (Protection::Unknown, format!("its agents were last heard {} ago", in_words(age)));
+    }
+    if let Silence::LongerThanPromised(rpo) = silence {
+        let reason = format!(
+            "its agents were last heard {} ago and are not connected: the repository may trail by more than {rpo}, which is promised",
+            in_words(age)
+        );
+        return (Protection::Unknown, reason);
     }
     let windows = windows(cluster);
     if windows.is_empty() {
@@ -84,8 +96,34 @@ fn judge(
     if windows.iter().all(|window| window.ranges.is_empty()) {
         return (Protection::Unprotected, no_range(last_backup));
     }
-    let risks = risks(now, cluster, last_backup, lag, &windows);
+    let mut risks = risks(now, cluster, last_backup, lag, &windows);
+    if lag.is_none() {
+        risks.extend(leader(now, cluster, stale_after).map(nothing_stored));
+    }
+    risks.extend(silent_primary(now, cluster, stale_after));
     if risks.is_empty() { (Protection::Protected, String::new()) } else { (Protection::AtRisk, risks.join("; ")) }
+}
+
+/// Of all agents of a cluster.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Silence {
+    NotLong,
+    /// Nobody is connected, and more time has passed than the repository may trail.
+    LongerThanPromised(Span),
+    TooLong,
+}
+
+fn silence(cluster: &ClusterSeen<'_>, age: SignedDuration, stale_after: Span) -> Silence {
+    if age > seconds(stale_after) {
+        return Silence::TooLong;
+    }
+    let promised = cluster.policy.and_then(|policy| policy.objectives.rpo);
+    // Facts of a connected agent are an interval old at most, which says nothing of its WAL.
+    let is_connected = cluster.members.iter().any(|member| member.connected);
+    match promised.filter(|rpo| !is_connected && age > seconds(*rpo)) {
+        Some(rpo) => Silence::LongerThanPromised(rpo),
+        None => Silence::NotLong,
+    }
 }
 
 fn no_range(last_backup: Option<&BackupSummary>) -> String {
@@ -118,7 +156,9 @@ fn risks(
         risks.push("no policy binds it".to_owned());
     }
     for gap in windows.iter().flat_map(|window| &window.gaps).filter(|gap| !gap.acknowledged) {
-        risks.push(format!("WAL is missing on timeline {} from {} to {}", gap.timeline, gap.from_lsn, gap.to_lsn));
+        let why = gap.recorded.as_ref().map(|note| format!(" ({}: {})", note.by, first_line(&note.reason)));
+        let (timeline, from, to) = (gap.timeline, gap.from_lsn, gap.to_lsn);
+        risks.push(format!("WAL is missing on timeline {timeline} from {from} to {to}{}", why.unwrap_or_default()));
     }
     // A later backup need not meet it again: only what is read whole can show it.
     let strayed = |backup: &BackupSummary| backup.unexplained_slots > 0 && is_recent(now, backup);
@@ -127,6 +167,10 @@ fn risks(
             "backup {} found {} slots that had changed past the WAL: those before it may lack the change",
             backup.id, backup.unexplained_slots
         ));
+    }
+    let promised = cluster.policy.and_then(|policy| policy.objectives.rpo);
+    if let Some(lag) = lag.filter(|lag| promised.is_none() && *lag > NOTHING_PROMISED) {
+        risks.push(format!("the repository trails by {}", in_words(lag)));
     }
     if let Some(objectives) = cluster.policy.map(|policy| &policy.objectives) {
         if let Some(rpo) = objectives.rpo {
@@ -153,12 +197,57 @@ fn risks(
         if let Some(archive) = archive.filter(|archive| !archive.last_error.is_empty() && archive.ready_segments > 0) {
             risks.push(format!("{}: archiving fails: {}", member.agent, first_line(&archive.last_error)));
         }
+        if let Some(archive) = &member.instance.archive {
+            risks.extend(shipping_risks(member.agent, archive));
+        }
         // What its agent says must be mended.
         let problems = member.instance.problems.iter().take(MOST_PROBLEMS);
         risks.extend(problems.map(|problem| format!("{}: {}", member.agent, first_line(problem))));
     }
     if cluster.members.iter().all(|member| member.instance.role == InstanceRole::Down) {
         risks.push("none of its servers answers".to_owned());
+    }
+    risks
+}
+
+/// With a backup in the repository, and a server that says where it is, this alone leaves the lag unknown.
+fn nothing_stored(leader: &MemberSeen<'_>) -> String {
+    format!("{}: of timeline {}, on which it is, nothing is known to be stored", leader.agent, leader.instance.timeline)
+}
+
+/// Where no objective says how far the repository may trail, it is worth a word beyond this.
+const NOTHING_PROMISED: SignedDuration = SignedDuration::from_hours(1);
+
+/// Others may be heard: what the one that writes does since is not seen. Not where another has taken its place.
+fn silent_primary(now: Timestamp, cluster: &ClusterSeen<'_>, stale_after: Span) -> Option<String> {
+    let mut primaries = cluster.members.iter().filter(|member| member.instance.role == InstanceRole::Primary);
+    let age = |member: &MemberSeen<'_>| now.duration_since(member.received_at);
+    let newest = primaries.by_ref().min_by_key(|member| age(member))?;
+    (age(newest) > seconds(stale_after))
+        .then(|| format!("{}: the primary's agent was last heard {} ago", newest.agent, in_words(age(newest))))
+}
+
+/// Said in time for a person to act.
+const FULL_SOON: u64 = 12 * 3600;
+
+fn shipping_risks(agent: &str, archive: &ArchiveObserved) -> Vec<String> {
+    let mut risks = Vec::new();
+    if let Some(seconds) = archive.pg_wal_full_in_seconds.filter(|seconds| *seconds < FULL_SOON) {
+        let full_in = in_words(SignedDuration::from_secs(seconds as i64));
+        risks.push(format!("{agent}: pg_wal will be full in {full_in}, as WAL accumulates there"));
+    }
+    if let Some(stream) = archive.stream.as_ref().filter(|stream| !stream.store_error.is_empty()) {
+        risks.push(format!("{agent}: WAL is not stored: {}", first_line(&stream.store_error)));
+    }
+    let spool = archive.stream.as_ref().and_then(|stream| stream.spool.as_ref());
+    if let Some(spool) = spool.filter(|spool| spool.waits_for != "spools") {
+        let instead = match spool.waits_for.as_str() {
+            "alone" => "commits wait for this host's spool alone, and are lost with it",
+            "peer" => "commits wait until the peer's spool is back, or for the timer",
+            _ => "commits wait for the repository instead of two spools",
+        };
+        let peer = if spool.peer.is_empty() { String::new() } else { format!("{}: ", spool.peer) };
+        risks.push(format!("{agent}: {instead}: {peer}{}", first_line(&spool.problem)));
     }
     risks
 }
@@ -197,42 +286,6 @@ fn last_backup(cluster: &ClusterSeen<'_>, reported: Option<&ReportedBackup>) -> 
     let seen = backups(cluster).into_iter().filter(|backup| backup.state != "expired");
     let news = reported.filter(|reported| is_news(cluster, reported)).map(|reported| reported.backup.clone());
     seen.chain(news).max_by(|a, b| (a.finished_at, &a.id).cmp(&(b.finished_at, &b.id)))
-}
-
-/// How far the repository trails the server that writes (or, without one, the standby that is furthest).
-///
-/// Nothing, if all of its WAL is durable. Otherwise the age of the newest commit that the repository holds, by the
-/// server's own clock: a commit after that may exist and is not there. If no segment waits and the newest one came
-/// after that commit, its arrival serves: it held everything up to then.
-fn lag(cluster: &ClusterSeen<'_>) -> Option<SignedDuration> {
-    let leader = cluster
-        .members
-        .iter()
-        .filter(|member| member.instance.role != InstanceRole::Down && member.instance.current_lsn.is_some())
-        .max_by_key(|member| {
-            let writes = member.instance.role == InstanceRole::Primary;
-            (writes, member.instance.timeline, member.instance.current_lsn)
-        })?;
-    let windows = windows(cluster);
-    let durable = cluster
-        .members
-        .iter()
-        .filter_map(|member| member.instance.archive.as_ref()?.durable_lsn)
-        .chain(windows.iter().filter_map(|window| window.newest_lsn))
-        .max()
-        .unwrap_or(Lsn::INVALID);
-    if leader.instance.current_lsn <= Some(durable) {
-        return Some(SignedDuration::ZERO);
-    }
-    let newest_commit = windows.iter().filter_map(|window| window.newest_commit).max();
-    let arrival = leader
-        .instance
-        .archive
-        .as_ref()
-        .filter(|archive| archive.ready_segments == 0)
-        .and_then(|archive| archive.durable_at);
-    let known = newest_commit.max(arrival)?;
-    Some(leader.facts_at.duration_since(known).max(SignedDuration::ZERO))
 }
 
 fn seconds(span: Span) -> SignedDuration {

@@ -12,6 +12,9 @@ pub struct RecoveryWindow {
     pub as_of: Timestamp,
     pub ranges: Vec<RecoveryRange>,
     pub gaps: Vec<WalGap>,
+    /// What was noted of WAL that is there by now.
+    #[serde(default)]
+    pub filled: Vec<WalGap>,
     pub newest_commit: Option<Timestamp>,
     pub newest_lsn: Option<Lsn>,
     pub newest_timeline: u32,
@@ -38,6 +41,28 @@ pub struct WalGap {
     pub from_lsn: Lsn,
     pub to_lsn: Lsn,
     pub acknowledged: bool,
+    /// The last commit before it, and the first behind it.
+    #[serde(default)]
+    pub from: Option<Timestamp>,
+    #[serde(default)]
+    pub to: Option<Timestamp>,
+    /// Who had it last and no longer has it.
+    #[serde(default)]
+    pub recorded: Option<GapNote>,
+    #[serde(default)]
+    pub acknowledgement: Option<GapNote>,
+    /// 0: the agent is of an earlier release.
+    #[serde(default)]
+    pub system_identifier: u64,
+}
+
+/// What somebody said of a gap.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct GapNote {
+    /// A member or an operator.
+    pub by: String,
+    pub at: Timestamp,
+    pub reason: String,
 }
 
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]

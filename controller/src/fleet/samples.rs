@@ -3,8 +3,10 @@
 use std::collections::BTreeMap;
 
 use walfleet_repository::ids::RecipientId;
+use walfleet_repository::postgres::Lsn;
 
-use super::observed::{HelloObserved, InstanceObserved, InstanceRole};
+use super::observed::{HelloObserved, InstanceObserved, InstanceRole, StreamObserved, StreamPhase};
+use super::recovery::BackupSummary;
 
 /// A primary of which nothing is archived yet.
 pub fn instance(cluster: &str, system_identifier: u64) -> InstanceObserved {
@@ -27,6 +29,22 @@ pub fn instance(cluster: &str, system_identifier: u64) -> InstanceObserved {
     }
 }
 
+/// A stream that has brought nothing yet.
+pub fn stream() -> StreamObserved {
+    StreamObserved {
+        phase: StreamPhase::Streaming,
+        problem: String::new(),
+        store_error: String::new(),
+        received_lsn: None,
+        complete_until: None,
+        pieces: 0,
+        segments: 0,
+        piece_interval_ms: 1000,
+        synchronous: "off".to_owned(),
+        spool: None,
+    }
+}
+
 pub fn hello() -> HelloObserved {
     HelloObserved {
         version: "1".to_owned(),
@@ -35,5 +53,32 @@ pub fn hello() -> HelloObserved {
         labels: BTreeMap::new(),
         recipient: RecipientId([1; 32]),
         capabilities: vec![],
+        spool_address: None,
+    }
+}
+
+/// A committed backup on timeline 1 of cluster orders.
+pub fn backup(id: &str, system_identifier: u64, start_lsn: Lsn) -> BackupSummary {
+    BackupSummary {
+        id: id.parse().expect("an id"),
+        cluster: "orders".parse().expect("a name"),
+        system_identifier,
+        server_version_num: 170_000,
+        timeline: 1,
+        start_lsn: Some(start_lsn),
+        stop_lsn: Some(start_lsn),
+        started_at: None,
+        finished_at: None,
+        member: "db1".to_owned(),
+        parents: vec![],
+        cluster_bytes: 0,
+        read_bytes: 0,
+        new_bytes: 0,
+        stored_bytes: 0,
+        damaged_pages: 0,
+        state: "committed".to_owned(),
+        store_requests: 0,
+        unexplained_slots: 0,
+        read_all_because: String::new(),
     }
 }

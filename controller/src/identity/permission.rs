@@ -48,6 +48,7 @@ const JOBS: &[(&str, Needs)] = &[
     ("StartRestore", Needs::Role(Role::Operator)),
     ("StartVerify", Needs::Role(Role::Operator)),
     ("StartBackupPlan", Needs::Role(Role::Operator)),
+    ("StartWalFind", Needs::Role(Role::Operator)),
     ("GetJob", Needs::Role(Role::Viewer)),
     ("ListJobs", Needs::Role(Role::Viewer)),
     ("WatchJob", Needs::Role(Role::Viewer)),
@@ -59,6 +60,7 @@ const RESOURCES: &[(&str, Needs)] = &[
     ("ListResources", Needs::Role(Role::Viewer)),
     ("DeleteResource", Needs::Role(Role::Admin)),
 ];
+const WAL: &[(&str, Needs)] = &[("AcknowledgeGap", Needs::Role(Role::Operator))];
 /// It names people and what they tried.
 const AUDIT: &[(&str, Needs)] = &[("ListEntries", Needs::Role(Role::Admin)), ("VerifyLog", Needs::Role(Role::Admin))];
 const SERVICES: &[(&str, &[(&str, Needs)])] = &[
@@ -69,6 +71,7 @@ const SERVICES: &[(&str, &[(&str, Needs)])] = &[
     ("walfleet.operator.v1.Fleet", FLEET),
     ("walfleet.operator.v1.Jobs", JOBS),
     ("walfleet.operator.v1.Resources", RESOURCES),
+    ("walfleet.operator.v1.Wal", WAL),
 ];
 
 fn find(path: &str) -> Option<(&'static str, &'static (&'static str, Needs))> {
@@ -232,6 +235,7 @@ mod tests {
             "operator/v1/fleet",
             "operator/v1/jobs",
             "operator/v1/resources",
+            "operator/v1/wal",
         ] {
             let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../proto/walfleet/{file}.proto"));
             let text = std::fs::read_to_string(path).unwrap();

@@ -103,7 +103,9 @@ fn members_for<'s>(job: &Job, assembly: &'s Assembly<'_>) -> Result<Vec<&'s str>
     let cluster = cluster.ok_or_else(|| format!("no agent declares an instance of {}", job.cluster))?;
     match job.work.kind() {
         JobKind::Backup | JobKind::BackupPlan => backup_order(cluster),
-        JobKind::Verify | JobKind::Restore => Ok(cluster.members.iter().map(|member| member.agent).collect()),
+        JobKind::Verify | JobKind::Restore | JobKind::WalFind => {
+            Ok(cluster.members.iter().map(|member| member.agent).collect())
+        }
     }
 }
 

@@ -47,6 +47,7 @@ pub enum Report {
     Restore(String),
     Verify(String),
     BackupPlan(String),
+    WalFind(String),
 }
 
 impl Outcome {

@@ -2,10 +2,12 @@
 
 use std::collections::BTreeMap;
 
+use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use walfleet_repository::ids::BackupId;
+use walfleet_repository::postgres::Lsn;
 
-use super::target::RecoveryTarget;
+use super::target::{RecoveryTarget, TimelineChoice};
 
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -14,6 +16,7 @@ pub enum Work {
     Restore(RestoreWork),
     Verify(VerifyWork),
     BackupPlan(BackupPlanWork),
+    WalFind(WalFindWork),
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
@@ -23,6 +26,7 @@ pub enum JobKind {
     Restore,
     Verify,
     BackupPlan,
+    WalFind,
 }
 
 impl JobKind {
@@ -33,6 +37,7 @@ impl JobKind {
             JobKind::Restore => "restore",
             JobKind::Verify => "verify",
             JobKind::BackupPlan => "backup_plan",
+            JobKind::WalFind => "wal_find",
         }
     }
 }
@@ -61,6 +66,18 @@ pub struct RestoreWork {
     pub delta: bool,
     pub standby: Option<StandbyWork>,
     pub plan_only: bool,
+    /// What the cluster's servers were seen to have when the work was asked for.
+    #[serde(default)]
+    pub complete: Vec<CompleteWork>,
+}
+
+/// Up to a moment a server wrote no more WAL than this, and the repository has it.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct CompleteWork {
+    pub system_identifier: u64,
+    pub timeline: u32,
+    pub lsn: Lsn,
+    pub at: Timestamp,
 }
 
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
@@ -83,6 +100,18 @@ pub struct BackupPlanWork {
     pub read_all: bool,
 }
 
+/// Which transactions committed around a moment, asked of an agent that may read the WAL.
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+pub struct WalFindWork {
+    pub repository: String,
+    pub around: Timestamp,
+    pub within_seconds: u64,
+    pub timeline: TimelineChoice,
+    /// Absent: as many as the agent thinks right.
+    pub limit: Option<u32>,
+    pub all: bool,
+}
+
 impl Work {
     pub fn kind(&self) -> JobKind {
         match self {
@@ -90,6 +119,7 @@ impl Work {
             Work::Restore(_) => JobKind::Restore,
             Work::Verify(_) => JobKind::Verify,
             Work::BackupPlan(_) => JobKind::BackupPlan,
+            Work::WalFind(_) => JobKind::WalFind,
         }
     }
 
@@ -99,6 +129,7 @@ impl Work {
             Work::Restore(work) => &work.repository,
             Work::Verify(work) => &work.repository,
             Work::BackupPlan(work) => &work.repository,
+            Work::WalFind(work) => &work.repository,
         }
     }
 }

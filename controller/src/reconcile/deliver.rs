@@ -10,6 +10,7 @@ use tokio::time::Instant;
 use walfleet_repository::ids::JobId;
 
 use super::desired::{self, DesiredContent, DesiredSpec};
+use super::spools::{self, Former};
 use super::writers::{self, WriterChain};
 use super::{Picture, ReconcileError, Reconciler};
 use crate::fleet::clusters::Assembly;
@@ -70,6 +71,28 @@ pub struct Told {
 /// Rows as this controller last wrote or read them, so that a quiet fleet costs no reads.
 pub type KnownTold = BTreeMap<String, Row<Told>>;
 
+/// Of members that are away as well: their links to their peers may stand.
+async fn former_peers(
+    reconciler: &Reconciler,
+    assembly: &Assembly<'_>,
+    known: &mut KnownTold,
+) -> Result<Former, ReconcileError> {
+    let mut former = Former::new();
+    for (cluster, member) in spools::members(assembly) {
+        if !known.contains_key(&member)
+            && let Some(row) = reconciler.state.row::<Told>(&format!("{PREFIX}{member}")).await?
+        {
+            known.insert(member.clone(), row);
+        }
+        let told = known.get(&member).into_iter().flat_map(|row| &row.value.content.clusters);
+        let peer = told.filter(|told| told.name == cluster.name).find_map(|told| told.spool_peer.as_ref());
+        if let Some(peer) = peer {
+            former.insert((cluster.name.clone(), member), peer.agent.clone());
+        }
+    }
+    Ok(former)
+}
+
 /// Works out every connected agent's desired state, stores what changed, and sends it. Says how many changed.
 pub async fn desired(
     reconciler: &Reconciler,
@@ -79,7 +102,10 @@ pub async fn desired(
     known: &mut KnownTold,
 ) -> Result<usize, ReconcileError> {
     let mut changed = 0;
-    for (agent, content) in desired::plan(assembly, &picture.agents, &picture.catalog, jobs) {
+    let former = former_peers(reconciler, assembly, known).await?;
+    let mut contents = desired::plan(assembly, &picture.agents, &picture.catalog, jobs);
+    spools::name_peers(picture.now, assembly, &picture.agents, &picture.catalog, &former, &mut contents);
+    for (agent, content) in contents {
         let Some(link) = reconciler.fleet.link(&agent) else { continue };
         let member = agent.parse().ok().and_then(|name| reconciler.roster.member(&name));
         let Some(member) = member.filter(|member| member.revoked_at_us.is_none()) else { continue };

@@ -8,7 +8,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::{Deserialize, Serialize};
 use walfleet_repository::ids::{ClusterName, RecipientId};
 use walfleet_repository::limits::LimitsSpec;
+use walfleet_repository::shipping::ShippingSpec;
 
+use super::spools::{DesiredSpool, SpoolPeer};
 use crate::fleet::{AgentSeen, Assembly, ClusterSeen};
 use crate::jobs::{Job, JobKind};
 use crate::resources::stored::Catalog;
@@ -30,6 +32,9 @@ pub struct DesiredContent {
     /// Of the policies that bind the clusters it is a member of. Absent in states of earlier controllers.
     #[serde(default)]
     pub limits: LimitsSpec,
+    /// What its spool keeps for others.
+    #[serde(default)]
+    pub spools: Vec<DesiredSpool>,
 }
 
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
@@ -48,12 +53,17 @@ pub struct DesiredCluster {
     pub compression_level: Option<i32>,
     pub processes: Option<u32>,
     pub standing: Standing,
+    #[serde(default)]
+    pub shipping: ShippingSpec,
     /// Absent: no instance was seen yet.
     #[serde(default)]
     pub system_identifier: Option<u64>,
     /// What it may be a copy of.
     #[serde(default)]
     pub relatives: Vec<ClusterName>,
+    /// Of members whose commits wait for spools.
+    #[serde(default)]
+    pub spool_peer: Option<SpoolPeer>,
 }
 
 /// What the cluster is to the agent.
@@ -141,8 +151,10 @@ pub fn plan(
                 compression_level: cluster.policy.and_then(|policy| policy.backup.compression_level),
                 processes: cluster.policy.and_then(|policy| policy.backup.processes),
                 standing: if members.contains_key(name) { Standing::Member } else { Standing::RestoreHost },
+                shipping: cluster.policy.map(|policy| policy.wal).unwrap_or_default(),
                 system_identifier: cluster.system_identifier,
                 relatives: relatives.clone(),
+                spool_peer: None,
             });
         }
     }
@@ -167,7 +179,10 @@ pub fn relatives<'a>(
 
 fn restoring(cluster: &ClusterSeen<'_>, jobs: &[Job]) -> BTreeSet<String> {
     jobs.iter()
-        .filter(|job| job.cluster == cluster.name && matches!(job.work.kind(), JobKind::Restore | JobKind::Verify))
+        .filter(|job| {
+            let kinds = [JobKind::Restore, JobKind::Verify, JobKind::WalFind];
+            job.cluster == cluster.name && kinds.contains(&job.work.kind())
+        })
         .filter_map(|job| job.on.clone())
         .collect()
 }

@@ -5,10 +5,11 @@ use std::collections::BTreeMap;
 use jiff::Timestamp;
 use walfleet_repository::ids::ClusterName;
 
+use super::gap_backups::GivenUp;
 use super::schedules::{self, Followed};
 use super::{Picture, ReconcileError, Reconciler};
 use crate::fleet::clusters::ClusterSeen;
-use crate::fleet::protection::{self, Assessment};
+use crate::fleet::protection::{self, Assessment, Protection};
 use crate::jobs::{Job, ReportedBackup};
 use crate::resources::Span;
 use crate::state::Row;
@@ -20,6 +21,7 @@ pub struct Overview {
     pub jobs: Vec<Job>,
     /// Of each cluster, the newest backup that a job of it reported.
     pub reported: BTreeMap<ClusterName, ReportedBackup>,
+    given_up: GivenUp,
     stale_after: Span,
 }
 
@@ -28,20 +30,32 @@ const STALE_INTERVALS: u64 = 3;
 
 impl Reconciler {
     pub async fn overview(&self, now: Timestamp) -> Result<Overview, ReconcileError> {
-        let interval = self.fleet.timing.facts_interval.as_secs().max(1);
         Ok(Overview {
             picture: self.picture(now).await?,
             followed: schedules::load(&self.state).await?,
             jobs: self.jobs.active().await?,
             reported: self.jobs.reported_backups(),
-            stale_after: Span::seconds(interval * STALE_INTERVALS),
+            given_up: GivenUp::load(&self.state).await?,
+            stale_after: self.stale_after(),
         })
+    }
+
+    pub(super) fn stale_after(&self) -> Span {
+        let interval = self.fleet.timing.facts_interval.as_secs().max(1);
+        Span::seconds(interval * STALE_INTERVALS)
     }
 }
 
 impl Overview {
     pub fn assess(&self, cluster: &ClusterSeen<'_>) -> Assessment {
-        protection::assess(self.picture.now, cluster, self.reported.get(&cluster.name), self.stale_after)
+        let now = self.picture.now;
+        let mut assessment = protection::assess(now, cluster, self.reported.get(&cluster.name), self.stale_after);
+        // Its gap is a risk already.
+        if assessment.state == Protection::AtRisk {
+            let problem = self.given_up.problem(now, cluster, self.stale_after);
+            assessment.reason.extend(problem.map(|problem| format!("; {problem}")));
+        }
+        assessment
     }
 
     /// When the next scheduled backup may start.

@@ -7,7 +7,8 @@ use jiff::SignedDuration;
 use walfleet_repository::key_file::{KeyFile, KeyKind};
 
 use super::*;
-use crate::fleet::observed::{AgentObserved, FactsObserved};
+use crate::fleet::observed::{AgentObserved, FactsObserved, InstanceObserved};
+use crate::fleet::recovery::{GapNote, RecoveryRange, RecoveryWindow, WalGap};
 use crate::fleet::{Timing, samples, store};
 use crate::jobs::{Job, Phase};
 use crate::resources::{document, stored};
@@ -21,7 +22,8 @@ fn timing() -> Timing {
     let long = Duration::from_secs(3600);
     Timing {
         heartbeat: long,
-        facts_interval: long,
+        // What was seen at the beginning counts for days.
+        facts_interval: Duration::from_secs(86_400),
         lost_after: long,
         lease: long,
         offer: long,
@@ -41,10 +43,13 @@ struct Room {
 
 /// One cluster, seen at db1, which is not connected.
 async fn room() -> Room {
+    room_of(samples::instance("orders", 7)).await
+}
+
+async fn room_of(instance: InstanceObserved) -> Room {
     let folder = tempfile::tempdir().expect("a folder");
     KeeperKey::create(folder.path(), "test", &KeyFile::generate(KeyKind::Recovery).expect("a key")).expect("fresh");
     let state = State::open(&folder.path().join("state"), Options::default()).expect("a fresh state");
-    let instance = samples::instance("orders", 7);
     let now = at("2026-06-01T12:00:00Z");
     let facts = FactsObserved { at: now, received_at: now, instances: vec![instance] };
     let observed = AgentObserved { hello: None, facts: Some(facts), last_seen: Some(now) };
@@ -122,6 +127,76 @@ async fn passes_at_the_same_time_make_a_run_once() {
     let now = at("2026-06-02T02:00:00Z");
     let (one, two) = tokio::join!(room.reconciler.pass(now), other.pass(now));
     assert_eq!(room.jobs().await.len(), 1, "{one:?} {two:?}");
+}
+
+#[tokio::test]
+async fn a_recorded_gap_makes_one_backup_and_another_only_if_that_did_not_help() {
+    let mut instance = samples::instance("orders", 7);
+    instance.current_lsn = Some("0/6000000".parse().expect("an LSN"));
+    let note = GapNote { by: "db1".to_owned(), at: at("2026-06-01T11:00:00Z"), reason: "it was lost".to_owned() };
+    let gap = WalGap {
+        timeline: 1,
+        branch: "0".repeat(16),
+        from_lsn: "0/3000000".parse().expect("an LSN"),
+        to_lsn: "0/5000000".parse().expect("an LSN"),
+        acknowledged: false,
+        from: None,
+        to: None,
+        recorded: Some(note),
+        acknowledgement: None,
+        system_identifier: 7,
+    };
+    let range = RecoveryRange {
+        from: None,
+        to: None,
+        from_lsn: "0/1000000".parse().expect("an LSN"),
+        to_lsn: gap.from_lsn,
+        timeline: 1,
+        branch: gap.branch.clone(),
+    };
+    instance.windows = vec![RecoveryWindow {
+        repository: "main".to_owned(),
+        as_of: at("2026-06-01T11:59:00Z"),
+        ranges: vec![range],
+        gaps: vec![gap],
+        filled: vec![],
+        newest_commit: None,
+        newest_lsn: None,
+        newest_timeline: 1,
+    }];
+    let mut room = room_of(instance).await;
+    assert_eq!(room.pass("2026-06-01T12:00:00Z").await.runs_created, 0, "nobody says where to");
+    room.apply("0 2 * * *").await;
+    assert_eq!(room.pass("2026-06-01T12:00:01Z").await.runs_created, 1);
+    assert_eq!(room.pass("2026-06-01T12:20:00Z").await.runs_created, 0, "it waits");
+    room.reconciler = reopened(&room.folder, room.reconciler.state.clone()).await;
+    assert_eq!(room.pass("2026-06-01T12:21:00Z").await.runs_created, 0);
+    let jobs = room.jobs().await;
+    assert_eq!((jobs.len(), jobs[0].requested_by.as_str()), (1, "gap"));
+    let cancel = Event::Cancel { by: "ann".to_owned() };
+    room.reconciler.jobs.apply(&jobs[0].id, cancel, at("2026-06-01T12:22:00Z")).await.expect("a row");
+    assert_eq!(room.pass("2026-06-01T12:23:00Z").await.runs_created, 1);
+    let jobs = room.jobs().await;
+    let cancel = Event::Cancel { by: "ann".to_owned() };
+    room.reconciler.jobs.apply(&jobs[0].id, cancel, at("2026-06-01T12:24:00Z")).await.expect("a row");
+    assert_eq!(room.pass("2026-06-01T12:25:00Z").await.runs_created, 0, "not so soon again");
+
+    // Ever more seldom, and not for ever.
+    let cluster: ClusterName = "orders".parse().expect("a name");
+    for (too_soon, again) in [("12:52", "12:53"), ("14:52", "14:53"), ("20:52", "20:53")] {
+        assert_eq!(room.pass(&format!("2026-06-01T{too_soon}:00Z")).await.runs_created, 0, "{too_soon}");
+        let then = format!("2026-06-01T{again}:00Z");
+        assert_eq!(room.pass(&then).await.runs_created, 1, "{again}");
+        let jobs = room.jobs().await;
+        let cancel = Event::Cancel { by: "ann".to_owned() };
+        room.reconciler.jobs.apply(&jobs[0].id, cancel, at(&then)).await.expect("a row");
+    }
+    for hour in ["2026-06-01T21:30:00Z", "2026-06-02T01:59:00Z"] {
+        assert_eq!(room.pass(hour).await.runs_created, 0, "{hour}");
+        let overview = room.reconciler.overview(at(hour)).await.expect("rows");
+        let said = overview.assess(&overview.picture.assemble().clusters[&cluster]).reason;
+        assert!(said.contains("after 5 tries no backup begins behind 0/5000000"), "{said}");
+    }
 }
 
 #[tokio::test]

@@ -66,7 +66,7 @@ pub struct Resource<S> {
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub enum Document {
     Repository(Resource<RepositorySpec>),
-    Policy(Resource<PolicySpec>),
+    Policy(Box<Resource<PolicySpec>>),
     Cluster(Resource<ClusterSpec>),
 }
 
@@ -214,7 +214,7 @@ impl Document {
     fn read<'de, D: serde::Deserializer<'de>>(kind: Kind, reader: D) -> Result<Document, D::Error> {
         match kind {
             Kind::Repository => Resource::deserialize(reader).map(Document::Repository),
-            Kind::Policy => Resource::deserialize(reader).map(Document::Policy),
+            Kind::Policy => Resource::deserialize(reader).map(|policy| Document::Policy(Box::new(policy))),
             Kind::Cluster => Resource::deserialize(reader).map(Document::Cluster),
         }
     }
@@ -390,6 +390,13 @@ spec:
             "prefer:",
             "fast_checkpoint:",
             "retries:",
+            "streaming:",
+            "piece_interval:",
+            "synchronous:",
+            "spool_peer:",
+            "without_peer:",
+            "compression:",
+            "let_go_at:",
             "rpo:",
             "backup_age:",
             "hosts:",

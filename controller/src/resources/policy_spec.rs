@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 use walfleet_repository::limits::LimitsSpec;
+use walfleet_repository::shipping::ShippingSpec;
 
 use super::document::{Spec, SpecFault};
 use super::selector::Selector;
@@ -20,6 +21,9 @@ pub struct PolicySpec {
     /// On each member's host, for all that is done there together. The lowest holds where several policies meet on one.
     #[serde(default, skip_serializing_if = "is_none")]
     pub limits: LimitsSpec,
+    /// How each member's WAL is shipped.
+    #[serde(default, skip_serializing_if = "says_nothing")]
+    pub wal: ShippingSpec,
     #[serde(default)]
     pub objectives: ObjectivesSpec,
     #[serde(default)]
@@ -91,6 +95,10 @@ pub struct RestoreSpec {
     /// enrolled with, not those a host claims later; `name` is every agent's own name.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub hosts: Option<Selector>,
+}
+
+fn says_nothing(shipping: &ShippingSpec) -> bool {
+    *shipping == ShippingSpec::NONE
 }
 
 fn is_none(limits: &LimitsSpec) -> bool {

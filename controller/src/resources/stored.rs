@@ -58,8 +58,8 @@ impl Catalog {
             Document::Repository(Resource { name, spec, .. }) => {
                 self.repositories.insert(name, spec);
             }
-            Document::Policy(Resource { name, spec, .. }) => {
-                self.policies.insert(name, spec);
+            Document::Policy(policy) => {
+                self.policies.insert(policy.name, policy.spec);
             }
             Document::Cluster(Resource { name, labels, spec, .. }) => {
                 // `document::parse` lets no other name through.

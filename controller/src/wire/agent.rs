@@ -6,7 +6,9 @@ use walfleet_repository::ids::{JobId, RecipientId};
 
 use super::{WireError, bounded, job, lsn_in, lsn_out, recovery, required_time_in, time_in, time_out};
 use crate::fleet::link::ToAgent;
-use crate::fleet::observed::{ArchiveObserved, InstanceObserved, InstanceRole, TablespaceObserved};
+use crate::fleet::observed::{
+    ArchiveObserved, InstanceObserved, InstanceRole, SpoolObserved, StreamObserved, StreamPhase, TablespaceObserved,
+};
 use crate::fleet::{Expected, FactsObserved, HelloObserved, Progress};
 use crate::jobs::{FencingToken, Job, Outcome};
 use crate::resources::selector::{is_label_key, is_label_value};
@@ -70,6 +72,7 @@ pub fn hello_in(hello: pb::Hello) -> Result<(HelloObserved, Vec<JournalEntry>), 
         labels: hello.labels.into_iter().collect(),
         recipient,
         capabilities: hello.capabilities.into_iter().take(64).map(bounded).collect(),
+        spool_address: Some(bounded(hello.spool_address)).filter(|address| !address.is_empty()),
     };
     Ok((observed, journal))
 }
@@ -195,17 +198,73 @@ fn instance_in(instance: pb::InstanceFacts) -> Result<InstanceObserved, WireErro
     })
 }
 
+fn stream_in(stream: pb::StreamFacts) -> Result<StreamObserved, WireError> {
+    Ok(StreamObserved {
+        phase: StreamPhase::read(&stream.phase),
+        problem: bounded(stream.problem),
+        store_error: bounded(stream.store_error),
+        received_lsn: lsn_in("archive.stream.received_lsn", &stream.received_lsn)?,
+        complete_until: time_in("archive.stream.complete_until_us", stream.complete_until_us)?,
+        pieces: stream.pieces,
+        segments: stream.segments,
+        piece_interval_ms: stream.piece_interval_ms,
+        synchronous: bounded(stream.synchronous),
+        spool: stream.spool.map(spool_in).transpose()?,
+    })
+}
+
+fn spool_in(spool: pb::SpoolFacts) -> Result<SpoolObserved, WireError> {
+    Ok(SpoolObserved {
+        peer: bounded(spool.peer),
+        waits_for: bounded(spool.waits_for),
+        problem: bounded(spool.problem),
+        written_lsn: lsn_in("archive.stream.spool.written_lsn", &spool.written_lsn)?,
+        held_bytes: spool.held_bytes,
+    })
+}
+
+fn spool_out(spool: &SpoolObserved) -> pb::SpoolFacts {
+    pb::SpoolFacts {
+        peer: spool.peer.clone(),
+        waits_for: spool.waits_for.clone(),
+        problem: spool.problem.clone(),
+        written_lsn: lsn_out(spool.written_lsn),
+        held_bytes: spool.held_bytes,
+    }
+}
+
+fn stream_out(stream: &StreamObserved) -> pb::StreamFacts {
+    pb::StreamFacts {
+        phase: stream.phase.as_str().to_owned(),
+        problem: stream.problem.clone(),
+        store_error: stream.store_error.clone(),
+        received_lsn: lsn_out(stream.received_lsn),
+        complete_until_us: time_out(stream.complete_until),
+        pieces: stream.pieces,
+        segments: stream.segments,
+        piece_interval_ms: stream.piece_interval_ms,
+        synchronous: stream.synchronous.clone(),
+        spool: stream.spool.as_ref().map(spool_out),
+    }
+}
+
 fn archive_in(archive: pb::ArchiveFacts) -> Result<ArchiveObserved, WireError> {
     Ok(ArchiveObserved {
         last_segment: bounded(archive.last_segment),
         durable_lsn: lsn_in("archive.durable_lsn", &archive.durable_lsn)?,
+        durable_timeline: Some(archive.durable_timeline).filter(|timeline| *timeline != 0),
         durable_at: time_in("archive.durable_at_us", archive.durable_at_us)?,
+        quiet_from: lsn_in("archive.quiet_from_lsn", &archive.quiet_from_lsn)?,
         ready_segments: archive.ready_segments,
         failed_count: archive.failed_count,
         last_error: bounded(archive.last_error),
         pg_wal_bytes: archive.pg_wal_bytes,
         pg_wal_free_bytes: archive.pg_wal_free_bytes,
         archive_command_set: archive.archive_command_set,
+        stream: archive.stream.map(stream_in).transpose()?,
+        pg_wal_full_in_seconds: Some(archive.pg_wal_full_in_seconds).filter(|seconds| *seconds != 0),
+        requests_last_hour: archive.requests_last_hour,
+        stored_bytes_last_hour: archive.stored_bytes_last_hour,
     })
 }
 
@@ -246,6 +305,8 @@ fn archive_out(archive: &ArchiveObserved) -> pb::ArchiveFacts {
     pb::ArchiveFacts {
         last_segment: archive.last_segment.clone(),
         durable_lsn: lsn_out(archive.durable_lsn),
+        durable_timeline: archive.durable_timeline.unwrap_or_default(),
+        quiet_from_lsn: lsn_out(archive.quiet_from),
         durable_at_us: time_out(archive.durable_at),
         ready_segments: archive.ready_segments,
         failed_count: archive.failed_count,
@@ -253,6 +314,10 @@ fn archive_out(archive: &ArchiveObserved) -> pb::ArchiveFacts {
         pg_wal_bytes: archive.pg_wal_bytes,
         pg_wal_free_bytes: archive.pg_wal_free_bytes,
         archive_command_set: archive.archive_command_set,
+        stream: archive.stream.as_ref().map(stream_out),
+        pg_wal_full_in_seconds: archive.pg_wal_full_in_seconds.unwrap_or_default(),
+        requests_last_hour: archive.requests_last_hour,
+        stored_bytes_last_hour: archive.stored_bytes_last_hour,
     }
 }
 

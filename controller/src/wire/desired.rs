@@ -3,6 +3,7 @@
 use bytes::Bytes;
 use walfleet_proto::agent::v1 as pb;
 use walfleet_repository::limits::{ByteRate, LimitsSpec};
+use walfleet_repository::shipping::{Compression, PieceInterval, ShippingSpec, Streaming, Synchronous, WithoutPeer};
 
 use crate::reconcile::desired::{DesiredSpec, Standing};
 
@@ -31,7 +32,18 @@ pub fn desired_out(spec: &DesiredSpec, root_public_key: [u8; 32]) -> pb::Control
         processes: cluster.processes.unwrap_or_default(),
         member: cluster.standing == Standing::Member,
         system_identifier: cluster.system_identifier.unwrap_or_default(),
+        shipping: shipping_out(cluster.shipping),
         relatives: cluster.relatives.iter().map(ToString::to_string).collect(),
+        spool_peer: cluster
+            .spool_peer
+            .as_ref()
+            .map(|peer| pb::SpoolPeer { agent: peer.agent.clone(), address: peer.address.clone() }),
+    });
+    let spools = spec.content.spools.iter().map(|spool| pb::DesiredSpool {
+        cluster: spool.cluster.to_string(),
+        repository: spool.repository.clone(),
+        system_identifier: spool.system_identifier,
+        agents: spool.agents.clone(),
     });
     pb::ControllerMessage {
         message: Some(pb::controller_message::Message::Desired(pb::Desired {
@@ -40,8 +52,21 @@ pub fn desired_out(spec: &DesiredSpec, root_public_key: [u8; 32]) -> pb::Control
             clusters: clusters.collect(),
             writer_chain: spec.writer_chain.iter().map(|certificate| Bytes::copy_from_slice(certificate)).collect(),
             limits: limits_out(spec.content.limits),
+            spools: spools.collect(),
         })),
     }
+}
+
+fn shipping_out(shipping: ShippingSpec) -> Option<pb::Shipping> {
+    let said = |word: Option<&'static str>| word.unwrap_or_default().to_owned();
+    (shipping != ShippingSpec::NONE).then(|| pb::Shipping {
+        streaming: said(shipping.streaming.map(Streaming::as_str)),
+        piece_interval_ms: shipping.piece_interval.map_or(0, PieceInterval::as_millis),
+        synchronous: said(shipping.synchronous.map(Synchronous::as_str)),
+        compression: said(shipping.compression.map(Compression::as_str)),
+        let_go_at: shipping.let_go_at.map(|limit| limit.to_string()).unwrap_or_default(),
+        without_peer: said(shipping.without_peer.map(WithoutPeer::as_str)),
+    })
 }
 
 fn limits_out(limits: LimitsSpec) -> Option<pb::Limits> {

@@ -1,5 +1,6 @@
 //! `walfleet.job.v1`: orders outward, outcomes and restore requests inward.
 
+mod found;
 mod past;
 
 use std::fmt::Write;
@@ -9,8 +10,9 @@ use walfleet_proto::job::v1 as pb;
 
 use super::{WireError, bounded, recovery, time_in, time_out};
 use crate::fleet::Progress;
-use crate::jobs::work::{BackupWork, RestoreWork, StandbyWork, VerifyWork, Work};
+use crate::jobs::work::{BackupWork, CompleteWork, RestoreWork, StandbyWork, VerifyWork, Work};
 use crate::jobs::{Job, JobError, Outcome, Phase, Report, Verdict};
+pub use found::wal_find_in;
 
 pub fn phase_out(phase: Phase) -> pb::JobState {
     match phase {
@@ -39,6 +41,7 @@ pub fn order_out(job: &Job) -> pb::JobOrder {
         Work::BackupPlan(work) => {
             Order::BackupPlan(pb::BackupPlanOrder { repository: work.repository.clone(), read_all: work.read_all })
         }
+        Work::WalFind(work) => Order::WalFind(found::order_out(work)),
     };
     pb::JobOrder {
         job: job.id.to_string(),
@@ -76,6 +79,16 @@ fn restore_out(work: &RestoreWork) -> pb::RestoreOrder {
         standby: work.standby.is_some(),
         apply_delay_seconds: work.standby.as_ref().map_or(0, |standby| standby.apply_delay_seconds),
         plan_only: work.plan_only,
+        complete: work.complete.iter().map(complete_out).collect(),
+    }
+}
+
+fn complete_out(known: &CompleteWork) -> pb::KnownComplete {
+    pb::KnownComplete {
+        system_identifier: known.system_identifier,
+        timeline: known.timeline,
+        lsn: known.lsn.to_string(),
+        at_us: known.at.as_microsecond(),
     }
 }
 
@@ -123,6 +136,7 @@ pub fn restore_in(order: pb::RestoreOrder, repository: &str) -> Result<RestoreWo
         delta: order.delta,
         standby: order.standby.then_some(StandbyWork { apply_delay_seconds: order.apply_delay_seconds }),
         plan_only: order.plan_only,
+        complete: Vec::new(),
     })
 }
 
@@ -175,6 +189,7 @@ fn report_in(report: pb::job_outcome::Report) -> Result<Report, WireError> {
             plan.notes.truncate(200);
             Ok(Report::BackupPlan(hex(&plan.encode_to_vec())))
         }
+        Wire::WalFind(found) => Ok(Report::WalFind(hex(&found::bounded_report(found).encode_to_vec()))),
         Wire::Restore(mut restore) => {
             restore.notes.truncate(200);
             Ok(Report::Restore(hex(&restore.encode_to_vec())))
@@ -195,6 +210,7 @@ fn report_out(report: &Report) -> Option<pb::job_outcome::Report> {
         Report::BackupPlan(encoded) => {
             pb::BackupPlanReport::decode(unhex(encoded)?.as_slice()).ok().map(Wire::BackupPlan)
         }
+        Report::WalFind(encoded) => pb::WalFindReport::decode(unhex(encoded)?.as_slice()).ok().map(Wire::WalFind),
         Report::Verify(encoded) => pb::VerifyReport::decode(unhex(encoded)?.as_slice()).ok().map(Wire::Verify),
     }
 }

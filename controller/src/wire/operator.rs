@@ -81,6 +81,7 @@ pub fn job_out(row: &Job, progress: Option<&Progress>) -> pb::JobView {
         Work::Restore(_) => "restore",
         Work::Verify(_) => "verify",
         Work::BackupPlan(_) => "backup_plan",
+        Work::WalFind(_) => "wal_find",
     };
     // Of an earlier attempt it says nothing about this one.
     let progress = progress.filter(|progress| progress.token == row.token);

@@ -4,7 +4,7 @@ use walfleet_proto::recovery::v1 as pb;
 use walfleet_repository::postgres::Timeline;
 
 use super::{WireError, bounded, lsn_in, lsn_out, required_lsn_in, required_time_in, time_in, time_out};
-use crate::fleet::recovery::{BackupSummary, RecoveryRange, RecoveryWindow, WalGap};
+use crate::fleet::recovery::{BackupSummary, GapNote, RecoveryRange, RecoveryWindow, WalGap};
 use crate::jobs::target::{Edge, RecoveryTarget, Stop, TargetAction, TimelineChoice};
 
 pub fn window_in(window: pb::RecoveryWindow) -> Result<RecoveryWindow, WireError> {
@@ -13,6 +13,7 @@ pub fn window_in(window: pb::RecoveryWindow) -> Result<RecoveryWindow, WireError
         as_of: required_time_in("as_of_us", window.as_of_us)?,
         ranges: window.ranges.into_iter().map(range_in).collect::<Result<_, _>>()?,
         gaps: window.gaps.into_iter().map(gap_in).collect::<Result<_, _>>()?,
+        filled: window.filled.into_iter().map(gap_in).collect::<Result<_, _>>()?,
         newest_commit: time_in("newest_commit_us", window.newest_commit_us)?,
         newest_lsn: lsn_in("newest_lsn", &window.newest_lsn)?,
         newest_timeline: window.newest_timeline,
@@ -37,7 +38,36 @@ fn gap_in(gap: pb::WalGap) -> Result<WalGap, WireError> {
         from_lsn: required_lsn_in("gaps.from_lsn", &gap.from_lsn)?,
         to_lsn: required_lsn_in("gaps.to_lsn", &gap.to_lsn)?,
         acknowledged: gap.acknowledged,
+        from: time_in("gaps.from_us", gap.from_us)?,
+        to: time_in("gaps.to_us", gap.to_us)?,
+        recorded: gap.recorded.map(note_in).transpose()?,
+        acknowledgement: gap.acknowledgement.map(note_in).transpose()?,
+        system_identifier: gap.system_identifier,
     })
+}
+
+fn note_in(note: pb::GapNote) -> Result<GapNote, WireError> {
+    let at = required_time_in("gaps.at_us", note.at_us)?;
+    Ok(GapNote { by: bounded(note.by), at, reason: bounded(note.reason) })
+}
+
+pub fn gap_out(gap: &WalGap) -> pb::WalGap {
+    pb::WalGap {
+        timeline: gap.timeline,
+        branch: gap.branch.clone(),
+        from_lsn: gap.from_lsn.to_string(),
+        to_lsn: gap.to_lsn.to_string(),
+        acknowledged: gap.acknowledged,
+        from_us: time_out(gap.from),
+        to_us: time_out(gap.to),
+        recorded: gap.recorded.as_ref().map(note_out),
+        acknowledgement: gap.acknowledgement.as_ref().map(note_out),
+        system_identifier: gap.system_identifier,
+    }
+}
+
+fn note_out(note: &GapNote) -> pb::GapNote {
+    pb::GapNote { by: note.by.clone(), at_us: note.at.as_microsecond(), reason: note.reason.clone() }
 }
 
 pub fn window_out(window: &RecoveryWindow) -> pb::RecoveryWindow {
@@ -56,17 +86,8 @@ pub fn window_out(window: &RecoveryWindow) -> pb::RecoveryWindow {
                 branch: range.branch.clone(),
             })
             .collect(),
-        gaps: window
-            .gaps
-            .iter()
-            .map(|gap| pb::WalGap {
-                timeline: gap.timeline,
-                branch: gap.branch.clone(),
-                from_lsn: gap.from_lsn.to_string(),
-                to_lsn: gap.to_lsn.to_string(),
-                acknowledged: gap.acknowledged,
-            })
-            .collect(),
+        gaps: window.gaps.iter().map(gap_out).collect(),
+        filled: window.filled.iter().map(gap_out).collect(),
         newest_commit_us: time_out(window.newest_commit),
         newest_lsn: lsn_out(window.newest_lsn),
         newest_timeline: window.newest_timeline,
@@ -150,7 +171,19 @@ pub fn target_in(target: Option<pb::RecoveryTarget>) -> Result<RecoveryTarget, W
         let problem = "only a time, an LSN and a transaction id can be stopped before\nHINT: leave --exclusive out.";
         return Err(WireError::new("exclusive", problem));
     }
-    let timeline = match target.timeline.as_str() {
+    let timeline = timeline_in(&target.timeline)?;
+    let action = match target.action.as_str() {
+        "" | "promote" => TargetAction::Promote,
+        "pause" => TargetAction::Pause,
+        "shutdown" => TargetAction::Shutdown,
+        other => return Err(WireError::new("action", format!("{other:?} is not promote, pause or shutdown"))),
+    };
+    Ok(RecoveryTarget { stop, timeline, action })
+}
+
+/// Empty: the latest.
+pub fn timeline_in(text: &str) -> Result<TimelineChoice, WireError> {
+    Ok(match text {
         "" | "latest" => TimelineChoice::Latest,
         "current" => TimelineChoice::Current,
         branch if branch.contains('-') => {
@@ -164,14 +197,16 @@ pub fn target_in(target: Option<pb::RecoveryTarget>) -> Result<RecoveryTarget, W
             .ok_or_else(|| {
                 WireError::new("timeline", format!("{number:?} is not latest, current, a number or a branch"))
             })?,
-    };
-    let action = match target.action.as_str() {
-        "" | "promote" => TargetAction::Promote,
-        "pause" => TargetAction::Pause,
-        "shutdown" => TargetAction::Shutdown,
-        other => return Err(WireError::new("action", format!("{other:?} is not promote, pause or shutdown"))),
-    };
-    Ok(RecoveryTarget { stop, timeline, action })
+    })
+}
+
+pub fn timeline_out(timeline: TimelineChoice) -> String {
+    match timeline {
+        TimelineChoice::Latest => "latest".to_owned(),
+        TimelineChoice::Current => "current".to_owned(),
+        TimelineChoice::Number(timeline) => timeline.0.to_string(),
+        TimelineChoice::Branch(name) => name.to_string(),
+    }
 }
 
 pub fn target_out(target: &RecoveryTarget) -> pb::RecoveryTarget {
@@ -187,12 +222,7 @@ pub fn target_out(target: &RecoveryTarget) -> pb::RecoveryTarget {
     pb::RecoveryTarget {
         kind: Some(kind),
         exclusive: edge == Edge::Before,
-        timeline: match target.timeline {
-            TimelineChoice::Latest => "latest".to_owned(),
-            TimelineChoice::Current => "current".to_owned(),
-            TimelineChoice::Number(timeline) => timeline.0.to_string(),
-            TimelineChoice::Branch(name) => name.to_string(),
-        },
+        timeline: timeline_out(target.timeline),
         action: match target.action {
             TargetAction::Promote => "promote",
             TargetAction::Pause => "pause",

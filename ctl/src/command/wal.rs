@@ -1,10 +1,15 @@
 //! `walfleet wal`
 
+mod find;
+mod gaps;
+
 use clap::Subcommand;
 
 use crate::failure::Failure;
 use crate::session::Session;
-use crate::view::wal::{WalGaps, WalStatus};
+use crate::view::wal::WalStatus;
+use find::FindArgs;
+use gaps::GapsArgs;
 
 #[derive(Subcommand, Debug)]
 pub enum WalCommand {
@@ -13,11 +18,8 @@ pub enum WalCommand {
         /// The cluster
         name: String,
     },
-    /// WAL that should be stored and is not
-    Gaps {
-        /// The cluster
-        name: String,
-    },
+    Gaps(GapsArgs),
+    Find(FindArgs),
 }
 
 impl WalCommand {
@@ -27,10 +29,8 @@ impl WalCommand {
                 let cluster = session.client().await?.cluster(&name).await?;
                 session.show(&WalStatus::of(cluster))
             }
-            WalCommand::Gaps { name } => {
-                let cluster = session.client().await?.cluster(&name).await?;
-                session.show(&WalGaps::of(cluster))
-            }
+            WalCommand::Gaps(args) => args.run(session).await,
+            WalCommand::Find(args) => args.run(session).await,
         }
     }
 }

@@ -89,6 +89,7 @@ mod tests {
             restore: None,
             verification: None,
             backup_plan: None,
+            found: None,
             cost: None,
         }
     }

@@ -60,6 +60,42 @@ pub struct Archive {
     pub last_error: Option<String>,
     pub pg_wal_bytes: u64,
     pub pg_wal_free_bytes: u64,
+    pub stream: Option<Stream>,
+    /// At the rate at which WAL accumulates that the repository lacks or PostgreSQL keeps.
+    pub pg_wal_full_in_seconds: Option<u64>,
+    pub requests_last_hour: u64,
+    pub stored_bytes_last_hour: u64,
+}
+
+/// WAL over the replication protocol.
+#[derive(Clone, Debug, Serialize)]
+pub struct Stream {
+    /// off, streaming, following or waiting
+    pub phase: String,
+    pub problem: Option<String>,
+    pub store_error: Option<String>,
+    pub received_lsn: Option<String>,
+    /// By the server's clock: everything committed before is in the repository.
+    pub complete_until: Option<Timestamp>,
+    pub pieces: u64,
+    pub segments: u64,
+    pub piece_interval_seconds: f64,
+    pub synchronous: String,
+    /// While commits may wait for spools.
+    pub spool: Option<Spool>,
+}
+
+/// Commits that wait for two hosts' spools.
+#[derive(Clone, Debug, Serialize)]
+pub struct Spool {
+    /// The agent that keeps them beside this one.
+    pub peer: Option<String>,
+    /// spools, or while one is away: repository, alone (this host's spool) or peer
+    pub waits_for: String,
+    /// Why not for the spools.
+    pub problem: Option<String>,
+    pub written_lsn: Option<String>,
+    pub held_bytes: u64,
 }
 
 #[derive(Clone, Debug, Serialize)]

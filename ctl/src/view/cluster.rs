@@ -72,6 +72,8 @@ pub struct Recovery {
     pub as_of: Option<Timestamp>,
     pub ranges: Vec<Range>,
     pub gaps: Vec<Gap>,
+    /// What was noted of WAL that is there by now.
+    pub filled: Vec<Gap>,
     pub lag_seconds: Option<f64>,
     pub newest_commit_at: Option<Timestamp>,
     pub newest_lsn: Option<String>,
@@ -94,6 +96,21 @@ pub struct Gap {
     pub from_lsn: String,
     pub to_lsn: String,
     pub acknowledged: bool,
+    /// The last commit before it, and the first behind it.
+    pub from: Option<Timestamp>,
+    pub to: Option<Timestamp>,
+    /// Who had it last and no longer has it, since when, and why.
+    pub recorded: Option<GapNote>,
+    pub acknowledgement: Option<GapNote>,
+}
+
+/// What somebody said of a gap.
+#[derive(Clone, Debug, Serialize)]
+pub struct GapNote {
+    /// A member or an operator.
+    pub by: String,
+    pub at: Option<Timestamp>,
+    pub reason: String,
 }
 
 /// A restore that was made to prove that restores work.
@@ -136,7 +153,10 @@ impl Cluster {
         let gaps = self.open_gaps();
         match (&self.reason, gaps) {
             (Some(reason), _) => reason.clone(),
-            (None, 0) => String::new(),
+            (None, 0) => match self.recovery.iter().map(|window| window.gaps.len()).sum() {
+                0 => String::new(),
+                known => format!("{} in the WAL, acknowledged: walfleet wal gaps {}", count(known, "gap"), self.name),
+            },
             (None, gaps) => format!("{} in the WAL: walfleet wal gaps {}", count(gaps, "gap"), self.name),
         }
     }
@@ -188,7 +208,9 @@ impl Recovery {
             page.table(table);
         }
         for gap in &self.gaps {
-            let known = if gap.acknowledged { " (acknowledged)" } else { "" };
+            let known = gap.acknowledgement.as_ref().map(|note| format!(" by {}: {}", note.by, note.reason));
+            let known =
+                if gap.acknowledged { format!(" (acknowledged{})", known.unwrap_or_default()) } else { String::new() };
             let text = format!("WAL missing on timeline {}: {} to {}{known}", gap.timeline, gap.from_lsn, gap.to_lsn);
             page.line(if gap.acknowledged { text } else { Ink::Warn.on(&text) });
         }

@@ -7,6 +7,7 @@ use serde::Serialize;
 
 use super::backup::Backup;
 use super::cost::{BackupPlan, Cost};
+use super::found::Found;
 use super::restore::Restore;
 use super::verify::Verification;
 use crate::ink::Ink;
@@ -83,6 +84,8 @@ pub struct Job {
     pub verification: Option<Verification>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub backup_plan: Option<BackupPlan>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub found: Option<Found>,
     /// Null: it is not over, or its agent did not count.
     pub cost: Option<Cost>,
 }
@@ -181,6 +184,9 @@ impl Job {
         if let Some(plan) = &self.backup_plan {
             plan.draw(&self.cluster, agent, page);
         }
+        if let Some(found) = &self.found {
+            found.draw(&self.cluster, page);
+        }
     }
 }
 
@@ -252,7 +258,7 @@ impl View for Job {
             ),
         ]);
         let is_report = self.backup.is_some() || self.restore.is_some() || self.verification.is_some();
-        if is_report || self.backup_plan.is_some() {
+        if is_report || self.backup_plan.is_some() || self.found.is_some() {
             page.gap();
             self.draw_report(page);
         }

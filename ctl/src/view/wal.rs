@@ -3,7 +3,7 @@
 use jiff::Timestamp;
 use serde::Serialize;
 
-use super::agent::Archive;
+use super::agent::{Archive, Spool, Stream};
 use super::cluster::{Cluster, Gap, Protection};
 use crate::ink::Ink;
 use crate::print::{Page, Table, View};
@@ -107,6 +107,7 @@ fn draw_shippers(members: &[Shipper], page: &mut Page) {
     let mut table = Table::new(&[
         "MEMBER",
         "ROLE",
+        "STREAM",
         "SERVER AT",
         "CONFIRMED UP TO",
         "CONFIRMED",
@@ -115,6 +116,8 @@ fn draw_shippers(members: &[Shipper], page: &mut Page) {
         ">PG_WAL",
         "+>PG_WAL FREE",
         "AS OF",
+        "+>REQUESTS/H",
+        "+>STORED/H",
         "+LAST SEGMENT",
     ]);
     for member in members {
@@ -123,6 +126,7 @@ fn draw_shippers(members: &[Shipper], page: &mut Page) {
         table.row([
             if member.connected { member.agent.clone() } else { format!("{} (not connected)", member.agent) },
             member.role.map(|role| role.word().to_owned()).unwrap_or_default(),
+            archive.and_then(|archive| archive.stream.as_ref()).map(Stream::in_words).unwrap_or_default(),
             member.current_lsn.clone().unwrap_or_default(),
             of(|archive| archive.durable_lsn.clone().unwrap_or_default()),
             page.short_when(archive.and_then(|archive| archive.durable_at)),
@@ -131,6 +135,8 @@ fn draw_shippers(members: &[Shipper], page: &mut Page) {
             of(|archive| size(archive.pg_wal_bytes)),
             of(|archive| size(archive.pg_wal_free_bytes)),
             page.short_when(member.facts_at),
+            of(|archive| archive.requests_last_hour.to_string()),
+            of(|archive| size(archive.stored_bytes_last_hour)),
             of(|archive| archive.last_segment.clone().unwrap_or_default()),
         ]);
     }
@@ -140,11 +146,54 @@ fn draw_shippers(members: &[Shipper], page: &mut Page) {
         if let Some(error) = &archive.last_error {
             page.line(Ink::Warn.on(&format!("{}: last archiving error: {error}", member.agent)));
         }
-        if !archive.archive_command_set && member.role == Some(super::agent::Role::Primary) {
+        if let Some(stream) = &archive.stream {
+            for problem in [&stream.problem, &stream.store_error].into_iter().flatten() {
+                page.line(Ink::Warn.on(&format!("{}: {problem}", member.agent)));
+            }
+            if let Some(spool) = &stream.spool {
+                page.line(spool.in_words(&member.agent));
+            }
+        }
+        if let Some(full_in) = archive.pg_wal_full_in_seconds {
+            let full_in = seconds(full_in as f64);
             page.line(Ink::Warn.on(&format!(
-                "{}: archive_command does not call walfleet-agent; walfleet-agent doctor on that host says what to type",
+                "{}: pg_wal will be full in {full_in}, at the rate at which WAL accumulates there",
                 member.agent
             )));
+        }
+        let streams = archive.stream.as_ref().is_some_and(Stream::is_well);
+        if !archive.archive_command_set && !streams && member.role == Some(super::agent::Role::Primary) {
+            page.line(Ink::Warn.on(&format!(
+                "{}: WAL is neither streamed nor archived; walfleet-agent doctor on that host says what to type",
+                member.agent
+            )));
+        }
+    }
+}
+
+impl Spool {
+    fn in_words(&self, agent: &str) -> String {
+        let peer = self.peer.as_deref().unwrap_or("nobody");
+        let instead = match self.waits_for.as_str() {
+            "spools" => return format!("{agent}: commits wait for its spool and {peer}'s"),
+            "alone" => format!("{agent}: commits wait for its own spool alone, and are lost with it"),
+            "peer" => format!("{agent}: commits wait until {peer}'s spool is back, or for the timer"),
+            _ => format!("{agent}: commits wait for the repository instead of its spool and {peer}'s"),
+        };
+        Ink::Warn.on(&format!("{instead}: {}", self.problem.as_deref().unwrap_or_default()))
+    }
+}
+
+impl Stream {
+    fn is_well(&self) -> bool {
+        matches!(self.phase.as_str(), "streaming" | "following")
+    }
+
+    fn in_words(&self) -> String {
+        match (self.phase.as_str(), self.synchronous.as_str()) {
+            ("streaming", "off" | "") => format!("every {}", seconds(self.piece_interval_seconds)),
+            ("streaming", _) => "synchronous".to_owned(),
+            (phase, _) => phase.to_owned(),
         }
     }
 }
@@ -153,6 +202,8 @@ fn draw_shippers(members: &[Shipper], page: &mut Page) {
 pub struct WalGaps {
     pub cluster: String,
     pub gaps: Vec<RepositoryGap>,
+    /// What was noted of WAL that is there by now.
+    pub filled: Vec<RepositoryGap>,
 }
 
 #[derive(Debug, Serialize)]
@@ -164,15 +215,18 @@ pub struct RepositoryGap {
 
 impl WalGaps {
     pub fn of(cluster: Cluster) -> WalGaps {
-        let gaps = cluster
-            .recovery
-            .into_iter()
-            .flat_map(|window| {
-                let repository = window.repository;
-                window.gaps.into_iter().map(move |gap| RepositoryGap { repository: repository.clone(), gap })
-            })
-            .collect();
-        WalGaps { cluster: cluster.name, gaps }
+        let (mut gaps, mut filled) = (Vec::new(), Vec::new());
+        for window in cluster.recovery {
+            let of = |gap| RepositoryGap { repository: window.repository.clone(), gap };
+            gaps.extend(window.gaps.into_iter().map(of));
+            filled.extend(window.filled.into_iter().map(of));
+        }
+        WalGaps { cluster: cluster.name, gaps, filled }
+    }
+
+    /// The one that was acknowledged just now.
+    pub fn acknowledged(cluster: String, gap: RepositoryGap) -> WalGaps {
+        WalGaps { cluster, gaps: vec![gap], filled: Vec::new() }
     }
 }
 
@@ -180,21 +234,56 @@ impl View for WalGaps {
     fn draw(&self, page: &mut Page) {
         if self.gaps.is_empty() {
             page.line(format!("No WAL of {} is known to be missing.", self.cluster));
-            return;
+        } else {
+            draw_gaps(&self.gaps, page);
+            page.line("No moment inside a gap can be restored; a backup taken after it starts a new range.");
         }
-        let mut table = Table::new(&["REPOSITORY", ">TIMELINE", "FROM", "TO", ">MISSING", "ACKNOWLEDGED"]);
-        for RepositoryGap { repository, gap } in &self.gaps {
-            table.row([
-                repository.clone(),
-                gap.timeline.to_string(),
-                gap.from_lsn.clone(),
-                gap.to_lsn.clone(),
-                gap.bytes().map(size).unwrap_or_default(),
-                if gap.acknowledged { "yes" } else { "no" }.to_owned(),
-            ]);
+        for RepositoryGap { repository, gap } in &self.filled {
+            let said = gap.acknowledgement.as_ref().map(|note| (note, "acknowledged"));
+            let Some((note, word)) = said.or(gap.recorded.as_ref().map(|note| (note, "let go of"))) else { continue };
+            page.line(format!(
+                "{} to {} on timeline {} in {repository} was {word} by {} and has been filled since.",
+                gap.from_lsn, gap.to_lsn, gap.timeline, note.by
+            ));
         }
-        page.table(table);
-        page.line("No moment inside a gap can be restored; a backup taken after it starts a new range.");
+    }
+}
+
+fn draw_gaps(gaps: &[RepositoryGap], page: &mut Page) {
+    let mut table = Table::new(&[
+        "REPOSITORY",
+        ">TIMELINE",
+        "FROM",
+        "TO",
+        ">MISSING",
+        "AFTER",
+        "BEFORE",
+        "LOST BY",
+        "ACKNOWLEDGED",
+    ]);
+    for RepositoryGap { repository, gap } in gaps {
+        let acknowledged =
+            gap.acknowledgement.as_ref().map(|note| format!("{}, {}", note.by, page.short_when(note.at)));
+        table.row([
+            repository.clone(),
+            gap.timeline.to_string(),
+            gap.from_lsn.clone(),
+            gap.to_lsn.clone(),
+            gap.bytes().map(size).unwrap_or_default(),
+            page.when(gap.from),
+            page.when(gap.to),
+            gap.recorded.as_ref().map(|note| note.by.clone()).unwrap_or_default(),
+            acknowledged.unwrap_or_else(|| if gap.acknowledged { "yes" } else { "no" }.to_owned()),
+        ]);
+    }
+    page.table(table);
+    for RepositoryGap { gap, .. } in gaps {
+        if let Some(note) = &gap.recorded {
+            page.line(format!("{}: {}: {}, {}", gap.from_lsn, note.by, note.reason, page.when(note.at)));
+        }
+        if let Some(note) = &gap.acknowledgement {
+            page.line(format!("{}: acknowledged by {}: {}", gap.from_lsn, note.by, note.reason));
+        }
     }
 }
 

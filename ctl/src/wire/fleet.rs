@@ -7,7 +7,7 @@ use walfleet_proto::operator::v1::fleet_client::FleetClient;
 use super::recovery::window;
 use super::{moment, number, text};
 use crate::client::{CallError, Client, LARGEST_ANSWER, Transport};
-use crate::view::agent::{Agent, Archive, Instance, Role, Tablespace};
+use crate::view::agent::{Agent, Archive, Instance, Role, Spool, Stream, Tablespace};
 use crate::view::backup::Backup;
 use crate::view::cluster::{Cluster, Member, Protection};
 use crate::view::server_version;
@@ -143,6 +143,35 @@ impl From<agent_proto::InstanceFacts> for Instance {
     }
 }
 
+impl From<agent_proto::StreamFacts> for Stream {
+    fn from(wire: agent_proto::StreamFacts) -> Stream {
+        Stream {
+            phase: wire.phase,
+            problem: text(wire.problem),
+            store_error: text(wire.store_error),
+            received_lsn: text(wire.received_lsn),
+            complete_until: moment(wire.complete_until_us),
+            pieces: wire.pieces,
+            segments: wire.segments,
+            piece_interval_seconds: wire.piece_interval_ms as f64 / 1000.0,
+            synchronous: wire.synchronous,
+            spool: wire.spool.map(Spool::from),
+        }
+    }
+}
+
+impl From<agent_proto::SpoolFacts> for Spool {
+    fn from(wire: agent_proto::SpoolFacts) -> Spool {
+        Spool {
+            peer: text(wire.peer),
+            waits_for: wire.waits_for,
+            problem: text(wire.problem),
+            written_lsn: text(wire.written_lsn),
+            held_bytes: wire.held_bytes,
+        }
+    }
+}
+
 impl From<agent_proto::ArchiveFacts> for Archive {
     fn from(wire: agent_proto::ArchiveFacts) -> Archive {
         Archive {
@@ -155,6 +184,10 @@ impl From<agent_proto::ArchiveFacts> for Archive {
             last_error: text(wire.last_error),
             pg_wal_bytes: wire.pg_wal_bytes,
             pg_wal_free_bytes: wire.pg_wal_free_bytes,
+            stream: wire.stream.map(Stream::from),
+            pg_wal_full_in_seconds: number(wire.pg_wal_full_in_seconds),
+            requests_last_hour: wire.requests_last_hour,
+            stored_bytes_last_hour: wire.stored_bytes_last_hour,
         }
     }
 }

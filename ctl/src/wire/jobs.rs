@@ -8,6 +8,7 @@ use walfleet_proto::job::v1 as job_proto;
 use walfleet_proto::operator::v1 as proto;
 use walfleet_proto::operator::v1::jobs_client::JobsClient;
 
+use super::found::found;
 use super::recovery::target_text;
 use super::{insist, moment, number, text};
 use crate::client::{CallError, Client, LARGEST_ANSWER, Transport};
@@ -39,6 +40,20 @@ pub struct RestoreSpec {
     pub standby: bool,
     pub apply_delay: Duration,
     pub plan_only: bool,
+}
+
+/// A search for a moment.
+#[derive(Debug, Clone)]
+pub struct FindSpec {
+    pub cluster: String,
+    /// Empty: the controller picks.
+    pub agent: String,
+    pub around: jiff::Timestamp,
+    pub within: Duration,
+    pub timeline: String,
+    /// 0: the agent's default.
+    pub limit: u32,
+    pub all: bool,
 }
 
 impl Client {
@@ -73,6 +88,24 @@ impl Client {
         };
         let attempt = || async { self.jobs().start_backup_plan(self.request(message.clone())).await };
         self.started(insist(attempt).await, "plan backup")
+    }
+
+    pub async fn start_wal_find(&self, spec: &FindSpec) -> Result<Job, CallError> {
+        let message = proto::StartWalFindRequest {
+            cluster: spec.cluster.clone(),
+            agent: spec.agent.clone(),
+            order: Some(job_proto::WalFindOrder {
+                repository: String::new(),
+                around_us: spec.around.as_microsecond(),
+                within_seconds: spec.within.as_secs(),
+                timeline: spec.timeline.clone(),
+                limit: spec.limit,
+                all: spec.all,
+            }),
+            idempotency_key: fresh_key(),
+        };
+        let attempt = || async { self.jobs().start_wal_find(self.request(message.clone())).await };
+        self.started(insist(attempt).await, "search WAL")
     }
 
     pub async fn start_restore(&self, spec: &RestoreSpec) -> Result<Job, CallError> {
@@ -166,6 +199,7 @@ impl From<&RestoreSpec> for job_proto::RestoreOrder {
             standby: spec.standby,
             apply_delay_seconds: spec.apply_delay.as_secs(),
             plan_only: spec.plan_only,
+            complete: Vec::new(),
         }
     }
 }
@@ -192,11 +226,13 @@ impl From<proto::JobView> for Job {
         let failed = matches!(state, JobState::Failed | JobState::Cancelled);
         let error = if failed { Some(error_of(state, &outcome)) } else { None };
         let (mut backup, mut restore, mut verification, mut backup_plan) = (None, None, None, None);
+        let mut search = None;
         match outcome.report {
             Some(Report::Backup(report)) => backup = Some(Backup::from(report)),
             Some(Report::Restore(report)) => restore = Some(Restore::from(report)),
             Some(Report::Verify(report)) => verification = Some(Verification::from(report)),
             Some(Report::BackupPlan(report)) => backup_plan = Some(BackupPlan::from(report)),
+            Some(Report::WalFind(report)) => search = Some(found(report)),
             None => {}
         }
         Job {
@@ -218,6 +254,7 @@ impl From<proto::JobView> for Job {
             restore,
             verification,
             backup_plan,
+            found: search,
             cost: outcome.cost.map(Cost::from),
         }
     }
@@ -296,6 +333,7 @@ impl From<job_proto::job_order::Work> for Order {
         match wire {
             Work::Backup(order) => Order { repository: text(order.repository), ..Order::default() },
             Work::BackupPlan(order) => Order { repository: text(order.repository), ..Order::default() },
+            Work::WalFind(order) => Order { repository: text(order.repository), ..Order::default() },
             Work::Verify(order) => Order {
                 repository: text(order.repository),
                 backup: text(order.backup),

@@ -5,7 +5,7 @@ use walfleet_proto::recovery::v1 as proto;
 use super::{moment, number, text};
 use crate::target::{Action, Stop, Target};
 use crate::view::backup::Backup;
-use crate::view::cluster::{Gap, Range, Recovery};
+use crate::view::cluster::{Gap, GapNote, Range, Recovery};
 use crate::view::server_version;
 use crate::when;
 
@@ -42,7 +42,17 @@ impl From<proto::BackupSummary> for Backup {
 
 impl From<proto::WalGap> for Gap {
     fn from(wire: proto::WalGap) -> Gap {
-        Gap { timeline: wire.timeline, from_lsn: wire.from_lsn, to_lsn: wire.to_lsn, acknowledged: wire.acknowledged }
+        let note = |note: proto::GapNote| GapNote { by: note.by, at: moment(note.at_us), reason: note.reason };
+        Gap {
+            timeline: wire.timeline,
+            from_lsn: wire.from_lsn,
+            to_lsn: wire.to_lsn,
+            acknowledged: wire.acknowledged,
+            from: moment(wire.from_us),
+            to: moment(wire.to_us),
+            recorded: wire.recorded.map(note),
+            acknowledgement: wire.acknowledgement.map(note),
+        }
     }
 }
 
@@ -60,6 +70,7 @@ pub fn window(wire: proto::RecoveryWindow, lag_seconds: Option<f64>) -> Recovery
         as_of: moment(wire.as_of_us),
         ranges: wire.ranges.into_iter().map(range).collect(),
         gaps: wire.gaps.into_iter().map(Gap::from).collect(),
+        filled: wire.filled.into_iter().map(Gap::from).collect(),
         lag_seconds,
         newest_commit_at: moment(wire.newest_commit_us),
         newest_lsn: text(wire.newest_lsn),

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use walfleet_proto::agent::v1::{ArchiveFacts, InstanceFacts, InstanceRole, Tablespace};
+use walfleet_proto::agent::v1::{ArchiveFacts, InstanceFacts, InstanceRole, StreamFacts, Tablespace};
 use walfleet_proto::job::v1::*;
 use walfleet_proto::operator::v1::*;
 use walfleet_proto::recovery::v1::*;
@@ -82,6 +82,21 @@ fn instance(role: InstanceRole) -> InstanceFacts {
             pg_wal_bytes: GIB,
             pg_wal_free_bytes: 90 * GIB,
             archive_command_set: true,
+            stream: Some(StreamFacts {
+                phase: "streaming".to_owned(),
+                received_lsn: "1/3F00A2C8".to_owned(),
+                complete_until_us: at("2026-06-04T14:41:58Z"),
+                pieces: 340,
+                segments: 12,
+                piece_interval_ms: 1000,
+                synchronous: "off".to_owned(),
+                ..StreamFacts::default()
+            }),
+            pg_wal_full_in_seconds: 0,
+            requests_last_hour: 3700,
+            stored_bytes_last_hour: 210 << 20,
+            durable_timeline: 1,
+            quiet_from_lsn: String::new(),
         }),
         windows: Vec::new(),
         backups: Vec::new(),
@@ -117,6 +132,7 @@ pub fn orders() -> ClusterView {
                 branch: "0000000000000000".to_owned(),
             }],
             gaps: Vec::new(),
+            filled: Vec::new(),
             newest_commit_us: at("2026-06-04T14:41:57.250Z"),
             newest_lsn: "1/3F000000".to_owned(),
             newest_timeline: 1,
@@ -132,12 +148,23 @@ pub fn orders() -> ClusterView {
 
 /// At risk: WAL is missing in the middle.
 fn billing() -> ClusterView {
+    let note = |by: &str, reason: &str| GapNote {
+        by: by.to_owned(),
+        at_us: at("2026-06-03T09:32:00Z"),
+        reason: reason.to_owned(),
+    };
     let gap = |from: &str, to: &str, acknowledged| WalGap {
         timeline: 2,
         branch: "a1b2c3d4e5f60718".to_owned(),
         from_lsn: from.to_owned(),
         to_lsn: to.to_owned(),
         acknowledged,
+        from_us: at("2026-06-03T09:15:00Z"),
+        to_us: at("2026-06-03T09:31:30Z"),
+        recorded: (!acknowledged)
+            .then(|| note("db1", "the server let go of the WAL that replication slot walfleet kept")),
+        acknowledgement: acknowledged.then(|| note("anna", "the night of the move")),
+        system_identifier: 7,
     };
     let mut view = ClusterView {
         name: "billing".to_owned(),
@@ -264,6 +291,78 @@ pub fn planned_backup(report: BackupPlanReport) -> JobView {
         ..JobOutcome::default()
     };
     JobView { kind: "backup_plan".to_owned(), outcome: Some(outcome), ..job(JobState::Succeeded) }
+}
+
+pub fn found(report: WalFindReport) -> JobView {
+    let outcome = JobOutcome {
+        state: JobState::Succeeded.into(),
+        report: Some(job_outcome::Report::WalFind(report)),
+        ..JobOutcome::default()
+    };
+    JobView { kind: "wal_find".to_owned(), outcome: Some(outcome), ..job(JobState::Succeeded) }
+}
+
+pub fn find_report() -> WalFindReport {
+    let file = |relfilenode| FoundFile { tablespace: 1663, database: 16390, relfilenode };
+    let plain = FoundTransaction {
+        committed_at_us: at("2026-06-04T14:31:57.101002Z"),
+        xid: 741,
+        lsn: "1/3DF00118".to_owned(),
+        timeline: 1,
+        kind: "insert".to_owned(),
+        what: "inserts 1 row into 16390/16402".to_owned(),
+        inserted: 1,
+        relations: vec![FoundRelation { file: Some(file(16402)), inserted: 1, ..FoundRelation::default() }],
+        wal_bytes: 248,
+        whole: true,
+        stop_lsn: "1/3DF000E8".to_owned(),
+        restore: "--to-lsn 1/3DF000E8 --exclusive".to_owned(),
+        ..FoundTransaction::default()
+    };
+    let delete = FoundTransaction {
+        committed_at_us: at("2026-06-04T14:31:59.914Z"),
+        xid: 742,
+        lsn: "1/3E01FF60".to_owned(),
+        kind: "delete".to_owned(),
+        what: "deletes at least 20000 rows of 16390/16384".to_owned(),
+        inserted: 0,
+        deleted: 20_000,
+        relations: vec![FoundRelation { file: Some(file(16384)), deleted: 20_000, ..FoundRelation::default() }],
+        wal_bytes: 1_240_000,
+        whole: false,
+        stop_lsn: "1/3E01FF30".to_owned(),
+        restore: "--to-lsn 1/3E01FF30 --exclusive".to_owned(),
+        ..plain.clone()
+    };
+    let drop = FoundTransaction {
+        committed_at_us: at("2026-06-04T14:32:03Z"),
+        xid: 744,
+        lsn: "1/3E100200".to_owned(),
+        kind: "drop".to_owned(),
+        what: "drops 16390/16402, 16390/16405 and 1 more".to_owned(),
+        inserted: 0,
+        relations: Vec::new(),
+        dropped: vec![file(16402), file(16405), file(16407)],
+        dropped_files: 3,
+        wal_bytes: 9000,
+        stop_lsn: "1/3E1000C8".to_owned(),
+        restore: String::new(),
+        not_restorable: "1/3E1000C8 is before the first backup was consistent, at 1/3F000100".to_owned(),
+        ..plain.clone()
+    };
+    WalFindReport {
+        around_us: at("2026-06-04T14:31:59Z"),
+        from_us: at("2026-06-04T14:26:59Z"),
+        to_us: at("2026-06-04T14:36:59Z"),
+        commits: 1207,
+        transactions: vec![plain, delete, drop],
+        before: Some(FoundCommit { at_us: at("2026-06-04T14:26:58.75Z"), lsn: "1/3B000118".to_owned(), xid: 700 }),
+        after: Some(FoundCommit { at_us: at("2026-06-04T14:37:00.5Z"), lsn: "1/3F000118".to_owned(), xid: 1908 }),
+        searched_from_lsn: "1/39000000".to_owned(),
+        searched_to_lsn: "1/40000000".to_owned(),
+        segments: 7,
+        notes: vec!["WAL from 1/3C000000 to 1/3D000000 is missing: what committed there is unknown".to_owned()],
+    }
 }
 
 pub fn backed_up() -> JobView {

@@ -14,8 +14,9 @@ use walfleet_proto::operator::v1::audit_server::{Audit, AuditServer};
 use walfleet_proto::operator::v1::fleet_server::{Fleet, FleetServer};
 use walfleet_proto::operator::v1::jobs_server::{Jobs, JobsServer};
 use walfleet_proto::operator::v1::resources_server::{Resources, ResourcesServer};
+use walfleet_proto::operator::v1::wal_server::{Wal, WalServer};
 use walfleet_proto::operator::v1::*;
-use walfleet_proto::recovery::v1::BackupSummary;
+use walfleet_proto::recovery::v1::{BackupSummary, GapNote};
 
 /// What a watch sends, step by step; a new watch goes on where the last one stopped.
 #[derive(Clone)]
@@ -54,6 +55,8 @@ pub enum Asked {
     Restore(Box<StartRestoreRequest>),
     Verify(StartVerifyRequest),
     BackupPlan(StartBackupPlanRequest),
+    WalFind(Box<StartWalFindRequest>),
+    AcknowledgeGap(AcknowledgeGapRequest),
     Apply(ApplyRequest),
     Delete(DeleteResourceRequest),
     Token(CreateTokenRequest),
@@ -105,6 +108,7 @@ impl Controller {
             .add_service(ResourcesServer::new(desk.clone()))
             .add_service(AccessServer::new(desk.clone()))
             .add_service(AuditServer::new(desk.clone()))
+            .add_service(WalServer::new(desk.clone()))
             .add_service(EnrolmentServer::new(desk.clone()));
         let server = tokio::spawn(async move {
             router.serve_with_incoming(TcpListenerStream::new(listener)).await.unwrap();
@@ -185,6 +189,10 @@ impl Jobs for Desk {
         request: Request<StartBackupPlanRequest>,
     ) -> Result<Response<StartJobReply>, Status> {
         self.started(Asked::BackupPlan(request.into_inner()))
+    }
+
+    async fn start_wal_find(&self, request: Request<StartWalFindRequest>) -> Result<Response<StartJobReply>, Status> {
+        self.started(Asked::WalFind(Box::new(request.into_inner())))
     }
 
     async fn get_job(&self, request: Request<GetJobRequest>) -> Result<Response<JobView>, Status> {
@@ -337,5 +345,29 @@ impl Enrolment for Desk {
             authorities_pem: reply.authorities_pem,
             not_after_us: 0,
         }))
+    }
+}
+
+#[tonic::async_trait]
+impl Wal for Desk {
+    async fn acknowledge_gap(
+        &self,
+        request: Request<AcknowledgeGapRequest>,
+    ) -> Result<Response<AcknowledgeGapReply>, Status> {
+        let mut script = self.script();
+        let wanted = request.into_inner();
+        script.asked.push(Asked::AcknowledgeGap(wanted.clone()));
+        let windows = script.status.clusters.iter().filter(|cluster| cluster.name == wanted.cluster);
+        let gaps = windows.flat_map(|cluster| &cluster.windows).flat_map(|window| &window.gaps);
+        let found = gaps.into_iter().find(|gap| gap.from_lsn == wanted.from_lsn).cloned();
+        let missing = || Status::not_found(format!("no gap of {} begins at {}", wanted.cluster, wanted.from_lsn));
+        let mut gap = found.ok_or_else(missing)?;
+        if gap.to_lsn != wanted.to_lsn {
+            return Err(Status::failed_precondition(format!("the gap ends at {}", gap.to_lsn)));
+        }
+        let at_us = script.status.as_of_us;
+        gap.acknowledged = true;
+        gap.acknowledgement = Some(GapNote { by: "anna".to_owned(), at_us, reason: wanted.reason });
+        Ok(Response::new(AcknowledgeGapReply { repository: "main".to_owned(), gap: Some(gap) }))
     }
 }

@@ -1,7 +1,7 @@
 //! Every view as people and scripts get it.
 
 use walfleet_ctl::Exit;
-use walfleet_proto::job::v1::{BackupPlanReport, JobState, RestoreReport, VerifyFinding, VerifyReport};
+use walfleet_proto::job::v1::{BackupPlanReport, JobState, RestoreReport, VerifyFinding, VerifyReport, WalFindReport};
 
 use crate::canned::{self, fleet};
 use crate::controller::{Asked, Controller, Script, Step};
@@ -35,6 +35,7 @@ async fn help_texts() {
         "walfleet restore plan --help",
         "walfleet restore start --help",
         "walfleet wal --help",
+        "walfleet wal find --help",
         "walfleet job --help",
         "walfleet job list --help",
         "walfleet job watch --help",
@@ -90,6 +91,10 @@ async fn clusters() {
         "walfleet wal gaps orders",
         "walfleet wal gaps billing",
         "walfleet wal gaps billing -o json",
+        "walfleet wal gaps billing acknowledge --from 0/5000000 --to 0/7000000 --reason 'the slot was dropped'",
+        "walfleet wal gaps billing acknowledge --from 0/5000000 --to 0/6000000 --reason grown",
+        "walfleet wal gaps billing acknowledge --from 0/6000000 --to 0/7000000 --reason typo",
+        "walfleet wal gaps billing acknowledge --from 0/5000000",
     ] {
         transcript.types(&terminal, line).await;
     }
@@ -177,6 +182,36 @@ async fn what_jobs_cost_and_will_cost() {
     {
         controller.script().watch.extend([Step::Job(Box::new(canned::planned_backup(report)))]);
         transcript.types(&terminal, &format!("walfleet backup plan orders{flags}")).await;
+    }
+    transcript.check();
+}
+
+#[tokio::test]
+async fn finding_the_moment() {
+    let mut transcript = Transcript::of("find");
+    let controller = Controller::with(Script { jobs: vec![canned::job(JobState::Queued)], ..fleet() }).await;
+    let terminal = Terminal::alone().at(&controller);
+    let around = "--around '2026-06-04 14:31:59 UTC'";
+    for flags in ["", " --within 90s --timeline 2 --all --on db2 -o wide", " --limit 2 -o json"] {
+        controller.script().watch.extend([Step::Job(Box::new(canned::found(canned::find_report())))]);
+        transcript.types(&terminal, &format!("walfleet wal find orders {around}{flags}")).await;
+    }
+    transcript.remark("on an idle stretch, and behind all that is stored");
+    let report = canned::find_report();
+    let idle = WalFindReport { transactions: Vec::new(), commits: 0, notes: Vec::new(), ..report.clone() };
+    let nothing = WalFindReport { after: None, searched_from_lsn: String::new(), ..idle.clone() };
+    for report in [idle, nothing] {
+        controller.script().watch.extend([Step::Job(Box::new(canned::found(report)))]);
+        transcript.types(&terminal, &format!("walfleet wal find orders {around}")).await;
+    }
+    transcript.remark("what is refused here");
+    transcript.types(&terminal, "walfleet wal find orders --around '2026-06-04 14:31:59'").await;
+    transcript.types(&terminal, &format!("walfleet wal find orders {around} --limit 501")).await;
+    let asked: Vec<String> = controller.script().asked.iter().map(|asked| format!("{asked:?}")).collect();
+    let asked: Vec<&String> = asked.iter().filter(|asked| asked.starts_with("WalFind")).collect();
+    let whole = asked.get(1).map(|asked| asked.as_str()).unwrap_or_default();
+    for part in ["agent: \"db2\"", "within_seconds: 90", "timeline: \"2\"", "limit: 500", "all: true"] {
+        assert!(whole.contains(part), "{part}: {whole}");
     }
     transcript.check();
 }

@@ -10,6 +10,7 @@ use serde_json::{Map, Value, json};
 
 use super::Place;
 use crate::binaries;
+use crate::network::inside;
 use crate::os_user::os_user;
 use crate::output::Output;
 use crate::postgres::{PgServer, PgVersion};
@@ -27,9 +28,16 @@ pub struct AgentBuilder {
     config: Map<String, Value>,
     instances: Vec<Value>,
     environment: Vec<(String, String)>,
+    namespace: Option<String>,
 }
 
 impl AgentBuilder {
+    /// Its daemon runs in a network namespace; its own commands do not.
+    pub fn inside(mut self, namespace: &str) -> AgentBuilder {
+        self.namespace = Some(namespace.to_owned());
+        self
+    }
+
     /// A server of this host and the cluster it is a member of.
     pub fn instance(self, cluster: &str, server: &PgServer) -> AgentBuilder {
         self.instance_of(cluster, server, "shared")
@@ -98,6 +106,7 @@ impl AgentBuilder {
             config,
             state_dir,
             environment: self.environment,
+            namespace: self.namespace,
             process: None,
         })
     }
@@ -110,6 +119,7 @@ pub struct Agent {
     config: PathBuf,
     state_dir: PathBuf,
     environment: Vec<(String, String)>,
+    namespace: Option<String>,
     process: Option<Process>,
 }
 
@@ -121,6 +131,7 @@ impl Agent {
             config: Map::new(),
             instances: Vec::new(),
             environment: Vec::new(),
+            namespace: None,
         }
     }
 
@@ -181,6 +192,7 @@ impl Agent {
     pub fn start(&mut self) -> anyhow::Result<()> {
         anyhow::ensure!(self.process.is_none(), "agent {} runs already", self.name);
         let command = self.command(&["run", "--config", &self.config.to_string_lossy()]);
+        let command = self.namespace.iter().fold(command, |command, namespace| inside(namespace, &command));
         let name = format!("agent-{}", self.name);
         self.process = Some(Process::spawn(&self.scratch, &name, command, Signal::TERM)?);
         let socket = self.socket();
@@ -211,6 +223,15 @@ impl Agent {
             Some(process) => Ok(process.ended()?.is_none()),
             None => Ok(false),
         }
+    }
+
+    /// As on a host that swaps, or whose hypervisor stands still.
+    pub fn freeze(&self) {
+        self.process.iter().for_each(|process| process.signal(Signal::STOP));
+    }
+
+    pub fn thaw(&self) {
+        self.process.iter().for_each(|process| process.signal(Signal::CONT));
     }
 
     /// Of the daemon, while it runs.

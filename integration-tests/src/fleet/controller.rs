@@ -1,5 +1,6 @@
 //! The controller: initialised once, then a daemon that may be stopped, killed and started again.
 
+use std::net::{Ipv4Addr, SocketAddrV4};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -26,37 +27,49 @@ pub struct Controller {
     scratch: Scratch,
     program: PathBuf,
     dir: PathBuf,
-    port: u16,
+    address: (Ipv4Addr, u16),
     url: String,
+    environment: Vec<(String, String)>,
     process: Option<Process>,
 }
 
 impl Controller {
     /// Makes its folder, its authority and the first admin. Nothing runs yet.
     pub fn init(scratch: &Scratch) -> anyhow::Result<Controller> {
-        Controller::init_with(scratch, free_port(), None)
+        Controller::init_at(scratch, Ipv4Addr::LOCALHOST)
+    }
+
+    /// The same at another of this machine's addresses.
+    pub fn init_at(scratch: &Scratch, address: Ipv4Addr) -> anyhow::Result<Controller> {
+        Controller::init_with(scratch, (address, free_port()), None)
     }
 
     /// Its host burns down, and a new one at the same address takes over the repositories of the recovery key.
     pub fn lost_and_replaced(mut self, recovery_key: &Path) -> anyhow::Result<Controller> {
         self.kill_nine()?;
         std::fs::remove_dir_all(&self.dir).context("remove the controller's folder")?;
-        Controller::init_with(&self.scratch, self.port, Some(recovery_key))
+        Controller::init_with(&self.scratch, self.address, Some(recovery_key))
     }
 
-    fn init_with(scratch: &Scratch, port: u16, recovery_key: Option<&Path>) -> anyhow::Result<Controller> {
+    fn init_with(
+        scratch: &Scratch,
+        address: (Ipv4Addr, u16),
+        recovery_key: Option<&Path>,
+    ) -> anyhow::Result<Controller> {
         let program = binaries::program(binaries::CONTROLLER)?;
         let dir = scratch.join("controller");
-        let url = format!("https://127.0.0.1:{port}");
+        let listen = SocketAddrV4::new(address.0, address.1).to_string();
+        let url = format!("https://{listen}");
         let mut command = os_user().command(&program);
         command.arg("init").arg("--dir").arg(&dir).args(["--name", "controller", "--url", &url]);
-        command.args(["--listen", &format!("127.0.0.1:{port}")]);
+        command.args(["--listen", &listen]);
         if let Some(key) = recovery_key {
             command.arg("--recovery-key").arg(key);
         }
         Output::of(command, START_LIMIT)?.ok()?;
         scratch.watch_log(&scratch.join("controller.log"));
-        let controller = Controller { scratch: scratch.clone(), program, dir, port, url, process: None };
+        let controller =
+            Controller { scratch: scratch.clone(), program, dir, address, url, environment: Vec::new(), process: None };
         controller.configure(TUNING)?;
         Ok(controller)
     }
@@ -66,6 +79,11 @@ impl Controller {
         use std::io::Write;
         let mut file = std::fs::OpenOptions::new().append(true).open(self.config()).context("open controller.yaml")?;
         writeln!(file, "{yaml}").context("write controller.yaml")
+    }
+
+    /// Of the daemon: the credentials of repositories.
+    pub fn environment(&mut self, variables: Vec<(String, String)>) {
+        self.environment = variables;
     }
 
     pub fn url(&self) -> &str {
@@ -94,6 +112,7 @@ impl Controller {
         anyhow::ensure!(self.process.is_none(), "the controller runs already");
         let mut command = os_user().command(&self.program);
         command.arg("run").arg("--config").arg(self.config());
+        command.envs(self.environment.iter().map(|(name, value)| (name, value)));
         self.process = Some(Process::spawn(&self.scratch, "controller", command, Signal::TERM)?);
         let admin = self.admin()?;
         let process = self.process.as_mut().context("just spawned")?;

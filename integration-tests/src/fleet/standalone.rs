@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use serde_json::Value;
@@ -13,6 +13,7 @@ use crate::binaries;
 use crate::os_user::os_user;
 use crate::output::Output;
 use crate::ports::free_port;
+use crate::postgres::acknowledged::{Acknowledged, Lost, Record};
 use crate::postgres::dataset::Dataset;
 use crate::postgres::{PgServer, PgVersion, ServerBuilder};
 use crate::scratch::Scratch;
@@ -38,6 +39,20 @@ pub struct Standalone {
     pub key_file: PathBuf,
 }
 
+/// What is not as usual with a server and its agent.
+#[derive(Clone, Default)]
+pub struct Setup {
+    pub initdb: Vec<String>,
+    /// Of postgresql.conf.
+    pub settings: Vec<(String, String)>,
+    /// That section of the agent's configuration.
+    pub wal: Value,
+    /// Without archive_command.
+    pub streams_only: bool,
+    /// The namespace in which the agent runs.
+    pub namespace: Option<String>,
+}
+
 /// A data directory that a restore made.
 pub struct Restored {
     pub name: String,
@@ -58,23 +73,42 @@ impl Standalone {
         place: Place,
         initdb: &[&str],
     ) -> anyhow::Result<Standalone> {
-        let builder = PgServer::builder(scratch, "primary", version)
-            .setting("archive_mode", "on")
+        let setup = Setup { initdb: initdb.iter().map(|option| (*option).to_owned()).collect(), ..Setup::default() };
+        Standalone::set_up(scratch, version, place, setup)
+    }
+
+    /// One that streams its WAL and has no archive_command. `wal` is that section of the agent's configuration.
+    pub fn streaming(scratch: &Scratch, version: &PgVersion, place: Place, wal: Value) -> anyhow::Result<Standalone> {
+        Standalone::set_up(scratch, version, place, Setup { wal, streams_only: true, ..Setup::default() })
+    }
+
+    pub fn set_up(scratch: &Scratch, version: &PgVersion, place: Place, setup: Setup) -> anyhow::Result<Standalone> {
+        let builder = PgServer::builder(scratch, "primary", version);
+        let builder = match setup.streams_only {
+            true => builder.setting("archive_mode", "off"),
             // Until the agent runs: WAL waits.
-            .setting("archive_command", "false");
-        let server = initdb.iter().fold(builder, ServerBuilder::initdb_option).create()?;
+            false => builder.setting("archive_mode", "on").setting("archive_command", "false"),
+        };
+        let builder = setup.settings.iter().fold(builder, |builder, (name, value)| builder.setting(name, value));
+        let server = setup.initdb.iter().fold(builder, ServerBuilder::initdb_option).create()?;
         let dataset = Dataset { scale: 1 };
         dataset.create(&server)?;
         let tablespace = dataset.add_tablespace(&server, "fast")?.display().to_string();
         let key_file = scratch.join("recovery.key");
-        let agent =
-            Agent::builder(scratch, "host1").instance(CLUSTER, &server).repository(&place, &key_file).postgres(version);
-        let mut agent = agent.build()?;
+        let agent = Agent::builder(scratch, "host1");
+        let agent = setup.namespace.iter().fold(agent, |agent, namespace| agent.inside(namespace));
+        let agent = agent.instance(CLUSTER, &server).repository(&place, &key_file).postgres(version);
+        let mut agent = match setup.wal {
+            Value::Null => agent.build()?,
+            wal => agent.section("wal", wal).build()?,
+        };
         let init: Vec<String> = std::iter::once("init".to_owned()).chain(place.flags(&key_file)).collect();
         let init: Vec<&str> = init.iter().map(String::as_str).collect();
         Output::of(agent.command(&init), Duration::from_secs(60))?.ok()?;
         agent.start()?;
-        agent.archive_for(&server)?;
+        if !setup.streams_only {
+            agent.archive_for(&server)?;
+        }
         Ok(Standalone { scratch: scratch.clone(), server, agent, dataset, tablespace, place, key_file })
     }
 
@@ -113,6 +147,29 @@ impl Standalone {
     /// Runs it to its end.
     pub fn run(&self, words: &[String]) -> anyhow::Result<Output> {
         Output::of(self.command(words)?, RESTORE_LIMIT)
+    }
+
+    /// Waits until the repository has all that the server has written so far by streaming.
+    pub fn streamed_all(&self) -> anyhow::Result<()> {
+        streamed_all(&self.server)
+    }
+
+    /// Takes away server, data and agent at once; what the workload had been told by then, and what a restore from the
+    /// repository alone lacks of it.
+    pub fn destroy(&mut self, workload: Acknowledged) -> anyhow::Result<(Record, Lost)> {
+        let disaster = Instant::now();
+        self.server.kill_nine()?;
+        self.agent.kill_nine()?;
+        self.lost_since(disaster, workload)
+    }
+
+    /// The same for a server that does not run any more.
+    pub fn lost_since(&mut self, disaster: Instant, workload: Acknowledged) -> anyhow::Result<(Record, Lost)> {
+        std::fs::remove_dir_all(self.server.data_dir())?;
+        let record = workload.end()?;
+        let restored = self.restore("restored", &["--latest"])?;
+        let lost = record.lost(&self.recovered(&restored)?.session()?, disaster)?;
+        Ok((record, lost))
     }
 
     /// Restores into a new folder; `--start` among the words starts it on a port of its own.
@@ -166,6 +223,18 @@ impl Standalone {
         server.wait_until_writable()?;
         Ok(server)
     }
+}
+
+/// Waits until the repository has all that a server has written so far by streaming.
+pub fn streamed_all(server: &PgServer) -> anyhow::Result<()> {
+    let session = server.session()?;
+    let end = session.value("SELECT pg_current_wal_flush_lsn()")?;
+    wait_for("the stream to be durable", ARCHIVE_LIMIT, || {
+        let sql = format!(
+            "SELECT coalesce(max(flush_lsn) >= '{end}', false) FROM pg_stat_replication WHERE application_name = 'walfleet'"
+        );
+        Ok(session.is_true(&sql)?.then_some(()))
+    })
 }
 
 /// Has everything a server wrote so far archived, and waits until the archiver was told that it is.

@@ -1,21 +1,16 @@
-//! More than one server of a cluster: a standby that is backed up and promoted, a twin that diverges, copies that are
-//! promoted apart.
+//! More than one server of a cluster: a standby that is backed up and promoted, copies that are promoted apart.
 
-use std::collections::BTreeMap;
-use std::hash::{Hash, Hasher};
-use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use walfleet_integration_tests::fleet::standalone::{CLUSTER, archive_all};
+use walfleet_integration_tests::fleet::standalone::{CLUSTER, archive_all, streamed_all};
 use walfleet_integration_tests::fleet::{Agent, Place, Standalone};
-use walfleet_integration_tests::os_user::os_user;
 use walfleet_integration_tests::postgres::barrier::{Barriers, OwnRow};
 use walfleet_integration_tests::postgres::fingerprint::Fingerprint;
 use walfleet_integration_tests::postgres::load::{Load, must_balance};
 use walfleet_integration_tests::postgres::{PgServer, PgVersion, Shutdown, judge};
-use walfleet_integration_tests::process::run;
 use walfleet_integration_tests::scratch::{Scratch, in_scratch};
-use walfleet_integration_tests::tree;
+
+use crate::split_brain::contents;
 
 /// The agent of a second member, writing with the same key.
 fn second_agent(scratch: &Scratch, host: &Standalone, server: &PgServer) -> anyhow::Result<Agent> {
@@ -54,6 +49,8 @@ fn a_standby_is_backed_up_and_promoted_and_both_sides_of_the_switch_restore() {
         load.stop()?;
         let after = Fingerprint::take(&standby.session()?)?;
         archive_all(&standby)?;
+        // What the first host did not bring of the first timeline comes from here.
+        streamed_all(&standby)?;
         // It lies in different places on the two members, but its oid is one.
         host.tablespace = standby.session()?.value("SELECT oid FROM pg_tablespace WHERE spcname = 'fast'")?;
         second.stop()?;
@@ -83,58 +80,6 @@ fn a_standby_is_backed_up_and_promoted_and_both_sides_of_the_switch_restore() {
             }
         }
         Ok(())
-    });
-}
-
-#[test]
-fn a_twin_that_diverges_cannot_replace_what_was_archived() {
-    in_scratch(|scratch| {
-        scratch.allow_log("WARN");
-        scratch.allow_log("ERROR");
-        let mut host = Standalone::start(scratch, &PgVersion::newest()?, Place::folder(scratch)?)?;
-        host.backup()?;
-        host.archive_all()?;
-        host.server.stop(Shutdown::Fast)?;
-        let twin_dir = scratch.join("twin");
-        let mut copy = os_user().command("cp");
-        copy.arg("-a").arg(host.server.data_dir()).arg(&twin_dir);
-        run(copy)?;
-        host.server.start()?;
-        host.server.session()?.execute("CREATE TABLE truth AS SELECT 1 AS n")?;
-        host.archive_all()?;
-
-        // The same system, the same timeline, the same segments, other records, and more of them than the original has.
-        let mut twin = PgServer::builder(scratch, "twin-server", host.server.version()).open(&twin_dir)?;
-        let agent = Agent::builder(scratch, "host2").repository(&host.place, &host.key_file).instance(CLUSTER, &twin);
-        let mut agent = agent.build()?;
-        agent.start()?;
-        // The tablespace is a link to the original's: only the catalog is touched. Its archive_command still leads to the
-        // original's agent, which does not know it, so that its segments pile up.
-        twin.start()?;
-        let session = twin.session()?;
-        session.execute("CREATE TABLE lies AS SELECT 2 AS n")?;
-        for _ in 0..4 {
-            session.execute("SELECT pg_switch_wal()")?;
-            session.execute("INSERT INTO lies VALUES (3)")?;
-        }
-        let wal = scratch.join("repository/clusters").join(CLUSTER).join("wal");
-        let archived = contents(&wal)?;
-        twin.reload_with("archive_command", &agent.archive_command())?;
-        walfleet_integration_tests::wait_for("the twin's segment to be refused", Duration::from_secs(30), || {
-            Ok(agent.log_text().contains("is already in the repository with other content").then_some(()))
-        })?;
-        drop(session);
-        twin.stop(Shutdown::Immediate)?;
-        agent.stop()?;
-        anyhow::ensure!(contents(&wal)? == archived, "WAL of the twin behind the refused segment was archived");
-        // What the original writes next has its place.
-        host.server.session()?.execute("INSERT INTO truth VALUES (2)")?;
-        let expected = Fingerprint::take(&host.server.session()?)?;
-        host.archive_all()?;
-
-        let restored = host.restore("restored", &["--latest"])?;
-        let server = host.recovered(&restored)?;
-        Fingerprint::take(&server.session()?)?.must_equal(&expected)
     });
 }
 
@@ -238,15 +183,4 @@ fn two_promotions_to_one_number_are_both_kept_and_a_restore_is_told_to_choose() 
         }
         Ok(())
     });
-}
-
-/// Each object of a repository that is a folder, by a hash of its content.
-fn contents(folder: &Path) -> anyhow::Result<BTreeMap<PathBuf, u64>> {
-    let files = tree::all(folder)?.into_iter().filter(|(_, meta)| meta.is_file());
-    let hashed = files.map(|(path, _)| {
-        let mut hasher = std::hash::DefaultHasher::new();
-        std::fs::read(&path)?.hash(&mut hasher);
-        Ok((path, hasher.finish()))
-    });
-    hashed.collect()
 }

@@ -1,8 +1,13 @@
 //! Disks that fill up: the repository's, `pg_wal`'s and the restored copy's. Nothing is lost, and room is all it takes to
 //! go on. Mounting a small disk needs root; without it these tests say that they saw nothing.
 
+use std::fs::File;
+use std::io::Write;
 use std::path::PathBuf;
 use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use walfleet_integration_tests::fleet::{Place, Standalone};
@@ -16,26 +21,60 @@ use walfleet_integration_tests::s3::fault::{Fault, Rule};
 use walfleet_integration_tests::scratch::{Scratch, in_scratch};
 use walfleet_integration_tests::wait_for;
 
-struct SmallDisk(PathBuf);
+pub struct SmallDisk(PathBuf);
 
 impl SmallDisk {
     /// None without root.
     fn mount(scratch: &Scratch, megabytes: u32) -> anyhow::Result<Option<SmallDisk>> {
+        SmallDisk::mount_on(scratch.dir("small")?, megabytes)
+    }
+
+    /// In place of what is in a folder. None without root.
+    pub fn mount_on(folder: PathBuf, megabytes: u32) -> anyhow::Result<Option<SmallDisk>> {
         if !rustix::process::geteuid().is_root() {
             eprintln!("skipped: mounting a small disk needs root");
             return Ok(None);
         }
-        let folder = scratch.dir("small")?;
         let mut mount = Command::new("mount");
         mount.args(["-t", "tmpfs", "-o", &format!("size={megabytes}m,mode=777"), "tmpfs"]).arg(&folder);
         run(mount)?;
         Ok(Some(SmallDisk(folder)))
     }
 
+    /// Whatever room there is, or comes to be, something else takes it, until the end of what is returned.
+    pub fn fill(&self) -> anyhow::Result<Filled> {
+        let path = self.0.join("filler");
+        let mut file = File::create(&path)?;
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
+        let filler = std::thread::spawn(move || {
+            while !stopped.load(Ordering::Relaxed) {
+                while file.write_all(&[7; 4096]).is_ok() {}
+                std::thread::sleep(Duration::from_millis(20));
+            }
+        });
+        Ok(Filled { path, stop, filler: Some(filler) })
+    }
+
     fn grow(&self, megabytes: u32) -> anyhow::Result<()> {
         let mut mount = Command::new("mount");
         mount.args(["-o", &format!("remount,size={megabytes}m")]).arg(&self.0);
         run(mount).map(drop)
+    }
+}
+
+/// A disk without room.
+pub struct Filled {
+    path: PathBuf,
+    stop: Arc<AtomicBool>,
+    filler: Option<JoinHandle<()>>,
+}
+
+impl Drop for Filled {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        self.filler.take().map(JoinHandle::join);
+        let _ = std::fs::remove_file(&self.path);
     }
 }
 

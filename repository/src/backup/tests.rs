@@ -14,6 +14,7 @@ use super::commit::{BackupSession, SessionError, SessionSpec};
 use super::fetch::{FetchError, FetchOptions, FetchReport, FileNumber, Found, PieceFile, PieceSink, fetch_all};
 use super::file_list::{FileListWriter, ParentMap, PlacedContent, PlacedFile, PlacedKind};
 use super::write::{PackSession, PlacedSlot};
+use crate::checksum;
 use crate::cluster::OpenCluster;
 use crate::cluster_log::Author;
 use crate::crypto::RecipientSecret;
@@ -138,7 +139,7 @@ async fn back_up(ground: &Ground, files: &Files, run: Option<&str>) -> Result<(C
 }
 
 fn file(path: &str, plain: &[u8], content: PlacedContent) -> PlacedFile {
-    let kind = PlacedKind::File { size: plain.len() as u64, crc32c: Some(crc32c::crc32c(plain)), content };
+    let kind = PlacedKind::File { size: plain.len() as u64, crc32c: Some(checksum::crc32c(plain)), content };
     PlacedFile { path: Bytes::copy_from_slice(path.as_bytes()), mode: 0o600, mtime_us: 0, kind }
 }
 

@@ -34,6 +34,7 @@ pub enum ObjectKind {
     Checkpoint = 3,
     DomainKey = 4,
     Reference = 5,
+    GapNote = 6,
     // Sealed, with the header of `sealed`.
     Pack = 16,
     Manifest = 17,
@@ -49,7 +50,7 @@ impl ObjectKind {
 
     pub fn from_number(number: u16) -> Option<ObjectKind> {
         use ObjectKind::*;
-        [Root, LogEntry, Checkpoint, DomainKey, Reference, Pack, Manifest, Segment, Tail, History]
+        [Root, LogEntry, Checkpoint, DomainKey, Reference, GapNote, Pack, Manifest, Segment, Tail, History]
             .into_iter()
             .find(|kind| kind.number() == number)
     }
@@ -62,6 +63,7 @@ impl ObjectKind {
             ObjectKind::Checkpoint => "log checkpoint",
             ObjectKind::DomainKey => "domain key",
             ObjectKind::Reference => "reference part",
+            ObjectKind::GapNote => "gap note",
             ObjectKind::Pack => "pack",
             ObjectKind::Manifest => "manifest",
             ObjectKind::Segment => "WAL segment",

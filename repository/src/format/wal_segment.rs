@@ -1,21 +1,26 @@
-//! WAL segments and timeline histories as stored: sealed content with what can be known without reading it.
+//! WAL segments as stored: sealed content with what can be known without reading it.
 
 use bytes::Bytes;
 use prost::Message;
 use walfleet_proto::repository::v1 as wire;
 
-use crate::crypto::DomainKey;
+use crate::crypto::{ContentHasher, DomainKey};
 use crate::format::changed_blocks::{ChangedBlocks, ChangedBlocksError};
 use crate::format::clear::ObjectKind;
 use crate::format::manifest::{ManifestError, branch_from_wire};
-use crate::format::sealed::{Compressor, FramePlace, SealedError, SealedObject, SealedWriter};
+use crate::format::sealed::{Compressor, Decompressor, FramePlace, SealedError, SealedObject, SealedWriter};
 use crate::ids::ChunkId;
+use crate::layout::WalLevelClass;
 use crate::postgres::{Lsn, Segment, SegmentSize, SystemId, Timeline, WalBranch};
 
 /// Content is sealed in frames of this size, so that a 1 GiB segment can be opened in parallel and in little memory.
 pub const CONTENT_FRAME_BYTES: u32 = 1 << 20;
 
-/// Commits closer together than this are thinned; the first and the last of a segment always stay.
+/// What an object takes beside its content.
+const ROOM_BESIDE: usize = 4096;
+
+/// Commits closer together than this are thinned; the first and the last of a segment always stay, and the last one that is
+/// recovered where `wal_level` goes to `minimal` behind it.
 const COMMIT_RESOLUTION_US: i64 = 100_000;
 
 /// A commit (or abort) record: the end of the record, and the time in it.
@@ -33,6 +38,14 @@ pub struct RestorePoint {
     pub point: CommitPoint,
 }
 
+/// A record of XLOG_PARAMETER_CHANGE: the server began with this `wal_level`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct WalLevelChange {
+    /// As [`crate::layout::WalLevelName::at`].
+    pub at: Lsn,
+    pub level: WalLevelClass,
+}
+
 /// What decoding a segment's records told.
 #[derive(Clone, PartialEq, Debug, Default)]
 pub struct SegmentFacts {
@@ -43,6 +56,8 @@ pub struct SegmentFacts {
     pub restore_points: Vec<RestorePoint>,
     /// What backups need not read if it is not among this; `None`: unknown.
     pub changed_blocks: Option<ChangedBlocks>,
+    /// In WAL order.
+    pub wal_levels: Vec<WalLevelChange>,
 }
 
 /// The directory of a stored segment.
@@ -100,36 +115,85 @@ impl SegmentUpload<'_> {
         self.content.get(..self.facts.valid_bytes as usize).ok_or(bad)
     }
 
-    /// The object's bytes and its directory. `key` is the object's key in the repository.
+    /// The object's bytes, in `buffer`, and its directory. `key` is the object's key in the repository.
     pub fn seal(
         &self,
         domain: &DomainKey,
         key: &str,
         zstd: &mut Compressor,
+        mut buffer: Vec<u8>,
     ) -> Result<(Bytes, SegmentDirectory), SegmentError> {
-        let valid = self.valid()?;
-        let mut writer = SealedWriter::new(domain, ObjectKind::Segment, Some(key), valid.len() / 2 + 4096)?;
-        let frames = valid.chunks(CONTENT_FRAME_BYTES as usize);
-        let content = frames.map(|frame| writer.push(frame, zstd)).collect::<Result<Vec<_>, _>>()?;
+        buffer.clear();
+        buffer.reserve(self.valid()?.len() / 2 + ROOM_BESIDE);
+        SegmentSealer::begin(domain, key, buffer)?.finish(self, domain, zstd)
+    }
+}
+
+/// Seals a segment frame by frame while it comes.
+pub struct SegmentSealer {
+    writer: SealedWriter,
+    content: Vec<FramePlace>,
+    hasher: ContentHasher,
+}
+
+impl SegmentSealer {
+    /// `buffer`: best as large as the object may come to be.
+    pub fn begin(domain: &DomainKey, key: &str, buffer: Vec<u8>) -> Result<SegmentSealer, SegmentError> {
+        let writer = SealedWriter::in_buffer(domain, ObjectKind::Segment, Some(key), buffer)?;
+        Ok(SegmentSealer { writer, content: Vec::new(), hasher: domain.content_hasher() })
+    }
+
+    /// Up to where content was sealed.
+    pub fn sealed(&self) -> usize {
+        self.content.len() * CONTENT_FRAME_BYTES as usize
+    }
+
+    /// Seals the whole frames of this beginning of the segment; all of it must be valid.
+    pub fn push(&mut self, valid: &[u8], zstd: &mut Compressor) -> Result<(), SegmentError> {
+        let behind = valid.get(self.sealed()..).unwrap_or_default();
+        for frame in behind.chunks_exact(CONTENT_FRAME_BYTES as usize) {
+            self.hasher.update(frame);
+            self.content.push(self.writer.push(frame, zstd)?);
+        }
+        Ok(())
+    }
+
+    /// Seals the rest. What was sealed before must be the beginning of the upload's valid content.
+    pub fn finish(
+        mut self,
+        upload: &SegmentUpload<'_>,
+        domain: &DomainKey,
+        zstd: &mut Compressor,
+    ) -> Result<(Bytes, SegmentDirectory), SegmentError> {
+        let valid = upload.valid()?;
+        self.push(valid, zstd)?;
+        let rest = valid.get(self.sealed()..).ok_or(SegmentError::Content)?;
+        if !rest.is_empty() {
+            self.hasher.update(rest);
+            self.content.push(self.writer.push(rest, zstd)?);
+        }
+        debug_assert_eq!(self.hasher.id(), domain.chunk_id(valid));
+        let SegmentSealer { mut writer, content, hasher } = self;
+        let facts = upload.facts;
         // The times come last, so that one small read of the object's end brings them with the directory.
-        let changes = self.facts.changed_blocks.as_ref().map(|changes| writer.push(&changes.encode(), zstd));
+        let changes = facts.changed_blocks.as_ref().map(|changes| writer.push(&changes.encode(), zstd));
         let changed_blocks = changes.transpose()?;
-        let times = encode_commit_times(self.segment.start(self.segment_size), self.facts);
+        let times = encode_commit_times(upload.segment.start(upload.segment_size), facts);
         let commit_times = times.map(|times| writer.push(&times, zstd)).transpose()?;
         let directory = SegmentDirectory {
-            wal: self.wal,
-            segment: self.segment,
-            segment_size: self.segment_size,
-            valid_bytes: self.facts.valid_bytes,
-            content_id: domain.chunk_id(valid),
-            predecessor: self.predecessor,
+            wal: upload.wal,
+            segment: upload.segment,
+            segment_size: upload.segment_size,
+            valid_bytes: facts.valid_bytes,
+            content_id: hasher.id(),
+            predecessor: upload.predecessor,
             content,
             commit_times,
             changed_blocks,
-            member: self.member.to_owned(),
-            shipped_at_us: self.shipped_at_us,
-            first_commit: self.facts.commits.first().copied(),
-            last_commit: self.facts.commits.last().copied(),
+            member: upload.member.to_owned(),
+            shipped_at_us: upload.shipped_at_us,
+            first_commit: facts.commits.first().copied(),
+            last_commit: facts.commits.last().copied(),
         };
         let bytes = writer.finish(&directory.to_wire().encode_to_vec(), zstd)?;
         Ok((bytes, directory))
@@ -205,6 +269,48 @@ impl SegmentDirectory {
     }
 }
 
+/// Opens a whole segment object frame by frame into `sink`, and pads it with zeros to the segment's size. What was sunk counts
+/// only once this returns: the last thing it does is to compare the content with its id.
+pub fn unpack_segment(
+    bytes: &Bytes,
+    domain: &DomainKey,
+    key: &str,
+    (wal, segment): (WalBranch, Segment),
+    mut sink: impl FnMut(&[u8]) -> std::io::Result<()>,
+) -> Result<SegmentDirectory, UnpackError> {
+    let object =
+        SealedObject::open(bytes.clone(), domain, ObjectKind::Segment, Some(key)).map_err(SegmentError::from)?;
+    let directory = SegmentDirectory::decode(&object.directory, wal, segment)?;
+    let (mut hasher, mut decompressor) = (domain.content_hasher(), Decompressor::new());
+    let (mut stored, mut plain) = (Vec::new(), Vec::new());
+    for frame in &directory.content {
+        plain.clear();
+        object.frame_into(*frame, &mut stored, &mut plain, &mut decompressor).map_err(SegmentError::from)?;
+        hasher.update(&plain);
+        sink(&plain)?;
+    }
+    if hasher.id() != directory.content_id {
+        return Err(SegmentError::Content.into());
+    }
+    plain.clear();
+    plain.resize(CONTENT_FRAME_BYTES as usize, 0);
+    let mut padding = (directory.segment_size.bytes() - directory.valid_bytes) as usize;
+    while padding > 0 {
+        let zeros = plain.get(..padding).unwrap_or(&plain);
+        sink(zeros)?;
+        padding -= zeros.len();
+    }
+    Ok(directory)
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum UnpackError {
+    #[error(transparent)]
+    Segment(#[from] SegmentError),
+    #[error("write it: {0}")]
+    Sink(#[from] std::io::Error),
+}
+
 /// Opens a whole segment object: its directory and its content, padded with zeros to the segment's size.
 pub fn open_segment(
     bytes: Bytes,
@@ -226,16 +332,16 @@ pub fn open_segment(
     Ok((directory, content))
 }
 
-fn frame_to_wire(frame: &FramePlace) -> wire::Frame {
+pub(super) fn frame_to_wire(frame: &FramePlace) -> wire::Frame {
     wire::Frame { offset: frame.offset, stored_len: frame.stored_len, raw_len: frame.raw_len }
 }
 
-fn frame_from_wire(frame: &wire::Frame) -> FramePlace {
+pub(super) fn frame_from_wire(frame: &wire::Frame) -> FramePlace {
     FramePlace { offset: frame.offset, stored_len: frame.stored_len, raw_len: frame.raw_len }
 }
 
 /// Nothing if there is neither a commit nor a restore point.
-fn encode_commit_times(start: Lsn, facts: &SegmentFacts) -> Option<Vec<u8>> {
+pub(super) fn encode_commit_times(start: Lsn, facts: &SegmentFacts) -> Option<Vec<u8>> {
     if facts.commits.is_empty() && facts.restore_points.is_empty() {
         return None;
     }
@@ -244,7 +350,9 @@ fn encode_commit_times(start: Lsn, facts: &SegmentFacts) -> Option<Vec<u8>> {
     let end = facts.commits.len().saturating_sub(1);
     for (index, commit) in facts.commits.iter().enumerate() {
         let near = commit.at_us.abs_diff(last_us) < COMMIT_RESOLUTION_US.unsigned_abs();
-        if near && index != 0 && index != end {
+        let next = facts.commits.get(index + 1).map_or(Lsn(u64::MAX), |next| next.lsn);
+        let is_last_of_level = facts.wal_levels.iter().any(|change| commit.lsn <= change.at && change.at < next);
+        if near && index != 0 && index != end && !is_last_of_level {
             continue;
         }
         let Ok(delta) = u32::try_from(commit.lsn.0.saturating_sub(last_lsn)) else { continue };
@@ -288,40 +396,6 @@ pub fn decode_commit_times(start: Lsn, bytes: &[u8]) -> Result<(Vec<CommitPoint>
     Ok((commits, points))
 }
 
-/// Seals a timeline history file.
-pub fn seal_history(
-    domain: &DomainKey,
-    key: &str,
-    wal: WalBranch,
-    content: &[u8],
-    member: &str,
-    shipped_at_us: i64,
-) -> Result<Bytes, SegmentError> {
-    let writer = SealedWriter::new(domain, ObjectKind::History, Some(key), 1024)?;
-    let message = wire::TimelineHistory {
-        system_identifier: wal.system_id.0,
-        timeline: wal.timeline.0,
-        content: Bytes::copy_from_slice(content),
-        member: member.to_owned(),
-        shipped_at_us,
-    };
-    Ok(writer.finish(&message.encode_to_vec(), &mut Compressor::new(3))?)
-}
-
-/// The history file as Postgres wrote it.
-pub fn open_history(bytes: Bytes, domain: &DomainKey, key: &str, wal: WalBranch) -> Result<Bytes, SegmentError> {
-    let object = SealedObject::open(bytes, domain, ObjectKind::History, Some(key))?;
-    let message =
-        wire::TimelineHistory::decode(&object.directory[..]).map_err(|e| SegmentError::Directory(e.to_string()))?;
-    if message.system_identifier != wal.system_id.0 || message.timeline != wal.timeline.0 {
-        return Err(SegmentError::Identity {
-            found: format!("timeline {} of system {}", message.timeline, message.system_identifier),
-            expected: format!("timeline {} of system {}", wal.timeline, wal.system_id),
-        });
-    }
-    Ok(message.content)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -329,6 +403,38 @@ mod tests {
 
     fn commit(lsn: u64, at_us: i64) -> CommitPoint {
         CommitPoint { lsn: Lsn(lsn), at_us }
+    }
+
+    #[test]
+    fn a_segment_sealed_while_it_comes_is_the_one_sealed_at_once() {
+        let key = DomainKey::generate().unwrap();
+        let wal = WalBranch { system_id: SystemId(9), timeline: Timeline(1), branch: Branch::ROOT };
+        let (size, segment) = (SegmentSize::new(4 << 20).unwrap(), Segment { timeline: Timeline(1), number: 3 });
+        let content: Vec<u8> = (0..4u32 << 20).map(|at| (at / 7 % 251) as u8).collect();
+        let mut zstd = Compressor::new(3);
+        for valid_bytes in [4 << 20, (3 << 20) + 5, 2 << 20] {
+            let facts = SegmentFacts { valid_bytes, ..SegmentFacts::default() };
+            let upload = SegmentUpload {
+                wal,
+                segment,
+                segment_size: size,
+                content: &content,
+                facts: &facts,
+                predecessor: None,
+                member: "pg1",
+                shipped_at_us: 5,
+            };
+            let mut coming = SegmentSealer::begin(&key, "k", Vec::new()).unwrap();
+            for received in [5, 1 << 20, (1 << 20) + 1, 2 << 20] {
+                coming.push(&content[..received], &mut zstd).unwrap();
+                assert_eq!(coming.sealed(), received >> 20 << 20);
+            }
+            let (bytes, directory) = coming.finish(&upload, &key, &mut zstd).unwrap();
+            let (_, at_once) = upload.seal(&key, "k", &mut zstd, Vec::new()).unwrap();
+            assert_eq!(directory, at_once);
+            let (_, opened) = open_segment(bytes, &key, "k", wal, segment).unwrap();
+            assert_eq!(opened[..valid_bytes as usize], content[..valid_bytes as usize]);
+        }
     }
 
     #[test]
@@ -345,6 +451,7 @@ mod tests {
             commits: vec![commit(start + 10, 1_000_000), commit(start + 20, 1_050_000), commit(start + 30, 1_060_000)],
             restore_points: vec![RestorePoint { name: "before".into(), point: commit(start + 25, 1_055_000) }],
             changed_blocks: Some(ChangedBlocks::default()),
+            wal_levels: Vec::new(),
         };
         let upload = SegmentUpload {
             wal,
@@ -356,7 +463,7 @@ mod tests {
             member: "pg1",
             shipped_at_us: 5,
         };
-        let (bytes, directory) = upload.seal(&key, "k", &mut Compressor::new(3)).unwrap();
+        let (bytes, directory) = upload.seal(&key, "k", &mut Compressor::new(3), Vec::new()).unwrap();
         let (read, restored) = open_segment(bytes.clone(), &key, "k", wal, segment).unwrap();
         assert_eq!(read, directory);
         assert_eq!(&restored[..700_000], &content[..700_000]);

@@ -31,7 +31,7 @@ pub enum TargetPoint {
 /// On which timeline.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
 pub enum TimelineChoice {
-    /// The newest that there is.
+    /// The newest that there is. Of several branches of one number those that diverged are left out, here and below.
     #[default]
     Latest,
     /// The backup's own.
@@ -64,8 +64,12 @@ pub struct Choice {
     /// The same, by branch and whole segments.
     pub reads: Vec<WalRead>,
     pub stop: StopAt,
+    /// WAL that lies behind `to` must not be replayed: recovery would fail of it, or lose what it does not tell.
+    pub ends_there: bool,
     /// There is WAL behind a gap that this restore will not reach.
     pub ends_at_gap: Option<WalGap>,
+    /// From the segment of this position on the branch to recover to is read, and no other of its timeline.
+    pub tip_begins: Lsn,
 }
 
 /// WAL to be read: whole segments of one branch, `[from, to)`.
@@ -81,14 +85,18 @@ pub struct WalRead {
 pub enum StopAt {
     /// The target as it was asked for.
     Target,
-    /// The end of the WAL, without a target. For an inclusive time that is exactly the newest commit's: PostgreSQL stops
-    /// at the first commit *later* than such a target, and there is none; the end of the WAL has the same commits.
+    /// The end of the WAL, without a target. For the very position at which it ends: PostgreSQL stops beside a record that
+    /// begins there or later (recoveryStopsBefore, recoveryStopsAfter, xlogrecovery.c), and there is none. For a time at or after the newest commit's, up to which the server is known
+    /// to have had no other: PostgreSQL stops at the first commit *later* than such a target, and there is none; the end
+    /// of the WAL has the same commits.
     EndOfWal,
 }
 
 /// Why no restore reaches the target, and what can be reached.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum NotRecoverable {
+    #[error("the cluster has no backup yet\nHINT: take one, with \"walfleet backup start\".")]
+    NoneTaken,
     #[error(
         "no backup can be restored\nHINT: take a backup; what makes the present ones unusable is shown by \"walfleet cluster show\"."
     )]
@@ -104,7 +112,7 @@ pub enum NotRecoverable {
     #[error("the repository knows no timeline {timeline} of this cluster\nHINT: recoverable is {recoverable}.")]
     NoTimeline { timeline: Timeline, recoverable: String },
     #[error(
-        "\"{asked}\" may mean {count} branches of timeline {timeline}, as two promotions took the same number: {branches}\nHINT: say which one, for example --timeline {example}; the digits that tell it from the others are enough."
+        "\"{asked}\" may mean {count} branches of timeline {timeline}, as two servers took the same number: {branches}\nHINT: say which one, for example --timeline {example}; the digits that tell it from the others are enough."
     )]
     Ambiguous { asked: String, timeline: Timeline, count: usize, branches: String, example: BranchName },
     #[error("the repository knows no branch {asked} of this cluster\nHINT: branches of timeline {timeline}: {branches}.", timeline = asked.timeline())]
@@ -130,6 +138,9 @@ struct Start<'a> {
 
 /// The newest backup that is consistent before the target, and the WAL that leads from it to there.
 pub fn choose_backup(pick: &Pick, backups: &[BackupFacts], wal: &WalCatalog) -> Result<Choice, NotRecoverable> {
+    if backups.is_empty() {
+        return Err(NotRecoverable::NoneTaken);
+    }
     let ranges = recovery_windows(backups, wal).ranges;
     if ranges.is_empty() {
         return Err(NotRecoverable::NoBackup);
@@ -223,14 +234,15 @@ fn tips(choice: TimelineChoice, backups: &[BackupFacts], wal: &WalCatalog) -> Re
         TimelineChoice::Number(timeline) => {
             for system_id in super::systems(backups) {
                 let of_system = of_timeline(timeline).filter(|tip| tip.system_id == system_id).collect();
-                tips.extend(one_of(&timeline.to_string(), timeline, of_system)?);
+                tips.extend(one_of(&timeline.to_string(), timeline, undiverged(of_system, wal))?);
             }
         }
         TimelineChoice::Latest => {
             for system_id in super::systems(backups) {
                 let of_system = || wal.branches.keys().filter(|branch| branch.system_id == system_id);
                 if let Some(newest) = of_system().map(|branch| branch.timeline).max() {
-                    tips.extend(one_of("latest", newest, of_system().filter(|tip| tip.timeline == newest).collect())?);
+                    let newest_ones = of_system().filter(|tip| tip.timeline == newest).collect();
+                    tips.extend(one_of("latest", newest, undiverged(newest_ones, wal))?);
                 }
             }
         }
@@ -238,12 +250,20 @@ fn tips(choice: TimelineChoice, backups: &[BackupFacts], wal: &WalCatalog) -> Re
     Ok(tips)
 }
 
-/// How far a backup's stretch goes: its last position and the newest commit at or after the stop.
+/// Those that left no other, if there are any: what did is only meant by its name.
+fn undiverged<'a>(mut found: Vec<&'a WalBranch>, wal: &WalCatalog) -> Vec<&'a WalBranch> {
+    if found.iter().any(|tip| !wal.is_diverged(tip)) {
+        found.retain(|tip| !wal.is_diverged(tip));
+    }
+    found
+}
+
+/// How far a backup's stretch goes: its last position, and the newest moment at or after the stop of which all is there.
 fn newest(lineage: &Lineage, run: &Run, backup: &BackupFacts) -> RecoveryPoint {
-    let commit = run.newest_commit_us(lineage, backup.stop_lsn);
+    let newest = run.newest_us(lineage, backup.stop_lsn);
     RecoveryPoint {
         lsn: run.end(lineage).max(backup.stop_lsn),
-        at_us: commit.map_or(backup.stopped_at_us, |commit| commit.max(backup.stopped_at_us)),
+        at_us: newest.map_or(backup.stopped_at_us, |newest| newest.max(backup.stopped_at_us)),
     }
 }
 
@@ -286,13 +306,15 @@ impl Start<'_> {
         };
         // Behind the last known commit there may be later ones, at which Postgres would stop rightly.
         let unread = self.run.unread_end(self.lineage, stop).is_some();
-        (later.unwrap_or(self.newest.lsn), if met || unread { StopAt::Target } else { StopAt::EndOfWal })
+        let to = later.map_or(self.newest.lsn, |end| end.min(self.newest.lsn));
+        (to, if met || unread { StopAt::Target } else { StopAt::EndOfWal })
     }
 
     fn choice(&self, target: TargetPoint, wal: &WalCatalog) -> Choice {
         let end = self.newest.lsn;
         let (to, stop) = match target {
             TargetPoint::Time { at_us, inclusive } => self.stop_at_time(at_us, inclusive),
+            TargetPoint::Lsn(lsn) if lsn >= end => (end, StopAt::EndOfWal),
             TargetPoint::Lsn(lsn) => (lsn.max(self.backup.stop_lsn), StopAt::Target),
             TargetPoint::Immediate => (self.backup.stop_lsn, StopAt::Target),
             TargetPoint::Somewhere => (end, StopAt::Target),
@@ -308,6 +330,8 @@ impl Start<'_> {
             to,
             reads: self.run.reads(self.lineage, self.backup.start_lsn, to),
             stop,
+            ends_there: self.run.parted.is_some() && to >= end,
+            tip_begins: self.lineage.tip_begins(),
             ends_at_gap: gaps.into_iter().find(|gap| open_ended && gap.from >= self.backup.stop_lsn),
         }
     }

@@ -4,11 +4,14 @@
 //! (XLogFileReadAnyTLI, src/backend/access/transam/xlogrecovery.c): the segment in which a timeline branched off is read from the
 //! new timeline, which has a copy of the old one's records up to the switch. PostgreSQL would fall back to an older
 //! timeline's file where the newer one's is absent; past the switch that file tells another story, so here it is a gap.
+//!
+//! A diverged branch goes on from the one that it left, at the start of its own first segment.
 
 use std::collections::BTreeMap;
 
-use super::{BackupFacts, BranchWal, SegmentCommits, SegmentFacts, WalCatalog, WalGap};
-use crate::postgres::{Branch, Lsn, SegmentSize, Timeline, WalBranch};
+use super::{BackupFacts, BranchWal, SegmentCommits, SegmentFacts, WalCatalog, WalGap, unlogged};
+use crate::format::wal_history::Joint;
+use crate::postgres::{Lsn, SegmentSize, Timeline, WalBranch};
 
 /// The way of the WAL from the first known ancestor to one branch, its tip.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -30,8 +33,12 @@ struct Leg {
 /// Segments without a gap, by number.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Run {
-    first: u64,
-    segments: Vec<SegmentFacts>,
+    pub(super) first: u64,
+    pub(super) segments: Vec<SegmentFacts>,
+    /// No recovery that begins before it reads on here.
+    pub(super) begins: Lsn,
+    /// Set if it ends where WAL cannot be replayed, and not where there is none.
+    pub(super) parted: Option<WalGap>,
 }
 
 /// One lineage for every branch that has WAL or a backup.
@@ -42,24 +49,13 @@ pub fn all(backups: &[BackupFacts], wal: &WalCatalog) -> Vec<Lineage> {
 impl Lineage {
     /// The way to a branch; `None` if the catalog does not know it.
     pub fn to(tip: WalBranch, catalog: &WalCatalog) -> Option<Lineage> {
-        let known = catalog.branches.get(&tip)?;
-        let size = known.segment_size;
-        let mut legs = vec![Leg { wal: tip, begin: Lsn::INVALID, end: None }];
-        let ancestors = known.history.as_ref().map_or(&[][..], |history| &history.ancestors);
-        for (depth, (timeline, end)) in ancestors.iter().enumerate().rev() {
-            if let Some(last) = legs.last_mut() {
-                last.begin = *end;
-            }
-            match ancestor(tip, *timeline, &ancestors[..depth], catalog) {
-                Some(wal) if catalog.branches[&wal].segment_size == size => {
-                    legs.push(Leg { wal, begin: Lsn::INVALID, end: Some(*end) });
-                }
-                // What lies before is not known, or not surely of this way.
-                _ => break,
-            }
-        }
-        legs.reverse();
-        Some(Lineage { size, legs })
+        let size = catalog.branches.get(&tip)?.segment_size;
+        Some(Lineage { size, legs: way(tip, size, catalog, catalog.branches.len()) })
+    }
+
+    /// Where the tip's own part begins.
+    pub(super) fn tip_begins(&self) -> Lsn {
+        self.legs.last().map_or(Lsn::INVALID, |leg| leg.begin)
     }
 
     pub fn tip(&self) -> WalBranch {
@@ -89,8 +85,11 @@ impl Lineage {
 
     /// Its segments from one number on, ascending, each under the branch from which recovery reads it.
     pub fn segments(&self, catalog: &WalCatalog, from: u64) -> Vec<(WalBranch, u64)> {
-        let numbers = self.runs(catalog).into_iter().flat_map(|run| run.first..run.next());
-        numbers.filter(|number| *number >= from).map(|number| (self.branch_of(number), number)).collect()
+        let mut numbers: Vec<u64> = self.runs(catalog).into_iter().flat_map(|run| run.first..run.next()).collect();
+        // Runs may part within a segment.
+        numbers.dedup();
+        let numbers = numbers.into_iter().filter(|number| *number >= from);
+        numbers.map(|number| (self.branch_of(number), number)).collect()
     }
 
     /// The stretches without a gap, ascending.
@@ -101,24 +100,51 @@ impl Lineage {
             let first = leg.begin.segment_number(self.size);
             let end = next.map_or(u64::MAX, |next| next.begin.segment_number(self.size));
             for (number, facts) in between(&branch.segments, first, end) {
-                match runs.last_mut().filter(|run| run.next() == *number) {
+                match runs.last_mut().filter(|run| run.next() == *number && run.is_whole()) {
                     Some(run) => run.segments.push(*facts),
-                    None => runs.push(Run { first: *number, segments: vec![*facts] }),
+                    None => {
+                        runs.push(Run { first: *number, segments: vec![*facts], begins: Lsn::INVALID, parted: None })
+                    }
                 }
             }
         }
-        runs
+        unlogged::part(self, runs, &catalog.unlogged)
+    }
+
+    /// Whether recovery on this way reads a position from a branch.
+    pub(super) fn reads_at(&self, wal: &WalBranch, lsn: Lsn) -> bool {
+        let size = self.size;
+        // Of the segment in which a branch begins it has what is before, too.
+        let within = |leg: &Leg| {
+            leg.begin.segment_number(size) <= lsn.segment_number(size) && leg.end.is_none_or(|end| lsn < end)
+        };
+        self.legs.iter().any(|leg| leg.wal == *wal && within(leg))
     }
 
     /// What is missing between segment `needed` and the last one there is.
     pub fn gaps(&self, runs: &[Run], needed: u64) -> Vec<WalGap> {
-        let mut gaps = Vec::new();
+        let mut gaps: Vec<WalGap> = Vec::new();
         let mut expected = needed;
+        let mut begun: Option<&Run> = None;
         for run in runs.iter().filter(|run| run.next() > needed) {
-            gaps.extend(self.missing(expected, run.first));
+            let missing = self.missing(expected, run.first);
+            if let Some(begun) = begun {
+                gaps.push(self.rest(begun));
+            }
+            gaps.extend(missing);
             expected = run.next();
+            begun = Some(run).filter(|run| !run.is_whole());
         }
         gaps
+    }
+
+    /// What is missing of the last segment of a run, which was only begun.
+    fn rest(&self, begun: &Run) -> WalGap {
+        if let Some(parted) = begun.parted {
+            return parted;
+        }
+        let number = begun.next().saturating_sub(1);
+        WalGap { wal: self.branch_of(number), from: begun.end(self), to: self.start(begun.next()) }
     }
 
     /// Segments `[from, to)`, each under the branch from which it would be read.
@@ -140,7 +166,8 @@ impl Lineage {
     pub(super) fn first_missing(&self, catalog: &WalCatalog, backup: &BackupFacts) -> Option<WalGap> {
         let (first, end) = needed(self, backup);
         let there = |number: u64| {
-            catalog.branches.get(&self.branch_of(number)).is_some_and(|wal| wal.segments.contains_key(&number))
+            let facts = catalog.branches.get(&self.branch_of(number)).and_then(|wal| wal.segments.get(&number));
+            facts.is_some_and(|facts| !facts.is_begun || facts.records_end >= Some(backup.stop_lsn))
         };
         let from = (first..end).find(|number| !there(*number))?;
         let to = (from..end).find(|number| there(*number)).unwrap_or(end);
@@ -167,24 +194,78 @@ fn between(
     segments.range(first..end.max(first))
 }
 
-/// The branch that an ancestor's number means on the way to `tip`, whose own ancestors are `before`.
-///
-/// A history names its ancestors by number alone. Of several branches of that number the right one has the same way
-/// behind it; if that does not tell, none is taken, since a wrong one would be worse than none.
-fn ancestor(tip: WalBranch, timeline: Timeline, before: &[(Timeline, Lsn)], catalog: &WalCatalog) -> Option<WalBranch> {
-    if before.is_empty() {
-        let root = WalBranch { timeline, branch: Branch::ROOT, ..tip };
-        if catalog.branches.contains_key(&root) {
-            return Some(root);
-        }
+/// The legs of the way to a branch, oldest first. `depth`: how many branches may lie behind it; no sound catalog needs more.
+fn way(tip: WalBranch, size: SegmentSize, catalog: &WalCatalog, depth: usize) -> Vec<Leg> {
+    let of_tip = |begin| Leg { wal: tip, begin, end: None };
+    let Some(known) = catalog.branches.get(&tip) else { return vec![of_tip(Lsn::INVALID)] };
+    let (from, at) =
+        match (&known.divergence, known.history.as_ref().and_then(|history| history.ancestors.split_last())) {
+            (Some(left), _) => {
+                let from = WalBranch { branch: left.from, ..tip };
+                (Some(from).filter(|_| left.joint == Joint::Sound), left.at)
+            }
+            (None, Some(((timeline, at), before))) => (ancestor((tip, known), (*timeline, *at), before, catalog), *at),
+            (None, None) => (None, Lsn::INVALID),
+        };
+    let same_size = |wal: &WalBranch| catalog.branches.get(wal).is_some_and(|branch| branch.segment_size == size);
+    // What lies before is not known, or not surely of this way.
+    let Some(from) = from.filter(|from| depth > 0 && same_size(from)) else { return vec![of_tip(at)] };
+    let mut legs = way(from, size, catalog, depth - 1);
+    let begin = match known.divergence {
+        None => cut(&mut legs, at),
+        Some(_) => cut_before_segment(&mut legs, at, size),
+    };
+    legs.push(of_tip(begin));
+    legs
+}
+
+/// Ends a way at a position where a timeline leaves it.
+fn cut(legs: &mut Vec<Leg>, at: Lsn) -> Lsn {
+    legs.retain(|leg| leg.begin <= at);
+    if let Some(last) = legs.last_mut() {
+        last.end = Some(at);
     }
-    let same_way = |branch: &BranchWal| branch.history.as_ref().is_some_and(|history| history.ancestors == before);
-    let named = catalog
-        .branches
-        .iter()
-        .filter(|(wal, branch)| wal.system_id == tip.system_id && wal.timeline == timeline && same_way(branch));
-    let mut named = named.map(|(wal, _)| *wal);
-    named.next().filter(|_| named.next().is_none())
+    at
+}
+
+/// Ends a way before the first segment that a diverged branch has instead; returns where that one's part begins. In the
+/// segment in which a timeline begins it takes the place of the branch that it left.
+fn cut_before_segment(legs: &mut Vec<Leg>, at: Lsn, size: SegmentSize) -> Lsn {
+    let number = at.segment_number(size);
+    match legs.pop_if(|leg| leg.begin.segment_number(size) >= number) {
+        Some(replaced) => replaced.begin,
+        None => cut(legs, at),
+    }
+}
+
+/// The branch that the last ancestor's number means on the way to `tip`, where `before` are the ancestors of that one.
+///
+/// A history names its ancestors by number alone. Whoever stored it may have known which branch that was. If not, of several
+/// branches of that number the right one has the same way behind it; if that does not tell, none is taken, since a wrong
+/// one would be worse than none.
+fn ancestor(
+    (tip, known): (WalBranch, &BranchWal),
+    (timeline, at): (Timeline, Lsn),
+    before: &[(Timeline, Lsn)],
+    catalog: &WalCatalog,
+) -> Option<WalBranch> {
+    let same_way = |branch: &BranchWal| {
+        let ancestors = branch.history.as_ref().map(|history| &history.ancestors[..]);
+        ancestors.or((timeline == Timeline::FIRST).then_some(&[][..])) == Some(before)
+    };
+    let namesakes = catalog.branches.iter().filter(|(wal, branch)| {
+        wal.system_id == tip.system_id && wal.timeline == timeline && wal.timeline < tip.timeline && same_way(branch)
+    });
+    if let Some(parent) = known.parent {
+        return namesakes.map(|(wal, _)| *wal).find(|wal| wal.branch == parent);
+    }
+    // Up to where it left, a diverged one is the branch that it left.
+    let may_be = |(_, branch): &(&WalBranch, &BranchWal)| branch.divergence.as_ref().is_none_or(|left| left.at < at);
+    let named: Vec<(&WalBranch, &BranchWal)> = namesakes.filter(may_be).collect();
+    match named[..] {
+        [(one, branch)] if branch.divergence.is_none() => Some(*one),
+        _ => None,
+    }
 }
 
 impl SegmentCommits {
@@ -198,14 +279,20 @@ impl SegmentCommits {
 }
 
 impl Run {
-    fn next(&self) -> u64 {
+    pub(super) fn next(&self) -> u64 {
         self.first.saturating_add(self.segments.len() as u64)
     }
 
     /// Whether it has all the WAL that makes a backup consistent.
     pub(super) fn covers(&self, lineage: &Lineage, backup: &BackupFacts) -> bool {
         let (first, end) = needed(lineage, backup);
-        self.first <= first && end <= self.next()
+        let reaches = self.is_whole() || end < self.next() || self.end(lineage) >= backup.stop_lsn;
+        self.begins <= backup.start_lsn && self.first <= first && end <= self.next() && reaches
+    }
+
+    /// Whether its last segment is finished.
+    fn is_whole(&self) -> bool {
+        self.segments.last().is_none_or(|last| !last.is_begun)
     }
 
     /// Where its last record ends; where that was not read, its last segment.
@@ -225,6 +312,13 @@ impl Run {
     /// its target, wherever that is.
     pub(super) fn newest_commit_us(&self, lineage: &Lineage, from: Lsn) -> Option<i64> {
         self.from(lineage, from).filter_map(|(_, facts)| facts.commits.newest_us()).max()
+    }
+
+    /// The newest moment, from the segment of a position on, of which all is there: that of a commit, or one at which the
+    /// server had no more WAL than this.
+    pub(super) fn newest_us(&self, lineage: &Lineage, from: Lsn) -> Option<i64> {
+        let complete = self.segments.last().and_then(|last| last.complete_at_us);
+        self.newest_commit_us(lineage, from).max(complete)
     }
 
     /// The end of the first segment with a commit later than `after_us`, from the segment of a position on: no recovery to

@@ -1,6 +1,10 @@
+mod unlogged;
+
 use proptest::prelude::*;
 
 use super::*;
+use crate::format::wal_history::Joint;
+use crate::ids::ChunkId;
 use crate::postgres::{Branch, Timeline};
 
 /// Segments of 1 MiB: a position is a segment number and an offset.
@@ -32,15 +36,16 @@ fn wal(timeline: u32, segments: impl IntoIterator<Item = u64>, ancestors: &[(u32
     let facts = |number: u64| {
         let middle = time(lsn(number, 1 << 19));
         let commits = SegmentCommits::Between { first_us: middle, last_us: middle };
-        (number, SegmentFacts { records_end: Some(lsn(number + 1, 0)), commits })
+        (number, SegmentFacts { records_end: Some(lsn(number + 1, 0)), commits, ..SegmentFacts::default() })
     };
     let ancestors = ancestors.iter().map(|(timeline, end)| (Timeline(*timeline), *end)).collect();
     let history = (timeline > 1).then_some(TimelineHistory { timeline: Timeline(timeline), ancestors });
-    (branch(timeline), BranchWal { segment_size: size(), segments: segments.into_iter().map(facts).collect(), history })
+    let segments = segments.into_iter().map(facts).collect();
+    (branch(timeline), BranchWal { segment_size: size(), segments, history, parent: None, divergence: None })
 }
 
 fn catalog(branches: impl IntoIterator<Item = (WalBranch, BranchWal)>) -> WalCatalog {
-    WalCatalog { branches: branches.into_iter().collect() }
+    WalCatalog { branches: branches.into_iter().collect(), ..WalCatalog::default() }
 }
 
 /// Ranges as (timeline, from, to, backups).
@@ -74,6 +79,76 @@ fn a_missing_segment_parts_the_range_and_is_named() {
     let windows = recovery_windows(&backups, &catalog([wal(1, [1, 2, 3, 4, 7, 8, 9], &[])]));
     assert_eq!(ranges(&windows), [(1, lsn(3, 9), lsn(5, 0), 1), (1, lsn(8, 9), lsn(10, 0), 1)]);
     assert_eq!(windows.gaps, [WalGap { wal: branch(1), from: lsn(5, 0), to: lsn(7, 0) }]);
+}
+
+/// Of segment `number` only the beginning is there, up to an offset, with a commit just before; complete a second later.
+fn begin(wal: &mut (WalBranch, BranchWal), number: u64, offset: u64) {
+    let end = lsn(number, offset);
+    let commits = SegmentCommits::Between { first_us: time(end), last_us: time(end) };
+    let complete_at_us = Some(time(end) + 1_000_000);
+    let facts =
+        SegmentFacts { records_end: Some(end), commits, is_begun: true, complete_at_us, ..SegmentFacts::default() };
+    wal.1.segments.insert(number, facts);
+}
+
+#[test]
+fn a_begun_segment_extends_the_range_to_its_last_record() {
+    let mut one = wal(1, 1..=4, &[]);
+    begin(&mut one, 5, 1000);
+    let backups = [backup("bk_1", 1, lsn(2, 0), lsn(3, 9)), backup("bk_2", 1, lsn(4, 0), lsn(5, 1000))];
+    let late = backup("bk_3", 1, lsn(4, 0), lsn(5, 1001));
+    let catalog = catalog([one]);
+    let windows = recovery_windows(&backups, &catalog);
+    assert_eq!(ranges(&windows), [(1, lsn(3, 9), lsn(5, 1000), 2)]);
+    assert_eq!(windows.ranges[0].to.at_us, time(lsn(5, 1000)) + 1_000_000, "the server had no more by then");
+    let lost = recovery_windows(&[late], &catalog).unrestorable;
+    assert_eq!(lost[0].missing.from, lsn(5, 0), "its last record is not there yet");
+
+    let idle = choose_backup(&pick(at(time(lsn(5, 1000)) + 500_000)), &backups, &catalog).unwrap();
+    assert_eq!((idle.stop, idle.to), (StopAt::EndOfWal, lsn(5, 1000)), "no commit follows at which to stop");
+    let position = |lsn| choose_backup(&pick(TargetPoint::Lsn(lsn)), &backups, &catalog).unwrap();
+    assert_eq!((position(lsn(5, 999)).stop, position(lsn(5, 999)).to), (StopAt::Target, lsn(5, 999)));
+    let end = position(lsn(5, 1000));
+    assert_eq!((end.stop, end.to), (StopAt::EndOfWal, lsn(5, 1000)), "no record begins there, at which to stop");
+    let late = choose_backup(&pick(at(time(lsn(5, 1000)) + 1_000_001)), &backups, &catalog);
+    assert!(matches!(late, Err(NotRecoverable::TooLate { .. })), "{late:?}");
+}
+
+#[test]
+fn an_idle_stretch_ends_when_the_server_was_last_seen_to_have_no_more() {
+    let mut one = wal(1, 1..=4, &[]);
+    begin(&mut one, 5, 1000);
+    let backups = [backup("bk_1", 1, lsn(2, 0), lsn(3, 9))];
+    let hour = time(lsn(5, 1000)) + 3_600_000_000;
+    let known = |lsn| KnownComplete { system_id: SystemId(7), timeline: Timeline(1), lsn, at_us: hour };
+    let reached = |known: KnownComplete, wal: Vec<(WalBranch, BranchWal)>| {
+        let mut catalog = catalog(wal);
+        catalog.note_complete(&known);
+        choose_backup(&pick(at(hour)), &backups, &catalog).map(|choice| (choice.stop, choice.to))
+    };
+    assert_eq!(reached(known(lsn(5, 1000)), vec![one.clone()]), Ok((StopAt::EndOfWal, lsn(5, 1000))));
+    assert!(reached(known(lsn(5, 1100)), vec![one.clone()]).is_err(), "some of what it had is not there");
+    assert!(reached(known(lsn(6, 0)), vec![one.clone()]).is_err());
+    assert!(reached(KnownComplete { timeline: Timeline(2), ..known(lsn(5, 0)) }, vec![one.clone()]).is_err());
+    let mut twin = wal(1, 1..=4, &[]);
+    twin.0.branch = Branch([9; 8]);
+    assert!(reached(known(lsn(5, 1000)), vec![one, twin]).is_err(), "whose it is is not known");
+    let finished = wal(1, 1..=5, &[]);
+    assert_eq!(reached(known(lsn(6, 40)), vec![finished]), Ok((StopAt::EndOfWal, lsn(6, 0))), "behind a page header");
+}
+
+#[test]
+fn what_a_begun_segment_lacks_is_a_gap_once_more_follows() {
+    let mut one = wal(1, [1, 2, 3, 4, 6, 7], &[]);
+    begin(&mut one, 5, 1000);
+    let backups = [backup("bk_1", 1, lsn(2, 0), lsn(3, 9))];
+    let windows = recovery_windows(&backups, &catalog([one.clone()]));
+    assert_eq!(ranges(&windows), [(1, lsn(3, 9), lsn(5, 1000), 1)]);
+    assert_eq!(windows.gaps, [WalGap { wal: branch(1), from: lsn(5, 1000), to: lsn(6, 0) }]);
+    one.1.segments.remove(&6);
+    let windows = recovery_windows(&backups, &catalog([one]));
+    let gap = |from, to| WalGap { wal: branch(1), from, to };
+    assert_eq!(windows.gaps, [gap(lsn(5, 1000), lsn(6, 0)), gap(lsn(6, 0), lsn(7, 0))]);
 }
 
 #[test]
@@ -157,6 +232,135 @@ fn two_promotions_to_one_number_are_not_mixed_up() {
     assert!(matches!(named("4-02"), Err(NotRecoverable::NoTimeline { timeline: Timeline(4), .. })));
 }
 
+/// A branch of a timeline that left `from` at a segment's start.
+fn diverged(
+    from: WalBranch,
+    id: u8,
+    segments: impl IntoIterator<Item = u64> + Clone,
+    joint: Joint,
+) -> (WalBranch, BranchWal) {
+    let at = segments.clone().into_iter().min().unwrap();
+    let (_, mut own) = wal(from.timeline.0, segments, &[]);
+    own.divergence = Some(Divergence {
+        member: format!("db{id}"),
+        stored_by: "db1".to_owned(),
+        from: from.branch,
+        at: lsn(at, 0),
+        content: ChunkId([id; 32]),
+        joint,
+        strays: Vec::new(),
+        stray_tails: Vec::new(),
+        found_at_us: time(lsn(at, 0)),
+    });
+    (WalBranch { branch: Branch([id; 8]), ..from }, own)
+}
+
+fn on(timeline: &str) -> Pick {
+    Pick { timeline: TimelineChoice::Named(timeline.parse().unwrap()), ..pick(TargetPoint::Latest) }
+}
+
+#[test]
+fn a_diverged_branch_goes_on_from_the_one_it_left_and_only_by_name() {
+    let (twin, own) = diverged(branch(1), 8, 5..=9, Joint::Sound);
+    let mut later = backup("bk_2", 1, lsn(6, 0), lsn(6, 9));
+    later.wal = twin;
+    let backups = [backup("bk_1", 1, lsn(2, 0), lsn(3, 9)), later, backup("bk_3", 1, lsn(6, 0), lsn(6, 9))];
+    let all = catalog([wal(1, 2..=7, &[]), (twin, own)]);
+    let windows = recovery_windows(&backups, &all);
+    assert_eq!(ranges(&windows), [(1, lsn(3, 9), lsn(8, 0), 2), (1, lsn(3, 9), lsn(10, 0), 2)]);
+    assert_eq!(windows.ranges.iter().map(|range| range.is_diverged).collect::<Vec<_>>(), [false, true]);
+    assert_eq!(windows.newest().unwrap().wal, branch(1), "that the other goes on says nothing of this one");
+    assert!(windows.gaps.is_empty() && windows.unrestorable.is_empty());
+
+    let chosen = |pick: &Pick, backups: &[BackupFacts]| {
+        choose_backup(pick, backups, &all).map(|choice| (choice.backup.to_string(), choice.wal, choice.to))
+    };
+    let number = Pick { timeline: TimelineChoice::Number(Timeline(1)), ..pick(TargetPoint::Latest) };
+    for undiverged in [&pick(TargetPoint::Latest), &number, &on("1-00")] {
+        assert_eq!(chosen(undiverged, &backups), Ok(("bk_3".to_owned(), branch(1), lsn(8, 0))));
+    }
+    assert_eq!(chosen(&on("1-08"), &backups), Ok(("bk_2".to_owned(), twin, lsn(10, 0))));
+    // From a backup of what both have.
+    let choice = choose_backup(&on("1-08"), &backups[..1], &all).unwrap();
+    let reads = [(branch(1), 2, 5), (twin, 5, 10)];
+    assert_eq!(choice.reads, reads.map(|(wal, from, to)| choose::WalRead { wal, from: lsn(from, 0), to: lsn(to, 0) }));
+    assert_eq!(choice.tip_begins, lsn(5, 0));
+    let says = choose_backup(&on("1-1"), &backups, &all).unwrap_err().to_string();
+    assert!(says.contains("1-0808080808080808 is of db8, whose WAL differs from 0/500000"), "{says}");
+}
+
+#[test]
+fn nothing_leads_to_a_branch_of_which_nobody_knows_what_was_before() {
+    let (twin, own) = diverged(branch(1), 8, 5..=9, Joint::Open);
+    let all = catalog([wal(1, 2..=7, &[]), (twin, own)]);
+    let mut its = backup("bk_2", 1, lsn(6, 0), lsn(6, 9));
+    its.wal = twin;
+    let backups = [backup("bk_1", 1, lsn(2, 0), lsn(3, 9)), its];
+    assert_eq!(
+        ranges(&recovery_windows(&backups, &all)),
+        [(1, lsn(3, 9), lsn(8, 0), 1), (1, lsn(6, 9), lsn(10, 0), 1)]
+    );
+    assert!(choose_backup(&on("1-08"), &backups[..1], &all).is_err());
+    assert_eq!(choose_backup(&on("1-08"), &backups, &all).unwrap().backup.as_str(), "bk_2");
+}
+
+#[test]
+fn branches_leave_diverged_ones_and_each_other_in_a_timelines_first_segment() {
+    // Timeline 2 begins within segment 5, its twin in that segment, and the twin's twin in 7.
+    let second = wal(2, 5..=8, &[(1, lsn(5, 700))]);
+    let history = second.1.history.clone();
+    let (twin, mut own) = diverged(branch(2), 8, 5..=9, Joint::Sound);
+    let (third, mut its) = diverged(twin, 9, 7..=9, Joint::Sound);
+    (own.history, its.history) = (history.clone(), history);
+    let all = catalog([wal(1, 2..=4, &[]), second, (twin, own), (third, its)]);
+    let of = |tip| Lineage::to(tip, &all).unwrap();
+    let way = |tip: WalBranch| (2..=9).map(|number| of(tip).branch_of(number)).collect::<Vec<_>>();
+    let (one, two) = (branch(1), branch(2));
+    assert_eq!(way(two), [one, one, one, two, two, two, two, two]);
+    assert_eq!(way(twin), [one, one, one, twin, twin, twin, twin, twin]);
+    assert_eq!(way(third), [one, one, one, twin, twin, third, third, third]);
+    let at_switch = backup("bk_1", 1, lsn(4, 0), lsn(5, 700));
+    let behind = backup("bk_2", 1, lsn(4, 0), lsn(5, 701));
+    for tip in [two, twin, third] {
+        assert!(of(tip).holds(&at_switch) && !of(tip).holds(&behind));
+    }
+    assert!(!of(twin).holds(&backup("bk_3", 2, lsn(5, 800), lsn(5, 900))), "the same number, other WAL");
+}
+
+#[test]
+fn a_timeline_leaves_the_branch_that_its_history_was_stored_with_and_none_is_guessed() {
+    let (twin, own) = diverged(branch(1), 8, 5..=9, Joint::Sound);
+    let backups = [backup("bk_1", 1, lsn(2, 0), lsn(3, 9))];
+    let reads = |left_at: Lsn, parent: Option<Branch>| {
+        let mut second = wal(2, left_at.segment_number(size())..=12, &[(1, left_at)]);
+        second.1.parent = parent;
+        let all = catalog([wal(1, 2..=9, &[]), (twin, own.clone()), second]);
+        let choice = choose_backup(&pick(TargetPoint::Latest), &backups, &all).ok();
+        choice.map(|choice| choice.reads.into_iter().map(|read| read.wal).collect::<Vec<_>>())
+    };
+    let (one, two) = (branch(1), branch(2));
+    assert_eq!(reads(lsn(7, 9), Some(Branch::ROOT)), Some(vec![one, two]));
+    assert_eq!(reads(lsn(7, 9), Some(twin.branch)), Some(vec![one, twin, two]));
+    assert_eq!(reads(lsn(7, 9), None), None, "either may be meant");
+    assert_eq!(reads(lsn(7, 9), Some(Branch([1; 8]))), None, "that one is not known");
+    // Before the two parted they are one.
+    assert_eq!(reads(lsn(4, 9), None), Some(vec![one, two]));
+    assert_eq!(reads(lsn(5, 0), None), Some(vec![one, two]));
+    assert_eq!(reads(lsn(4, 9), Some(twin.branch)), Some(vec![one, two]));
+}
+
+#[test]
+fn a_split_brain_alarms_until_a_day_after_the_last_of_it() {
+    const DAY: i64 = 24 * 3600 * 1_000_000;
+    let (twin, mut own) = diverged(branch(1), 8, 5..=9, Joint::Sound);
+    own.segments.get_mut(&9).unwrap().shipped_at_us = Some(2 * DAY);
+    let all = catalog([wal(1, 2..=7, &[]), (twin, own)]);
+    let printed: Vec<String> = split_brains(&all, 3 * DAY).iter().map(SplitBrain::to_string).collect();
+    let text = "split brain: db8 writes other WAL than db1 on timeline 1 from 0/500000, which goes to branch 1-0808080808080808";
+    assert_eq!(printed, [text]);
+    assert!(split_brains(&all, 3 * DAY + 1).is_empty());
+}
+
 #[test]
 fn the_newest_backup_before_the_target_is_chosen() {
     let backups = [backup("bk_1", 1, lsn(2, 0), lsn(3, 0)), backup("bk_2", 1, lsn(6, 0), lsn(7, 0))];
@@ -195,7 +399,7 @@ fn a_target_that_no_restore_reaches_is_refused_with_what_one_does() {
     assert!(matches!(refused(with("bk_9", latest)), NotRecoverable::NoSuchBackup { .. }));
     let unknown = TimelineChoice::Number(Timeline(4));
     assert!(matches!(refused(with("bk_1", unknown)), NotRecoverable::NoTimeline { timeline: Timeline(4), .. }));
-    assert_eq!(choose_backup(&pick(at(0)), &[], &all).unwrap_err(), NotRecoverable::NoBackup);
+    assert_eq!(choose_backup(&pick(at(0)), &[], &all).unwrap_err(), NotRecoverable::NoneTaken);
 }
 
 #[test]
@@ -228,7 +432,7 @@ fn the_ends_are_read_until_a_commit_is_found() {
             8.. => SegmentCommits::None,
             _ => SegmentCommits::Between { first_us: 70, last_us: 77_000_000 },
         };
-        let facts = SegmentFacts { records_end: Some(lsn(number, 500)), commits };
+        let facts = SegmentFacts { records_end: Some(lsn(number, 500)), commits, ..SegmentFacts::default() };
         all.branches.get_mut(&wal).unwrap().segments.insert(number, facts);
     }
     assert_eq!(read, [9, 8, 7]);
@@ -366,6 +570,44 @@ proptest! {
             let chosen = world.backups.iter().find(|backup| backup.id == choice.backup).unwrap();
             prop_assert!(chosen.stopped_at_us <= at_us);
             prop_assert!(choice.to > chosen.stop_lsn && replays(&world, chosen, timeline, choice.to));
+        }
+    }
+
+    /// Any tree of diverged branches: each way takes a segment from the deepest branch that begins at or before it, and never
+    /// one that lies behind where a branch was left.
+    #[test]
+    fn a_way_never_goes_on_in_a_branch_that_it_left(
+        begins in proptest::collection::vec((2u64..SEGMENTS, 0usize..6), 1..6),
+        lost in proptest::collection::vec(proptest::bool::weighted(0.1), 7 * SEGMENTS as usize),
+    ) {
+        // The branch that each one left, and where; the first is the timeline's own.
+        let mut tree: Vec<(WalBranch, Option<usize>, u64)> = vec![(branch(1), None, 0)];
+        let there = |index: usize, first: u64| {
+            (first..SEGMENTS).filter(|number| *number == first || !lost[index * SEGMENTS as usize + *number as usize]).collect::<Vec<_>>()
+        };
+        let mut branches = vec![wal(1, there(0, 0), &[])];
+        for (index, (first, from)) in begins.into_iter().enumerate() {
+            let from = from % tree.len();
+            let first = first.max(tree[from].2);
+            let (left, own) = diverged(tree[from].0, 10 + index as u8, there(index + 1, first), Joint::Sound);
+            tree.push((left, Some(from), first));
+            branches.push((left, own));
+        }
+        let all = catalog(branches);
+        for (tip, from, first) in &tree {
+            let way = Lineage::to(*tip, &all).unwrap();
+            for number in 0..SEGMENTS {
+                let (mut expected, mut parent, mut begin) = (*tip, *from, *first);
+                while number < begin {
+                    let (next, from, first) = tree[parent.unwrap()];
+                    (expected, parent, begin) = (next, from, first);
+                }
+                prop_assert_eq!(way.branch_of(number), expected);
+            }
+            for (wal, number) in way.segments(&all, 0) {
+                prop_assert_eq!(wal, way.branch_of(number));
+                prop_assert!(all.branches[&wal].segments.contains_key(&number));
+            }
         }
     }
 }

@@ -16,6 +16,7 @@ use url::Url;
 
 use super::attempt::RetryPolicy;
 use super::error::{Operation, StoreError, StoreErrorKind};
+use super::folder::FolderStore;
 
 /// What to do about a folder that is not there.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
@@ -91,7 +92,7 @@ fn open_folder(text: &str, url: &Url, options: &StoreOptions) -> Result<Backend,
     let store = LocalFileSystem::new_with_prefix(&path)
         .map_err(|source| unusable(format!("open folder {}", path.display())).with_cause(&source))?
         .with_fsync(true);
-    Ok(Backend { store: Arc::new(store), folder: Some(path) })
+    Ok(Backend { store: Arc::new(FolderStore::new(store)), folder: Some(path) })
 }
 
 fn open_s3(text: &str, url: &Url, options: &StoreOptions) -> Result<Backend, StoreError> {

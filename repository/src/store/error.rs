@@ -17,6 +17,7 @@ pub enum Operation {
     /// Reading back after a create whose outcome was not certain.
     Settle,
     List,
+    Delete,
     Probe,
 }
 
@@ -30,6 +31,7 @@ impl fmt::Display for Operation {
             Operation::Create => "create",
             Operation::Settle => "read back",
             Operation::List => "list",
+            Operation::Delete => "delete",
             Operation::Probe => "probe",
         })
     }
@@ -57,6 +59,11 @@ pub enum StoreErrorKind {
         expected: u64,
         received: u64,
     },
+    /// More than an object of its kind may have; nothing of it was read.
+    TooLarge {
+        size: u64,
+        most: u64,
+    },
     /// A URL or setting that cannot work, in words.
     Unusable(String),
     Other,
@@ -77,6 +84,7 @@ impl StoreErrorKind {
             | StoreErrorKind::AlreadyExists
             | StoreErrorKind::OutOfRange { .. }
             | StoreErrorKind::Torn { .. }
+            | StoreErrorKind::TooLarge { .. }
             | StoreErrorKind::Unusable(_)
             | StoreErrorKind::Other => None,
         }
@@ -95,6 +103,9 @@ impl fmt::Display for StoreErrorKind {
             StoreErrorKind::NoSpace => f.write_str("the store is out of space"),
             StoreErrorKind::Unreachable => f.write_str("the store does not answer properly"),
             StoreErrorKind::TimedOut { after } => write!(f, "no answer within {after:?}"),
+            StoreErrorKind::TooLarge { size, most } => {
+                write!(f, "it has {size} bytes, and nothing of its kind more than {most}")
+            }
             StoreErrorKind::Torn { expected, received } => {
                 write!(f, "{received} bytes came where {expected} were announced")
             }
@@ -185,6 +196,7 @@ impl StoreError {
             | StoreErrorKind::OutOfRange { .. }
             | StoreErrorKind::Unauthorized
             | StoreErrorKind::NoSpace
+            | StoreErrorKind::TooLarge { .. }
             | StoreErrorKind::Unusable(_)
             | StoreErrorKind::Other => false,
         }

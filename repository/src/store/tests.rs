@@ -43,6 +43,9 @@ async fn a_folder_creates_once_reads_parts_and_lists() {
     let error = store.get_range(&key(), 8..12).await.unwrap_err();
     assert_eq!(error.kind(), &StoreErrorKind::OutOfRange { start: 8, end: 12, size: 10 });
     assert!(store.get(&Path::from("absent")).await.unwrap_err().is_not_found());
+    assert_eq!(store.get_at_most(&key(), 10).await.unwrap(), "0123456789");
+    let error = store.get_at_most(&key(), 9).await.unwrap_err();
+    assert_eq!(error.kind(), &StoreErrorKind::TooLarge { size: 10, most: 9 });
     let listed = store.list(&Path::from("clusters")).await.unwrap();
     assert_eq!(listed.iter().map(|one| (&one.key, one.size)).collect::<Vec<_>>(), [(&key(), 10)]);
     let level = store.list_level(&Path::from("clusters")).await.unwrap();
@@ -272,4 +275,23 @@ async fn http_answers_mean_what_they_should() {
     assert_eq!(error.kind(), &StoreErrorKind::Unreachable, "{error}");
     let text = error.to_string();
     assert!(text.to_lowercase().contains("connect") && text.matches("HINT: ").count() == 1, "{text}");
+}
+
+#[tokio::test]
+async fn what_somebody_waits_for_is_sent_again_when_no_answer_comes_and_its_failure_is_told_soon() {
+    let faulty = FaultyStore::in_memory(1);
+    let patient = Store::wrap(faulty.clone(), "faulty:///", RetryPolicy::default());
+    let key = Path::from("tails/1");
+    faulty.inject(Fault::Hang, On::Put, "tails", 1);
+    let begun = std::time::Instant::now();
+    let created = patient.hurried(0).create(&key, Bytes::from_static(b"piece")).await.unwrap();
+    assert_eq!(created, Creation::Created);
+    assert!((3..6).contains(&begun.elapsed().as_secs()), "{:?}", begun.elapsed());
+    faulty.inject(Fault::Reject, On::Any, "tails", u64::MAX);
+    let begun = std::time::Instant::now();
+    patient.hurried(0).create(&Path::from("tails/2"), Bytes::from_static(b"piece")).await.unwrap_err();
+    assert!(begun.elapsed().as_secs() < 10, "{:?}", begun.elapsed());
+    let timeout = |tries| RetryPolicy::default().hurried(tries).request_timeout.as_secs();
+    assert_eq!([0, 1, 2, 3, 40].map(timeout), [4, 8, 16, 30, 30]);
+    assert_eq!(RetryPolicy::impatient().hurried(0), RetryPolicy::impatient());
 }

@@ -15,6 +15,22 @@ use crate::store::StoreError;
 /// Read from the end of a segment object in one request: trailer, directory and nearly always the commit times.
 const TAIL_READ_BYTES: u64 = 16 << 10;
 
+/// What lies at the two ends of a sealed object.
+pub(super) struct Ends {
+    pub directory: Vec<u8>,
+    opener: Opener,
+    /// The object's last bytes, and where they begin.
+    tail: Bytes,
+    tail_start: u64,
+}
+
+impl Ends {
+    fn segment(&self, wal: WalBranch, segment: Segment, key: &Path) -> Result<SegmentDirectory, ArchiveError> {
+        SegmentDirectory::decode(&self.directory, wal, segment)
+            .map_err(|source| ArchiveError::Segment { key: key.to_string(), source })
+    }
+}
+
 impl WalArchive {
     /// What is known of a segment without reading its content.
     pub async fn directory(
@@ -23,9 +39,9 @@ impl WalArchive {
         segment: Segment,
         size: SegmentSize,
     ) -> Result<SegmentDirectory, ArchiveError> {
-        self.ends(wal, segment, &layout::wal_segment(&self.cluster, &wal, segment, size))
-            .await
-            .map(|(directory, ..)| directory)
+        let key = layout::wal_segment(&self.cluster, &wal, segment, size);
+        let ends = self.ends(&key, ObjectKind::Segment).await?;
+        ends.segment(wal, segment, &key)
     }
 
     /// The commits and restore points that end in a segment.
@@ -37,9 +53,18 @@ impl WalArchive {
     ) -> Result<(Vec<CommitPoint>, Vec<RestorePoint>), ArchiveError> {
         let key = layout::wal_segment(&self.cluster, &wal, segment, size);
         let named = |source: SegmentError| ArchiveError::Segment { key: key.to_string(), source };
-        let (directory, opener, tail, tail_start) = self.ends(wal, segment, &key).await?;
-        let Some(frame) = directory.commit_times else { return Ok((Vec::new(), Vec::new())) };
-        let plain = self.sidecar(&key, frame, &opener, (&tail, tail_start)).await?;
+        let ends = match self.ends(&key, ObjectKind::Segment).await {
+            // Not finished yet, but perhaps begun.
+            Err(error) if error.is_not_found() => {
+                match self.beginning_without(wal, segment, size, &self.strays(wal).await?).await? {
+                    Some(beginning) => return Ok((beginning.commits, beginning.restore_points)),
+                    None => return Err(error),
+                }
+            }
+            ends => ends?,
+        };
+        let Some(frame) = ends.segment(wal, segment, &key)?.commit_times else { return Ok((Vec::new(), Vec::new())) };
+        let plain = self.sidecar(&key, frame, &ends).await?;
         wal_segment::decode_commit_times(segment.start(size), &plain).map_err(named)
     }
 
@@ -51,9 +76,9 @@ impl WalArchive {
         size: SegmentSize,
     ) -> Result<Option<ChangedBlocks>, ArchiveError> {
         let key = layout::wal_segment(&self.cluster, &wal, segment, size);
-        let (directory, opener, tail, tail_start) = self.ends(wal, segment, &key).await?;
-        let Some(frame) = directory.changed_blocks else { return Ok(None) };
-        let plain = self.sidecar(&key, frame, &opener, (&tail, tail_start)).await?;
+        let ends = self.ends(&key, ObjectKind::Segment).await?;
+        let Some(frame) = ends.segment(wal, segment, &key)?.changed_blocks else { return Ok(None) };
+        let plain = self.sidecar(&key, frame, &ends).await?;
         match ChangedBlocks::decode(&plain) {
             Ok(changes) => Ok(Some(changes)),
             Err(ChangedBlocksError::Rules(_)) => Ok(None),
@@ -62,32 +87,20 @@ impl WalArchive {
     }
 
     /// A frame behind the content: from the object's end, which was read already, or by a request of its own.
-    async fn sidecar(
-        &self,
-        key: &Path,
-        frame: FramePlace,
-        opener: &Opener,
-        (tail, tail_start): (&Bytes, u64),
-    ) -> Result<Vec<u8>, ArchiveError> {
-        let start = u64::from(frame.offset).checked_sub(tail_start);
-        let cached = start.and_then(|start| tail.get(start as usize..start as usize + frame.stored_len as usize));
+    async fn sidecar(&self, key: &Path, frame: FramePlace, ends: &Ends) -> Result<Vec<u8>, ArchiveError> {
+        let start = u64::from(frame.offset).checked_sub(ends.tail_start);
+        let cached = start.and_then(|start| ends.tail.get(start as usize..start as usize + frame.stored_len as usize));
         let mut stored = match cached {
             Some(bytes) => bytes.to_vec(),
             None => self.store.get_range(key, u64::from(frame.offset)..frame.end()).await?.to_vec(),
         };
-        let opened = opener.open(frame, &mut stored);
+        let opened = ends.opener.open(frame, &mut stored);
         opened.map_err(|source| ArchiveError::Segment { key: key.to_string(), source: source.into() })
     }
 
-    /// Header and directory by two small reads: the directory, what opens frames, the bytes read and where they begin.
-    async fn ends(
-        &self,
-        wal: WalBranch,
-        segment: Segment,
-        key: &Path,
-    ) -> Result<(SegmentDirectory, Opener, Bytes, u64), ArchiveError> {
+    /// Header and directory by two small reads.
+    pub(super) async fn ends(&self, key: &Path, kind: ObjectKind) -> Result<Ends, ArchiveError> {
         let named = |source: SegmentError| ArchiveError::Segment { key: key.to_string(), source };
-        let kind = ObjectKind::Segment;
         let (tail, total) = self.store.get_suffix(key, TAIL_READ_BYTES).await?;
         let header = if tail.len() as u64 == total {
             tail.clone()
@@ -105,8 +118,7 @@ impl WalArchive {
         let to = tail.len().saturating_sub(TRAILER_LEN);
         let mut stored = tail.get(from..to).unwrap_or_default().to_vec();
         let plain = opener.open(trailer.directory, &mut stored).map_err(|source| named(source.into()))?;
-        let directory = SegmentDirectory::decode(&plain, wal, segment).map_err(named)?;
-        Ok((directory, opener, tail, start))
+        Ok(Ends { directory: plain, opener, tail, tail_start: start })
     }
 
     /// The object's end from `offset` at the latest, and where it begins.

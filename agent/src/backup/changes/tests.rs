@@ -7,6 +7,7 @@ use walfleet_repository::format::wal_segment::SegmentFacts;
 use walfleet_repository::keyring::Keyring;
 use walfleet_repository::limits::LimitsSpec;
 use walfleet_repository::postgres::{Branch, SystemId};
+use walfleet_repository::shipping::Compression;
 use walfleet_repository::store::Store;
 use walfleet_repository::wal_archive::OwnedSegment;
 
@@ -62,7 +63,15 @@ impl Host {
         let archive = WalArchive::new(Store::in_memory(), cluster.clone(), keys, 3);
         let member = "db1".to_owned();
         let limits = HostLimits::new(LimitsSpec::NONE);
-        let source = ShipSource { data_dir, system_id, segment_size: size(), archive: archive.clone(), member, limits };
+        let source = ShipSource {
+            data_dir,
+            system_id,
+            segment_size: size(),
+            archive: archive.clone(),
+            member,
+            limits,
+            compression: Compression::Fixed,
+        };
         let shipper = Shipper::new(source, ShipOptions { parallel: 1, read_ahead: 0 });
         Host { cluster, dir, archive, shipper }
     }

@@ -7,6 +7,7 @@ use bytes::Bytes;
 use roaring::RoaringBitmap;
 use walfleet_repository::backup::file_list::{FileListWriter, ParentMap, PlacedContent, PlacedFile, PlacedKind};
 use walfleet_repository::backup::write::{PackSession, PlacedSlot};
+use walfleet_repository::checksum;
 use walfleet_repository::format::file_map::{ChunkPlace, FileMap, SLOT_BYTES};
 
 use super::compose::compose;
@@ -180,7 +181,7 @@ impl<'a> Assembly<'a> {
                 for result in parts {
                     let result = result.ok_or(CopyError::ThreadLost)?;
                     self.report.damage.add(&file.path, &result.bad_pages);
-                    crc32c = crc32c::crc32c_combine(crc32c, result.crc32c, result.bytes as usize);
+                    crc32c = checksum::crc32c_combine(crc32c, result.crc32c, result.bytes);
                     slots.extend(result.slots);
                     is_spgist |= result.is_spgist;
                     replayed |= result.replayed;

@@ -14,6 +14,7 @@ use crate::backup::scan::{Scan, ScanSpec, Scanned, ScannedKind};
 use crate::postgres::control::{ControlCopy, ControlFile};
 use crate::postgres::server::{CheckpointPace, Server};
 use crate::postgres::test_server::{Installation, TestServer, oldest_and_newest};
+use walfleet_repository::checksum;
 
 #[test]
 fn odd_paths_and_times_are_written_as_the_server_writes_them() {
@@ -98,7 +99,7 @@ async fn the_scan_finds_what_pg_basebackup_takes_and_the_manifest_is_its_byte_fo
             }
             let path = String::from_utf8(file.path.clone());
             let path = path.unwrap_or_else(|_| format!("hex \"{}\"", hexadecimal(&file.path)));
-            let crc = crc32c::crc32c(&fs::read(&file.absolute).unwrap());
+            let crc = checksum::crc32c(&fs::read(&file.absolute).unwrap());
             ours.insert(path, (file.size, hexadecimal(&crc.to_le_bytes())));
         }
         let mut expected = listed(&theirs);
@@ -165,7 +166,7 @@ async fn pg_verifybackup_accepts_our_backup_until_a_byte_changes() {
             let content = fs::read(&file.absolute).unwrap();
             fs::write(target, &content).unwrap();
             // A checksum may be unknown: the server's tools then take the size.
-            let checksum = (content.len() < 100_000).then(|| crc32c::crc32c(&content));
+            let checksum = (content.len() < 100_000).then(|| checksum::crc32c(&content));
             manifest.file(&file.path, content.len() as u64, file.mtime_us, checksum).unwrap();
         }
         let control = ControlCopy::read(&server.data_dir).unwrap();
@@ -176,7 +177,7 @@ async fn pg_verifybackup_accepts_our_backup_until_a_byte_changes() {
             ("tablespace_map", &stop.tablespace_map),
         ] {
             fs::write(copy.join(name), content).unwrap();
-            manifest.file(name.as_bytes(), content.len() as u64, 0, Some(crc32c::crc32c(content))).unwrap();
+            manifest.file(name.as_bytes(), content.len() as u64, 0, Some(checksum::crc32c(content))).unwrap();
         }
         let wal = server.data_dir.join("pg_wal");
         for entry in fs::read_dir(wal).unwrap().flatten().filter(|entry| entry.path().is_file()) {

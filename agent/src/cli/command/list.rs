@@ -96,11 +96,23 @@ fn windows(listed: &Listed) -> String {
         for gap in &window.gaps {
             let what = if gap.acknowledged { "gap (acknowledged)" } else { "GAP" };
             let lsns = format!("{} to {}", gap.from_lsn, gap.to_lsn);
-            rows.push(vec![what.into(), String::new(), String::new(), lsns, gap.timeline.to_string()]);
+            rows.push(vec![what.into(), time(gap.from), time(gap.to), lsns, gap.timeline.to_string()]);
         }
     }
     if rows.is_empty() {
         return "nothing can be recovered: there is no backup whose WAL is whole\n".into();
     }
-    print::table(&["", "FROM", "TO", "LSN", "TIMELINE"], &rows)
+    print::table(&["", "FROM", "TO", "LSN", "TIMELINE"], &rows) + &notes(listed)
+}
+
+/// What somebody said of gaps.
+fn notes(listed: &Listed) -> String {
+    let mut text = String::new();
+    for gap in listed.recovery.iter().flat_map(|window| &window.gaps) {
+        let said = [("lost", &gap.recorded), ("acknowledged", &gap.acknowledgement)];
+        for (word, note) in said.into_iter().filter_map(|(word, note)| Some((word, note.as_ref()?))) {
+            text += &format!("{}: {word} by {}: {}\n", gap.from_lsn, note.by, note.reason);
+        }
+    }
+    text
 }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use tokio::sync::watch;
 use walfleet_repository::ids::ClusterName;
 use walfleet_repository::limits::LimitsSpec;
+use walfleet_repository::shipping::ShippingSpec;
 
 use crate::access::lineage::Relatives;
 use crate::access::{Access, ClusterAccess, HostKey, InstanceAccess, OWN_REPOSITORY};
@@ -88,6 +89,8 @@ impl Opened {
                 recipients: Vec::new(),
                 compression_level: self.config.backup.compression_level,
                 processes: self.config.backup.processes,
+                shipping: ShippingSpec::NONE,
+                spool_peer: None,
                 relatives: Relatives::Any,
             };
             return Ok(self.access.clusters.entry(name.clone()).or_insert(fresh));
@@ -124,7 +127,9 @@ impl Opened {
     pub fn work(self) -> Result<HostWork, Failure> {
         let (_, access) = watch::channel(Some(Arc::new(self.access)));
         let limits = HostLimits::new(self.limits);
-        let archiving = Archiving::new(access.clone(), daemon::ship_options(&self.config), Arc::clone(&limits));
+        let state_dir = self.config.state_dir.clone();
+        let options = daemon::ship_options(&self.config);
+        let archiving = Archiving::new(access.clone(), options, Arc::clone(&limits), state_dir);
         HostWork::new(Arc::new(self.config), access, Arc::new(archiving), limits).map_err(super::failed)
     }
 }

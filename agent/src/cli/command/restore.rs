@@ -40,6 +40,7 @@ pub fn restore(args: RestoreArgs) -> Result<(), Failure> {
             standby: false,
             apply_delay: None,
             plan_only: args.plan,
+            complete: Vec::new(),
         };
         let order = JobOrder::of_a_person(JobId::generate(), args.cluster, WorkOrder::Restore(order));
         let progress = Progress::new();

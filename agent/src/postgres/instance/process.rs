@@ -97,7 +97,7 @@ pub(super) fn is_shared_memory_attached(id: u32) -> bool {
 }
 
 /// From /etc/passwd; users of other directories have no name here.
-pub(super) fn user_name(uid: u32) -> Option<String> {
+pub(in crate::postgres) fn user_name(uid: u32) -> Option<String> {
     let passwd = fs::read_to_string("/etc/passwd").ok()?;
     passwd.lines().find_map(|line| {
         let mut fields = line.split(':');

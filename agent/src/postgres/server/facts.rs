@@ -39,6 +39,7 @@ pub struct ServerFacts {
     pub full_page_writes: bool,
     pub archive: ArchiveSettings,
     pub archiver: Option<ArchiverState>,
+    pub synchronous: SynchronousSettings,
     /// But for the two built-in ones.
     pub tablespaces: Vec<ServerTablespace>,
     /// The server's clock, microseconds since the Unix epoch.
@@ -55,6 +56,25 @@ pub struct ArchiveSettings {
     pub library: Option<String>,
     /// 0: off.
     pub timeout_seconds: u32,
+}
+
+/// Whom commits wait for.
+#[derive(Clone, Default, PartialEq, Eq, Debug)]
+pub struct SynchronousSettings {
+    /// synchronous_standby_names
+    pub standby_names: String,
+    /// synchronous_commit, of sessions that do not say otherwise.
+    pub commit: String,
+    /// Of sessions of a role, in a database, or both, where that is set for them (ALTER ROLE, ALTER DATABASE).
+    pub exceptions: Vec<SynchronousException>,
+}
+
+/// synchronous_commit of some sessions; `None`: of all roles, in all databases.
+#[derive(Clone, Default, PartialEq, Eq, Debug)]
+pub struct SynchronousException {
+    pub role: Option<String>,
+    pub database: Option<String>,
+    pub commit: String,
 }
 
 /// pg_stat_archiver. Times are microseconds since the Unix epoch.
@@ -113,11 +133,18 @@ const TIMELINE_SQL: &str = "SELECT CASE WHEN pg_is_in_recovery() THEN greatest( 
 
 const SETTINGS_SQL: &str = "SELECT name, setting FROM pg_settings WHERE name IN \
     ('data_directory', 'config_file', 'hba_file', 'log_directory', 'wal_level', 'full_page_writes', \
-     'archive_mode', 'archive_command', 'archive_library', 'archive_timeout')";
+     'archive_mode', 'archive_command', 'archive_library', 'archive_timeout', \
+     'synchronous_standby_names', 'synchronous_commit')";
 
 const ARCHIVER_SQL: &str = "SELECT archived_count, last_archived_wal, \
     (extract(epoch FROM last_archived_time) * 1000000)::bigint, failed_count, last_failed_wal, \
     (extract(epoch FROM last_failed_time) * 1000000)::bigint FROM pg_stat_archiver";
+
+/// Settings lie there as they were typed, under the name that guc_tables.c has.
+const EXCEPTIONS_SQL: &str = "SELECT rolname::text, datname::text, lower(split_part(said, '=', 2)) \
+    FROM pg_db_role_setting CROSS JOIN unnest(setconfig) said \
+    LEFT JOIN pg_roles ON pg_roles.oid = setrole LEFT JOIN pg_database ON pg_database.oid = setdatabase \
+    WHERE split_part(said, '=', 1) = 'synchronous_commit' ORDER BY 1, 2";
 
 /// Without pg_default and pg_global, which have no location.
 const TABLESPACES_SQL: &str = "SELECT oid, spcname::text, pg_tablespace_location(oid) FROM pg_tablespace \
@@ -155,6 +182,11 @@ impl Server {
                 library: setting("archive_library"),
                 timeout_seconds: setting("archive_timeout").and_then(|value| value.parse().ok()).unwrap_or(0),
             },
+            synchronous: SynchronousSettings {
+                standby_names: setting("synchronous_standby_names").unwrap_or_default(),
+                commit: setting("synchronous_commit").unwrap_or_default(),
+                exceptions: self.synchronous_exceptions().await?,
+            },
             archiver: self.archiver().await?,
             tablespaces: self.tablespaces().await?,
             clock_us: get(&row, 8, FACTS)?,
@@ -179,6 +211,20 @@ impl Server {
     async fn settings(&self) -> Result<HashMap<String, String>, ServerError> {
         let rows = self.all(FACTS, SETTINGS_SQL).await?;
         rows.iter().map(|row| Ok((get(row, 0, FACTS)?, get(row, 1, FACTS)?))).collect()
+    }
+
+    /// None if the role may not look.
+    async fn synchronous_exceptions(&self) -> Result<Vec<SynchronousException>, ServerError> {
+        let operation = "read the settings of roles and databases";
+        let rows = match self.all(operation, EXCEPTIONS_SQL).await {
+            Err(ServerError::Refused { .. }) => return Ok(Vec::new()),
+            rows => rows?,
+        };
+        let exception = |row| {
+            let (role, database) = (get(row, 0, operation)?, get(row, 1, operation)?);
+            Ok(SynchronousException { role, database, commit: get(row, 2, operation)? })
+        };
+        rows.iter().map(exception).collect()
     }
 
     /// `None` if the role may not look.

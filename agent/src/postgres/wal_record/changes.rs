@@ -18,7 +18,7 @@
 
 use walfleet_repository::format::changed_blocks::{ChangedBlocks, ForkName};
 
-use super::meaning::{Meaning, WalLevel};
+use super::meaning::Meaning;
 use super::record::{MalformedRecord, Record, rmgr};
 use crate::postgres::bytes;
 use crate::postgres::relation::Fork;
@@ -74,8 +74,8 @@ impl Default for Recent {
 impl Changes {
     /// Notes what `record` changes. `meaning` is the record's, which the caller has read already.
     pub fn note(&mut self, record: &Record<'_>, meaning: &Meaning) {
-        if let Meaning::ParameterChange { wal_level, .. } = meaning
-            && wal_level.is_none_or(|level| level < WalLevel::Replica)
+        if let Meaning::ParameterChange(change) = meaning
+            && change.ends_archive_recovery()
         {
             self.incomplete = true;
         }

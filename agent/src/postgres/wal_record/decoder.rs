@@ -3,6 +3,7 @@
 //! It decides where valid WAL ends as PostgreSQL's own reader does (XLogReadRecord and its validations,
 //! src/backend/access/transam/xlogreader.c). It never allocates by a length that it read, and never panics.
 
+use walfleet_repository::checksum;
 use walfleet_repository::postgres::{Lsn, SegmentSize, SystemId, Timeline};
 
 use super::page_header::{LONG_HEADER, LongHeader, PageHeader, PageStart, WalVersion};
@@ -64,6 +65,11 @@ impl Carry {
     /// The start of the segment that this carry leads into.
     pub fn position(&self) -> Lsn {
         self.position
+    }
+
+    /// Whether a record whose beginning is known goes on in that segment.
+    pub fn is_inside_record(&self) -> bool {
+        matches!(self.state, State::Inside(_))
     }
 }
 
@@ -381,7 +387,7 @@ impl Decoder {
             self.end(reason);
             return Some(0);
         }
-        if !header.is_crc_right(head, crc32c::crc32c(body)) {
+        if !header.is_crc_right(head, checksum::crc32c(body)) {
             self.end(EndReason::WrongChecksum);
             return Some(0);
         }
@@ -417,7 +423,7 @@ impl Decoder {
             let piece = here.get(used..).unwrap_or_default();
             let piece = piece.get(..(upto - record.received) as usize).unwrap_or(piece);
             if record.received >= HEADER as u32 {
-                record.body_crc = crc32c::crc32c_append(record.body_crc, piece);
+                record.body_crc = checksum::crc32c_append(record.body_crc, piece);
             }
             let room = (HEADER + KEPT_BODY).saturating_sub(record.kept.len());
             record.kept.extend_from_slice(piece.get(..room).unwrap_or(piece));
@@ -463,7 +469,9 @@ impl Decoder {
         let record = Record {
             version: known.version,
             start,
+            previous: header.prev,
             end: self.valid_end,
+            xid: header.xid,
             rmgr: header.rmgr,
             info: header.info,
             body,

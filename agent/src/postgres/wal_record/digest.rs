@@ -7,7 +7,7 @@ use walfleet_repository::postgres::{Lsn, SegmentSize, SystemId, Timeline};
 
 use super::changes::Changes;
 use super::decoder::{Carry, Decoder};
-use super::meaning::{Checkpoint, Completion, Meaning, Outcome, RestorePoint, WalLevel, meaning};
+use super::meaning::{Checkpoint, Completion, Meaning, Outcome, ParameterChange, RestorePoint, meaning};
 use super::page_header::WalVersion;
 use super::{EndReason, WalError};
 
@@ -64,7 +64,7 @@ pub struct SegmentDigest {
     pub recovery_ends: Vec<(Lsn, Timeline, Timeline)>,
     /// End of the record and the start of the backup it ended; only primaries write it.
     pub backup_ends: Vec<(Lsn, Lsn)>,
-    pub parameter_changes: Vec<(Lsn, Option<WalLevel>)>,
+    pub parameter_changes: Vec<ParameterChange>,
     /// Where full_page_writes was turned off: no backup from a standby spans such a place.
     pub full_page_writes_off: Option<Lsn>,
     /// The pages that the valid records which end here change; `None` if that is not known of all of them.
@@ -109,6 +109,35 @@ impl SegmentScan {
                 }
             }
         })
+    }
+
+    /// Offset in the segment behind the last valid record seen so far.
+    pub fn records_end(&self) -> u32 {
+        u32::try_from(self.decoder.valid_end().saturating_sub(self.place.start).min(self.fed)).unwrap_or(u32::MAX)
+    }
+
+    /// Whether records go on behind what was fed: nothing switched to the next segment, and nothing was odd.
+    pub fn goes_on(&self) -> bool {
+        self.decoder.ended().is_none() && !self.decoder.has_switched()
+    }
+
+    /// Transactions whose end was seen in `(from, to]`: thinned, but for the last.
+    pub fn completions_between(&self, from: Lsn, to: Lsn) -> Vec<Completion> {
+        let within = |end: Lsn| from < end && end <= to;
+        let mut found: Vec<_> = self.findings.completions.iter().copied().filter(|kept| within(kept.end)).collect();
+        let last = self.findings.last.filter(|last| within(last.end));
+        found.extend(last.filter(|last| found.last().is_none_or(|kept| kept.end < last.end)));
+        found
+    }
+
+    /// Restore points whose record was seen to end in `(from, to]`.
+    pub fn restore_points_between(&self, from: Lsn, to: Lsn) -> impl Iterator<Item = &RestorePoint> {
+        self.findings.restore_points.iter().filter(move |point| from < point.end && point.end <= to)
+    }
+
+    /// Changes of settings whose record was seen to end in `(from, to]`.
+    pub fn parameter_changes_between(&self, from: Lsn, to: Lsn) -> impl Iterator<Item = &ParameterChange> {
+        self.findings.parameter_changes.iter().filter(move |change| from < change.end && change.end <= to)
     }
 
     pub fn finish(self) -> SegmentDigest {
@@ -183,7 +212,7 @@ struct Findings {
     last_checkpoint: Option<Checkpoint>,
     recovery_ends: Vec<(Lsn, Timeline, Timeline)>,
     backup_ends: Vec<(Lsn, Lsn)>,
-    parameter_changes: Vec<(Lsn, Option<WalLevel>)>,
+    parameter_changes: Vec<ParameterChange>,
     full_page_writes_off: Option<Lsn>,
     changes: Changes,
     records: u64,
@@ -205,7 +234,16 @@ impl Findings {
                 self.recovery_ends.push((end, timeline, previous_timeline));
             }
             Meaning::BackupEnd { end, backup_start } => self.backup_ends.push((end, backup_start)),
-            Meaning::ParameterChange { end, wal_level } => self.parameter_changes.push((end, wal_level)),
+            Meaning::ParameterChange(change) => {
+                // A window may end here, at the last one before.
+                if change.ends_archive_recovery()
+                    && let Some(last) = self.last
+                {
+                    let is_thinned = self.completions.last().is_none_or(|kept| kept.end < last.end);
+                    self.completions.extend(Some(last).filter(|_| is_thinned));
+                }
+                self.parameter_changes.push(change);
+            }
             Meaning::FullPageWrites { end, on: false } => self.full_page_writes_off = Some(end),
             Meaning::FullPageWrites { on: true, .. } | Meaning::Switch | Meaning::Other => {}
         }

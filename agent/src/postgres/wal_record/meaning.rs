@@ -85,6 +85,24 @@ pub struct Checkpoint {
     pub shutdown: bool,
 }
 
+/// Settings that recovery depends on, as the server that writes began with them.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct ParameterChange {
+    /// Start of the record before.
+    pub previous: Lsn,
+    pub end: Lsn,
+    /// `None`: one that is not known.
+    pub wal_level: Option<WalLevel>,
+}
+
+impl ParameterChange {
+    /// Whether recovery from a backup refuses to go on behind it (CheckRequiredParameterValues,
+    /// src/backend/access/transam/xlogrecovery.c); before PostgreSQL 14 it may go on, with data missing.
+    pub fn ends_archive_recovery(&self) -> bool {
+        self.wal_level.is_none_or(|level| level < WalLevel::Replica)
+    }
+}
+
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Meaning {
     Completed(Completion),
@@ -102,10 +120,7 @@ pub enum Meaning {
         backup_start: Lsn,
     },
     Switch,
-    ParameterChange {
-        end: Lsn,
-        wal_level: Option<WalLevel>,
-    },
+    ParameterChange(ParameterChange),
     FullPageWrites {
         end: Lsn,
         on: bool,
@@ -152,9 +167,11 @@ fn log_event(record: &Record<'_>, data: &[u8]) -> Option<Meaning> {
         xlog::SWITCH => Meaning::Switch,
         xlog::BACKUP_END => Meaning::BackupEnd { end, backup_start: Lsn(bytes::u64_at(data, 0)?) },
         // xl_parameter_change: wal_level is the sixth int.
-        xlog::PARAMETER_CHANGE => {
-            Meaning::ParameterChange { end, wal_level: WalLevel::from_code(bytes::u32_at(data, 20)?) }
-        }
+        xlog::PARAMETER_CHANGE => Meaning::ParameterChange(ParameterChange {
+            previous: record.previous,
+            end,
+            wal_level: WalLevel::from_code(bytes::u32_at(data, 20)?),
+        }),
         xlog::RESTORE_POINT => {
             let name = data.get(8..)?;
             let length = name.iter().position(|byte| *byte == 0).unwrap_or(name.len());

@@ -1,6 +1,7 @@
 //! One WAL record as it lies in the log: its header, its block references, its main data
 //! (src/include/access/xlogrecord.h; DecodeXLogRecord, src/backend/access/transam/xlogreader.c).
 
+use walfleet_repository::checksum;
 use walfleet_repository::postgres::Lsn;
 
 use super::page_header::WalVersion;
@@ -19,6 +20,9 @@ pub mod rmgr {
     pub const XACT: u8 = 1;
     pub const SMGR: u8 = 2;
     pub const DBASE: u8 = 4;
+    pub const STANDBY: u8 = 8;
+    pub const HEAP2: u8 = 9;
+    pub const HEAP: u8 = 10;
     pub const SPGIST: u8 = 16;
     /// RM_LOGICALMSG_ID, the last built-in one.
     pub const LAST_BUILTIN: u8 = 21;
@@ -30,6 +34,7 @@ pub mod rmgr {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct RecordHeader {
     pub total: u32,
+    pub xid: u32,
     pub prev: Lsn,
     pub info: u8,
     pub rmgr: u8,
@@ -40,6 +45,7 @@ impl RecordHeader {
     pub fn parse(head: &[u8]) -> Option<RecordHeader> {
         Some(RecordHeader {
             total: bytes::u32_at(head, 0)?,
+            xid: bytes::u32_at(head, 4)?,
             prev: Lsn(bytes::u64_at(head, 8)?),
             info: bytes::u8_at(head, 16)?,
             rmgr: bytes::u8_at(head, 17)?,
@@ -57,7 +63,7 @@ impl RecordHeader {
 
     /// `body_crc` is the CRC-32C of everything after the header (ValidXLogRecord, xlogreader.c).
     pub fn is_crc_right(&self, head: &[u8], body_crc: u32) -> bool {
-        head.get(..HEADER_BEFORE_CRC).is_some_and(|covered| crc32c::crc32c_append(body_crc, covered) == self.crc)
+        head.get(..HEADER_BEFORE_CRC).is_some_and(|covered| checksum::crc32c_append(body_crc, covered) == self.crc)
     }
 }
 
@@ -66,8 +72,12 @@ impl RecordHeader {
 pub struct Record<'a> {
     pub version: WalVersion,
     pub start: Lsn,
+    /// Start of the record before.
+    pub previous: Lsn,
     /// Where the next record begins, unless a page header stands there: the end, rounded up to 8 bytes.
     pub end: Lsn,
+    /// The transaction that wrote it, a subtransaction under its own number; 0: none had a number yet.
+    pub xid: u32,
     pub rmgr: u8,
     /// xl_info whole; the manager's own bits are the upper four.
     pub info: u8,
@@ -99,6 +109,11 @@ impl<'a> Record<'a> {
     /// The resource manager's own operation code.
     pub fn operation(&self) -> u8 {
         self.info & 0xF0
+    }
+
+    /// Of header and body.
+    pub fn total_len(&self) -> u64 {
+        HEADER as u64 + u64::from(self.body_len)
     }
 
     /// The payload that belongs to no block; its beginning, if the body was cut.

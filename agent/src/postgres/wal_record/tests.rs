@@ -6,6 +6,7 @@
 use std::time::Duration;
 
 use proptest::prelude::*;
+use walfleet_repository::checksum;
 use walfleet_repository::postgres::{Lsn, SegmentSize, SystemId, Timeline};
 
 use super::decoder::Decoder;
@@ -269,7 +270,7 @@ impl LogWriter {
         head.extend(9u32.to_le_bytes());
         head.extend(self.previous.to_le_bytes());
         head.extend([info, manager, 0, 0]);
-        let crc = crc32c::crc32c_append(crc32c::crc32c(body), &head);
+        let crc = checksum::crc32c_append(checksum::crc32c(body), &head);
         head.extend(crc.to_le_bytes());
         head.extend(body);
         let mut left = &head[..limit.min(head.len())];

@@ -24,6 +24,7 @@ fn hello(journal: Vec<agent::JournalEntry>) -> agent::Hello {
         journal,
         recipient: vec![3; 32].into(),
         capabilities: ["backup", "restore", "verify"].map(str::to_owned).to_vec(),
+        spool_address: String::new(),
     }
 }
 

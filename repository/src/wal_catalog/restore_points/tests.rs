@@ -36,6 +36,7 @@ async fn put(archive: &WalArchive, wal: WalBranch, number: u64, offsets: &[u64])
             commits: Vec::new(),
             restore_points: named.chain([point("y", 999)]).collect(),
             changed_blocks: None,
+            wal_levels: Vec::new(),
         },
         predecessor: None,
         member: "pg1".into(),
@@ -51,7 +52,7 @@ async fn a_name_is_found_on_the_chosen_way_alone() {
     let first = WalBranch { system_id: SYSTEM, timeline: Timeline(1), branch: Branch::ROOT };
     // The second timeline leaves the first in the middle of segment 4, and copies that segment's beginning.
     let history = b"1\t0/480000\tno recovery target specified\n";
-    archive.put_history(SYSTEM, Timeline(2), history, "pg2", 0).await.unwrap();
+    archive.put_history(SYSTEM, Timeline(2), history, None, "pg2", 0).await.unwrap();
     let second = WalBranch { timeline: Timeline(2), branch: Branch::of_history(history), ..first };
     for (number, offsets) in [(2, &[100, 200][..]), (3, &[]), (4, &[300, 0x90000]), (5, &[400])] {
         put(&archive, first, number, offsets).await;

@@ -33,6 +33,7 @@ async fn put(archive: &WalArchive, wal: WalBranch, number: u64, points: &[(&str,
         commits: Vec::new(),
         restore_points: named.collect(),
         changed_blocks: None,
+        wal_levels: Vec::new(),
     };
     let upload = OwnedSegment {
         wal,
@@ -65,7 +66,7 @@ async fn held() -> (WalArchive, WalCatalog, Vec<BackupFacts>) {
         put(&archive, WAL, number, &[("gone", 5)]).await;
     }
     let history = b"1\t0/600000\tno recovery target specified\n";
-    archive.put_history(WAL.system_id, Timeline(2), history, "db2", 0).await.unwrap();
+    archive.put_history(WAL.system_id, Timeline(2), history, None, "db2", 0).await.unwrap();
     let second = WalBranch { timeline: Timeline(2), branch: Branch::of_history(history), ..WAL };
     put(&archive, second, 6, &[]).await;
     put(&archive, second, 7, &[]).await;

@@ -1,0 +1,171 @@
+//! What a writer left in a spool: another host's that is gone, or this one's of before a restart. What the repository lacks of
+//! it is stored, then it is removed. Doing it again changes nothing: pieces are only created, and what is there counts.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::StreamExt;
+use tokio_util::sync::CancellationToken;
+use walfleet_repository::layout::TailName;
+use walfleet_repository::postgres::Lsn;
+use walfleet_repository::store::{Creation, StoreError};
+use walfleet_repository::wal_archive::{Continuity, KeylessTails, TailPlace};
+
+use super::Spool;
+use super::files::{self, Damaged, Found, Lies, Owner, SpoolError, Spools};
+use crate::access::{AccessError, RepositoryAccess};
+use crate::identity::connect::chain;
+use crate::tasks::on_disk;
+
+/// How long a host has been gone before what it left is looked at: its own agent may be back at once.
+pub const GONE_FOR: Duration = Duration::from_secs(10);
+const LOOK: Duration = Duration::from_secs(1);
+/// After a failure.
+const AGAIN: Duration = Duration::from_secs(5);
+/// Small objects, so latency counts.
+const CREATES: usize = 16;
+
+#[derive(Debug, thiserror::Error)]
+enum LeftError {
+    #[error(transparent)]
+    Spool(#[from] SpoolError),
+    #[error(transparent)]
+    Access(#[from] AccessError),
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error("it is not known to which repository it belongs")]
+    NoLocation,
+    #[error(
+        "what lies in the repository as piece {0} is damaged\nHINT: remove that object, and what is kept here takes its place."
+    )]
+    Damaged(TailName),
+}
+
+/// What was done with one owner's files.
+#[derive(Default)]
+struct Settled {
+    stored: u64,
+    /// Of the newest piece that was stored.
+    end: Option<Lsn>,
+    /// What did not read, by file.
+    damaged: Vec<(PathBuf, Damaged)>,
+}
+
+/// Looks after what is left, for as long as the agent runs.
+pub async fn store_left(spool: Arc<Spool>, stop: CancellationToken) {
+    let mut reported = BTreeMap::new();
+    let mut wait = LOOK;
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => return,
+            () = tokio::time::sleep(wait) => {}
+        }
+        wait = LOOK;
+        for (owner, paths) in spool.spools.left_for(GONE_FOR) {
+            let Owner { cluster, member } = &owner;
+            let settled = tokio::select! {
+                // Between two objects; each is created whole or not at all.
+                () = stop.cancelled() => return,
+                settled = settle(&spool.spools, &owner, paths) => settled,
+            };
+            match settled {
+                Ok(Settled { stored, end, damaged }) => {
+                    reported.remove(&owner);
+                    damaged.iter().for_each(|(path, damaged)| tell_damage(&owner, path, damaged));
+                    if stored > 0 {
+                        let end = end.map(|end| end.to_string()).unwrap_or_default();
+                        tracing::info!(%cluster, agent = member, pieces = stored, end,
+                            "WAL that an agent had left in this spool, and the repository lacked, is stored");
+                    }
+                }
+                // Its writer came back for it and has let go of it since.
+                Err(LeftError::Spool(SpoolError::Io { source, .. })) if source.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => {
+                    wait = AGAIN;
+                    let problem = chain(&error);
+                    if reported.get(&owner) != Some(&problem) {
+                        tracing::warn!(%cluster, agent = member, "WAL left in this spool is not stored yet: {problem}");
+                        reported.insert(owner, problem);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Which WAL it held cannot be told, but between which positions.
+fn tell_damage(Owner { cluster, member }: &Owner, path: &Path, Damaged { bytes, behind, before }: &Damaged) {
+    let lsn = |at: &Option<Lsn>| at.map(|at| at.to_string()).unwrap_or_default();
+    tracing::warn!(%cluster, agent = member, file = %path.display(), from = bytes.start, to = bytes.end,
+        behind = lsn(behind), before = lsn(before),
+        "WAL left in this spool is damaged: these bytes of the file do not read, and what lay in them is lost unless the \
+         repository has it or the other spool");
+}
+
+async fn settle(spools: &Arc<Spools>, owner: &Owner, paths: Vec<PathBuf>) -> Result<Settled, LeftError> {
+    let (reading, whose) = (Arc::clone(spools), owner.clone());
+    let (location, pieces, damaged, paths) = on_disk(move || -> Result<_, SpoolError> {
+        let (mut pieces, mut damaged) = (Vec::new(), Vec::new());
+        for path in &paths {
+            let found = files::read(path)?;
+            if !found.damaged.is_empty() {
+                reading.note_damage(path);
+            }
+            pieces.extend(found.pieces);
+            damaged.extend(found.damaged.into_iter().map(|damaged| (path.clone(), damaged)));
+        }
+        Ok((reading.location(&whose)?, pieces, damaged, paths))
+    })
+    .await?;
+    let mut settled = Settled { damaged, ..Settled::default() };
+    let continuity = if settled.damaged.is_empty() { Continuity::Unbroken } else { Continuity::Holed };
+    if !pieces.is_empty() {
+        let repository = RepositoryAccess::from(location.ok_or(LeftError::NoLocation)?).open().await?;
+        let tails = KeylessTails::new(repository.store().clone(), owner.cluster.clone());
+        for (place, pieces) in by_place(pieces) {
+            store_missing(&tails, place, &owner.member, (pieces, continuity), &mut settled).await?;
+        }
+    }
+    // Only now that the repository has it all.
+    let forgetting = Arc::clone(spools);
+    on_disk(move || paths.iter().try_for_each(|path| forgetting.forget(path))).await?;
+    Ok(settled)
+}
+
+async fn store_missing(
+    tails: &KeylessTails,
+    place: TailPlace,
+    member: &str,
+    (pieces, continuity): (Vec<Found>, Continuity),
+    settled: &mut Settled,
+) -> Result<(), LeftError> {
+    let name = |piece: &Found| TailName { from: piece.from, to: piece.to, member: member.to_owned() };
+    let named: BTreeMap<TailName, Lies> = pieces.into_iter().map(|piece| (name(&piece), piece.lies)).collect();
+    let names: Vec<TailName> = named.keys().cloned().collect();
+    let missing = tails.missing(place, &names, continuity).await?;
+    let end = missing.last().map(|last| Lsn(place.segment.start(place.size).0 + u64::from(last.to)));
+    let creating = missing.into_iter().filter_map(|name| Some((named.get(&name)?.clone(), name)));
+    let creating: Vec<_> = creating.map(|(lies, name)| create(tails.clone(), place, name, lies)).collect();
+    let mut creating = futures::stream::iter(creating).buffer_unordered(CREATES);
+    while let Some(created) = creating.next().await {
+        settled.stored += u64::from(created? == Creation::Created);
+    }
+    settled.end = settled.end.max(end);
+    Ok(())
+}
+
+async fn create(tails: KeylessTails, place: TailPlace, name: TailName, lies: Lies) -> Result<Creation, LeftError> {
+    let sealed = on_disk(move || lies.read()).await?;
+    tails.create(place, &name, sealed).await?.ok_or(LeftError::Damaged(name))
+}
+
+fn by_place(pieces: Vec<Found>) -> BTreeMap<TailPlace, Vec<Found>> {
+    let mut places = BTreeMap::<TailPlace, Vec<Found>>::new();
+    for piece in pieces {
+        places.entry(piece.place).or_default().push(piece);
+    }
+    places
+}

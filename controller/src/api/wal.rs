@@ -1,0 +1,191 @@
+//! `Wal`: what operators say of a cluster's WAL.
+
+use std::time::Duration;
+
+use tonic::{Request, Response, Status};
+use walfleet_proto::operator::v1 as pb;
+use walfleet_proto::operator::v1::wal_server::Wal;
+use walfleet_repository::postgres::Lsn;
+
+use super::fleet::find;
+use super::{Api, now};
+use crate::fleet::clusters::ClusterSeen;
+use crate::fleet::protection::windows;
+use crate::fleet::recovery::{GapNote, WalGap};
+use crate::identity::{PeerIdentity, peer};
+use crate::keeper::gaps::Acknowledgement;
+use crate::reconcile::in_full;
+use crate::wire::recovery::gap_out;
+
+/// For the repository's answer: less than callers wait for ours.
+const STORE: Duration = Duration::from_secs(20);
+
+/// More is no reason but a report.
+const LONGEST_REASON: usize = 1000;
+
+impl Api {
+    async fn acknowledge(
+        &self,
+        peer: &PeerIdentity,
+        wanted: &pb::AcknowledgeGapRequest,
+    ) -> Result<pb::AcknowledgeGapReply, Status> {
+        let reason = wanted.reason.trim();
+        if reason.is_empty() || reason.len() > LONGEST_REASON {
+            let length = reason.len();
+            return Err(Status::invalid_argument(format!(
+                "reason: it has {length} bytes, and 1 to {LONGEST_REASON} are accepted\nHINT: say in a sentence why the gap is no alarm."
+            )));
+        }
+        let parsed = |field: &str, text: &str| {
+            text.parse::<Lsn>().map_err(|error| Status::invalid_argument(format!("{field}: {error}")))
+        };
+        let (from, to) = (parsed("from_lsn", &wanted.from_lsn)?, parsed("to_lsn", &wanted.to_lsn)?);
+        let overview = self.overview().await?;
+        let assembly = overview.picture.assemble();
+        let cluster = find(&assembly, &wanted.cluster)?;
+        let (repository, gap) = the_gap(cluster, (from, to), wanted.timeline)?;
+        let spec = overview.picture.catalog.repositories.get(repository).ok_or_else(|| {
+            Status::not_found(format!(
+                "repository {repository:?} is not declared\nHINT: `walfleet repository list` shows those there are."
+            ))
+        })?;
+        let note = GapNote { by: peer.name.to_string(), at: now(), reason: reason.to_owned() };
+        let system_identifier = Some(gap.system_identifier).filter(|id| *id != 0).or(cluster.system_identifier);
+        let said = Acknowledgement { cluster: &cluster.name, gap, system_identifier, note: &note };
+        match tokio::time::timeout(STORE, self.keeper.acknowledge(repository, spec, &said)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => {
+                let error = in_full(&error);
+                return Err(Status::unavailable(format!("repository {repository}: {error}\nHINT: try again.")));
+            }
+            Err(_) => {
+                let seconds = STORE.as_secs();
+                return Err(Status::deadline_exceeded(format!(
+                    "repository {repository} did not answer within {seconds} s, so it may be acknowledged or not\nHINT: repeat it."
+                )));
+            }
+        }
+        let gap = WalGap { acknowledged: true, acknowledgement: Some(note), ..gap.clone() };
+        Ok(pb::AcknowledgeGapReply { repository: repository.to_owned(), gap: Some(gap_out(&gap)) })
+    }
+}
+
+/// The one gap that begins and ends there, as the agents saw it last.
+fn the_gap<'s>(
+    cluster: &'s ClusterSeen<'_>,
+    (from, to): (Lsn, Lsn),
+    timeline: u32,
+) -> Result<(&'s str, &'s WalGap), Status> {
+    let gaps: Vec<(&str, &WalGap)> = windows(cluster)
+        .into_iter()
+        .flat_map(|window| window.gaps.iter().map(|gap| (window.repository.as_str(), gap)))
+        .collect();
+    let begins = |(_, gap): &&(&str, &WalGap)| gap.from_lsn == from && (timeline == 0 || gap.timeline == timeline);
+    let fitting: Vec<&(&str, &WalGap)> = gaps.iter().filter(begins).collect();
+    match fitting.as_slice() {
+        [only] if only.1.to_lsn == to => Ok(**only),
+        [(_, gap)] => Err(Status::failed_precondition(format!(
+            "the gap of {} that begins at {from} ends at {}, not at {to}\nHINT: if that is known, too: `walfleet wal gaps {} acknowledge --from {from} --to {} --reason …`.",
+            cluster.name, gap.to_lsn, cluster.name, gap.to_lsn
+        ))),
+        [] => {
+            let known: Vec<String> = gaps.iter().map(|(_, gap)| gap.from_lsn.to_string()).collect();
+            let known =
+                if known.is_empty() { "none is known".to_owned() } else { format!("known: {}", known.join(", ")) };
+            Err(Status::not_found(format!(
+                "no gap of {} begins at {from} ({known})\nHINT: `walfleet wal gaps {}` shows where they begin.",
+                cluster.name, cluster.name
+            )))
+        }
+        several => {
+            let timelines: Vec<String> = several.iter().map(|(_, gap)| gap.timeline.to_string()).collect();
+            Err(Status::failed_precondition(format!(
+                "{} gaps of {} begin at {from}, on timelines {}\nHINT: say which with --timeline.",
+                several.len(),
+                cluster.name,
+                timelines.join(", ")
+            )))
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl Wal for Api {
+    async fn acknowledge_gap(
+        &self,
+        request: Request<pb::AcknowledgeGapRequest>,
+    ) -> Result<Response<pb::AcknowledgeGapReply>, Status> {
+        let peer = peer(&request)?;
+        let wanted = request.into_inner();
+        let result = self.acknowledge(&peer, &wanted).await;
+        let object = format!("cluster {}, gap {}", wanted.cluster, wanted.from_lsn);
+        self.audited(&peer, "Wal.AcknowledgeGap", &object, result).await.map(Response::new)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use jiff::Timestamp;
+
+    use super::*;
+    use crate::fleet::clusters::MemberSeen;
+    use crate::fleet::recovery::RecoveryWindow;
+    use crate::fleet::samples;
+    use crate::policy::Binding;
+
+    #[test]
+    fn a_gap_that_has_grown_since_somebody_looked_is_not_the_one_that_is_meant() {
+        let gap = |from, to, timeline| WalGap {
+            timeline,
+            branch: String::new(),
+            from_lsn: Lsn(from),
+            to_lsn: Lsn(to),
+            acknowledged: false,
+            from: None,
+            to: None,
+            recorded: None,
+            acknowledgement: None,
+            system_identifier: 7,
+        };
+        let mut instance = samples::instance("orders", 7);
+        instance.windows = vec![RecoveryWindow {
+            repository: "main".to_owned(),
+            as_of: Timestamp::UNIX_EPOCH,
+            ranges: vec![],
+            gaps: vec![gap(0x300, 0x500, 1), gap(0x700, 0x800, 1), gap(0x700, 0x900, 2)],
+            filled: vec![],
+            newest_commit: None,
+            newest_lsn: None,
+            newest_timeline: 1,
+        }];
+        let at = Timestamp::UNIX_EPOCH;
+        let cluster = ClusterSeen {
+            name: "orders".parse().expect("a name"),
+            labels: BTreeMap::new(),
+            system_identifier: Some(7),
+            spec: None,
+            members: vec![MemberSeen {
+                agent: "db1",
+                instance: &instance,
+                facts_at: at,
+                received_at: at,
+                connected: true,
+            }],
+            binding: Binding::Unbound,
+            policy: None,
+            repository: Some("main"),
+            problems: vec![],
+        };
+        let found = |from, to, timeline| the_gap(&cluster, (Lsn(from), Lsn(to)), timeline).map(|(_, gap)| gap.to_lsn);
+        assert_eq!(found(0x300, 0x500, 0).expect("it is that one"), Lsn(0x500));
+        let refused = found(0x300, 0x400, 0).expect_err("it has grown");
+        assert_eq!(refused.code(), tonic::Code::FailedPrecondition);
+        let types = "`walfleet wal gaps orders acknowledge --from 0/300 --to 0/500 --reason …`";
+        assert!(refused.message().contains(types), "{refused}");
+        assert_eq!(found(0x100, 0x500, 0).expect_err("none begins there").code(), tonic::Code::NotFound);
+        assert!(found(0x700, 0x900, 0).is_err_and(|status| status.message().contains("--timeline")));
+        assert_eq!(found(0x700, 0x900, 2).expect("with its timeline"), Lsn(0x900));
+    }
+}

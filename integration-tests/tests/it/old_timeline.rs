@@ -1,0 +1,119 @@
+//! A failover after which nobody has the old primary's disk: of the old timeline the archive has less than the promoted server
+//! had received, and the segment of the switch lies only in the new timeline's first file.
+
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use walfleet_integration_tests::fleet::standalone::{CLUSTER, Setup, streamed_all};
+use walfleet_integration_tests::fleet::{Agent, Place, Standalone};
+use walfleet_integration_tests::postgres::{PgServer, PgVersion};
+use walfleet_integration_tests::scratch::{Scratch, in_scratch};
+use walfleet_integration_tests::wait_for;
+use walfleet_repository::postgres::Lsn;
+
+use crate::gaps::{lsn, mark, marks, write_segments};
+
+const BROUGHT: Duration = Duration::from_secs(60);
+
+struct FailedOver {
+    host: Standalone,
+    promoted: PgServer,
+    /// On the old timeline, behind what the archive has of it, and in the segment of the switch.
+    between: Lsn,
+}
+
+/// The old primary and its agent are gone; no agent was ever near the promoted server.
+fn fail_over(scratch: &Scratch) -> anyhow::Result<FailedOver> {
+    let version = PgVersion::newest()?;
+    let setup = Setup { wal: json!({ "streaming": "on" }), streams_only: true, ..Setup::default() };
+    let mut host = Standalone::set_up(scratch, &version, Place::folder(scratch)?, setup)?;
+    let mapping = format!("--tablespace-mapping={}={}", host.tablespace, scratch.join("standby.fast").display());
+    // With archiving on, a promotion renames the old timeline's last segment, which no recovery asks for then.
+    let standby = PgServer::builder(scratch, "standby", &version)
+        .setting("archive_mode", "on")
+        .setting("archive_command", "false")
+        .setting("wal_keep_size", "512MB")
+        .basebackup_option(&mapping)
+        .create_standby_of(&host.server)?;
+    host.backup()?;
+    mark(&host.server, "a stored")?;
+    streamed_all(&host.server)?;
+    host.agent.kill_nine()?;
+    write_segments(&host.server, 3)?;
+    mark(&host.server, "b received by the standby")?;
+    let between: Lsn = host.server.session()?.value("SELECT pg_current_wal_insert_lsn()")?.parse()?;
+    mark(&host.server, "c received, too")?;
+    let end = host.server.session()?.value("SELECT pg_current_wal_flush_lsn()")?;
+    wait_for("the standby to have it", BROUGHT, || {
+        let sql = format!("SELECT pg_last_wal_replay_lsn() >= '{end}'");
+        Ok(standby.session()?.is_true(&sql)?.then_some(()))
+    })?;
+    host.server.kill_nine()?;
+    std::fs::remove_dir_all(host.server.data_dir())?;
+    standby.promote()?;
+    mark(&standby, "d promoted")?;
+    // A slot made now begins on the new timeline.
+    standby.session()?.execute("CHECKPOINT")?;
+    mark(&standby, "e promoted")?;
+    host.tablespace = standby.session()?.value("SELECT oid FROM pg_tablespace WHERE spcname = 'fast'")?;
+    Ok(FailedOver { host, promoted: standby, between })
+}
+
+fn second_agent(scratch: &Scratch, FailedOver { host, promoted, .. }: &FailedOver) -> anyhow::Result<Agent> {
+    let agent = Agent::builder(scratch, "host2").instance(CLUSTER, promoted).repository(&host.place, &host.key_file);
+    let mut agent = agent.postgres(promoted.version()).section("wal", json!({ "streaming": "on" })).build()?;
+    agent.start()?;
+    Ok(agent)
+}
+
+/// One unbroken range, and every side of the switch restores.
+fn all_is_there(failed: &FailedOver, agent: &Agent, written: &[String], end: Lsn) -> anyhow::Result<()> {
+    let listed = agent.json(&["list", "--cluster", CLUSTER])?;
+    let recovery = &listed["recovery"][0];
+    let count = |what: &str| recovery[what].as_array().map_or(0, Vec::len);
+    anyhow::ensure!(count("gaps") == 0 && count("ranges") == 1, "{recovery}");
+    let range = &recovery["ranges"][0];
+    anyhow::ensure!(range["timeline"] == 2 && lsn(&range["to_lsn"]) >= end, "{recovery}, and the end is {end}");
+    let between = failed.between.to_string();
+    let found = failed.host.restore("between", &["--to-lsn", &between])?;
+    let found = failed.host.recovered(&found)?;
+    anyhow::ensure!(marks(&found)? == written[..2], "{:?}", marks(&found)?);
+    let latest = failed.host.restore("latest", &["--latest"])?;
+    let latest = failed.host.recovered(&latest)?;
+    anyhow::ensure!(marks(&latest)? == written, "{:?}", marks(&latest)?);
+    Ok(())
+}
+
+#[test]
+fn a_promoted_server_s_first_file_has_what_is_missing_of_the_old_timeline() {
+    in_scratch(|scratch| {
+        let failed = fail_over(scratch)?;
+        let agent = second_agent(scratch, &failed)?;
+        mark(&failed.promoted, "f streamed")?;
+        wait_for("the stream", BROUGHT, || {
+            let sql = "SELECT count(*) = 1 FROM pg_stat_replication WHERE application_name = 'walfleet'";
+            Ok(failed.promoted.session()?.is_true(sql)?.then_some(()))
+        })?;
+        streamed_all(&failed.promoted)?;
+        let end = failed.promoted.session()?.value("SELECT pg_current_wal_flush_lsn()")?.parse()?;
+        all_is_there(&failed, &agent, &marks(&failed.promoted)?, end)
+    });
+}
+
+#[test]
+fn a_promoted_server_that_stopped_leaves_what_is_missing_of_the_old_timeline() {
+    in_scratch(|scratch| {
+        let mut failed = fail_over(scratch)?;
+        let written = marks(&failed.promoted)?;
+        let end: Lsn = failed.promoted.session()?.value("SELECT pg_current_wal_flush_lsn()")?.parse()?;
+        failed.promoted.kill_nine()?;
+        let agent = second_agent(scratch, &failed)?;
+        wait_for("what it left", BROUGHT, || {
+            let listed = agent.json(&["list", "--cluster", CLUSTER])?;
+            let newest = |range: &Value| range["timeline"] == 2 && lsn(&range["to_lsn"]) >= end;
+            let ranges = listed["recovery"][0]["ranges"].as_array().cloned().unwrap_or_default();
+            Ok(ranges.iter().any(newest).then_some(()))
+        })?;
+        all_is_there(&failed, &agent, &written, end)
+    });
+}
