@@ -20,7 +20,7 @@ from programs import Programs
 from reference import Reference
 from report import Report
 from rows import Rows
-from samples import BARS, Samples, one
+from samples import Samples, one
 from timed import Sample
 from walfleet import Walfleet
 
@@ -50,8 +50,7 @@ def run(place: Place, report: Report, programs: Programs, rows: Rows):
         report.settings.update({"pgbench_scale": place.sizes.scale, "documents": place.sizes.documents,
                                 "cluster_bytes": cluster.bytes(), "checksums": True, "repository": "local folder",
                                 **{tool.name: tool.settings() for tool in (ours, peer, *others)}})
-        if not rows.all():
-            report.merge()
+        report.merge(rows)
         samples = Samples(place, report, rows, cluster)
         Backup(samples, ours, peer).measure()
         further_peers.measure(samples, others)
@@ -190,7 +189,7 @@ class Backup:
                 self.samples.unserve()
         if self.ours.name in stored:
             self.report.add("backup.fortnight_stored", stored[self.ours.name], stored.get(self.peer.name), self.peer.title,
-                            "MB", BARS["fortnight_stored"])
+                            "MB")
         self.drop()
 
 
@@ -199,4 +198,4 @@ def memory(samples: Samples, ours: Walfleet):
     peaks = [sample["memory"] for runs in samples.report.runs.values() for name, taken in runs.items()
              if name.startswith(ours.name) for sample in taken]
     if samples.rows.wants("memory") and peaks:
-        samples.report.add("backup.memory", one(max(peaks) / 1e6), one(MEMORY_LIMIT / 1e6), "limit", "MB", 1.0)
+        samples.report.add("backup.memory", one(max(peaks) / 1e6), one(MEMORY_LIMIT / 1e6), "limit", "MB")

@@ -31,10 +31,10 @@ RATE_SECONDS = 10
 
 
 class Load:
-    """pgbench, which writes down each transaction."""
+    """pgbench, which writes down each transaction. What it does is its TPC-B-like one, unless told otherwise."""
 
-    def __init__(self, place: Place, cluster: Cluster):
-        self.place, self.cluster = place, cluster
+    def __init__(self, place: Place, cluster: Cluster, transactions: list = ()):
+        self.place, self.cluster, self.transactions = place, cluster, transactions
         self.daemon = Daemon(place, "pgbench", place.postgres / "pgbench")
         self.prefix = place.folder / "tmp" / "transactions"
 
@@ -51,11 +51,16 @@ class Load:
             log.unlink()
 
     def command(self, *options) -> list:
-        return ["-h", self.cluster.sockets, "-p", self.cluster.port, "-U", "postgres", "-n", "-c", CLIENTS, *options, "postgres"]
+        return ["-h", self.cluster.sockets, "-p", self.cluster.port, "-U", "postgres", "-n", "-c", CLIENTS, *self.transactions, *options,
+                "postgres"]
 
     def rate(self) -> float:
         """Transactions per second with nothing else to do."""
-        told = self.place.run(self.daemon.program, *self.command("-T", RATE_SECONDS))
+        return self.run(RATE_SECONDS)
+
+    def run(self, seconds: float) -> float:
+        """To its end, as fast as it goes: transactions per second."""
+        told = self.place.run(self.daemon.program, *self.command("-T", seconds))
         return next(float(line.split()[2]) for line in told.splitlines() if line.startswith("tps"))
 
     def start(self, rate: float):

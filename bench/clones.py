@@ -4,13 +4,11 @@ seen nothing yet. Small data always: what is compared is bytes.
 """
 
 import shutil
-import time
 
-import timed
 from cluster import Cluster
 from pgbackrest import PgBackRest
-from place import QUICK, BenchError, Place, say
-from samples import BARS, Samples, one
+from place import QUICK, Place, say
+from samples import Samples, one
 from walfleet import CLUSTER, Walfleet
 
 CLONES = 9
@@ -52,13 +50,6 @@ class Clone(Cluster):
         super().remove()
         if self.sockets != self.place.sockets:
             shutil.rmtree(self.sockets, ignore_errors=True)
-
-    def await_promotion(self):
-        deadline = time.monotonic() + 120
-        while self.query("SELECT pg_is_in_recovery()") != "f":
-            if time.monotonic() > deadline:
-                raise BenchError(f"{self.name} is still in recovery\n{timed.tail(self.log)}")
-            time.sleep(0.1)
 
     def work(self):
         self.place.run(self.place.postgres / "pgbench", "-h", self.sockets, "-p", self.port, "-U", "postgres", "-n",
@@ -127,8 +118,7 @@ class Clones:
     def add(self, alone: dict[str, int], ten: dict[str, int]):
         name, report = self.ours.name, self.samples.report
         report.runs["backup.clones_stored"] = {"alone": alone, "with_clones": ten}
-        report.add("backup.clones_stored", one(ten[name] / 1e6), one(alone[name] / 1e6), "one alone", "MB",
-                   BARS["clones_stored"])
+        report.add("backup.clones_stored", one(ten[name] / 1e6), one(alone[name] / 1e6), "one alone", "MB")
         report.add("backup.clones_stored_wal", one((ten[name] + ten["wal"]) / 1e6), one((alone[name] + alone["wal"]) / 1e6),
                    "one alone", "MB")
         peer = ten.get(self.peer.name)

@@ -9,6 +9,7 @@ import json
 import shutil
 import struct
 import subprocess
+import time
 from pathlib import Path
 
 import timed
@@ -46,13 +47,13 @@ CHECKPOINT;
 class Cluster:
     """Made at the place's sockets; where it serves later is a matter of `start`."""
 
-    def __init__(self, place: Place, sizes: Sizes):
+    def __init__(self, place: Place, sizes: Sizes, data: Path | None = None):
         self.place, self.sizes = place, sizes
         # Another scale or another version is another template.
         version = place.run(place.postgres / "postgres", "--version").split()[2]
         self.template = place.folder / f"template-{version}-{sizes.scale}-{sizes.documents}"
         self.version = version
-        self.data = place.folder / "data"
+        self.data = data or place.folder / "data"
         self.sockets, self.port = place.sockets, 5432
         self.log = place.logs / "postgres.log"
 
@@ -123,11 +124,14 @@ class Cluster:
         conf.write_text(f"{settings}unix_socket_directories = '{self.sockets}'\nport = {self.port}\n"
                         f"archive_command = '{archive_command}'\n", encoding="utf-8")
         self.place.give(conf)
+        # A slot of what received WAL before would keep all WAL from then on.
+        for slot in (self.data / "pg_replslot").iterdir():
+            shutil.rmtree(slot)
         self.place.run(self.place.postgres / "pg_ctl", "-D", self.data, "-l", self.log, "-w", "-t", "600", "start")
 
-    def stop(self):
+    def stop(self, mode: str = "fast"):
         if self.pid():
-            self.place.run(self.place.postgres / "pg_ctl", "-D", self.data, "-w", "-t", "600", "-m", "fast", "stop")
+            self.place.run(self.place.postgres / "pg_ctl", "-D", self.data, "-w", "-t", "600", "-m", mode, "stop")
 
     def pid(self) -> int | None:
         """Of the running server; a file that a killed one left behind counts as none."""
@@ -137,6 +141,13 @@ class Cluster:
         except (OSError, ValueError, IndexError):
             return None
         return pid if running else None
+
+    def await_promotion(self):
+        deadline = time.monotonic() + 120
+        while self.query("SELECT pg_is_in_recovery()") != "f":
+            if time.monotonic() > deadline:
+                raise BenchError(f"{self.data} is still in recovery\n{timed.tail(self.log)}")
+            time.sleep(0.1)
 
     def psql(self) -> list:
         return [str(self.place.postgres / "psql"), "-h", str(self.sockets), "-p", str(self.port), "-U", "postgres",

@@ -21,7 +21,8 @@ log-path={logs}
 log-level-console=warn
 log-level-file=off
 lock-path={folder}/tmp/pgbackrest-lock
-spool-path={folder}/tmp/pgbackrest-spool
+spool-path={spool}
+archive-async={asynchronous}
 """
 
 STANZA = """
@@ -38,11 +39,13 @@ class PgBackRest:
     name = "pgbackrest"
     title = "pgBackRest"
 
-    def __init__(self, place: Place, program: Path, processes: int, level: int):
+    def __init__(self, place: Place, program: Path, processes: int, level: int, asynchronous: bool = False):
         self.place, self.program, self.processes, self.level = place, program, processes, level
+        self.asynchronous = asynchronous  # WAL goes through a spool, several segments at once
         self.repository = place.folder / "repositories" / self.name
         self.restored = place.folder / "restored" / self.name
         self.configuration = place.folder / "etc" / "pgbackrest.conf"
+        self.spool = place.folder / "tmp" / "pgbackrest-spool"
         self.stanza = "bench"
 
     def version(self) -> str:
@@ -50,15 +53,16 @@ class PgBackRest:
 
     def settings(self) -> dict:
         return {"processes": self.processes, "compression": f"zst level {self.level}", "encryption": "AES-256-CBC",
-                "checkpoint": "start-fast", "bundle": True, "block": True}
+                "checkpoint": "start-fast", "bundle": True, "block": True, "archive_async": self.asynchronous}
 
     def begin(self, data: Path, connection: str):
         """A new repository. The server need not run yet."""
         del connection  # the configuration has its parts
         self.place.fresh(self.repository)
+        self.place.fresh(self.spool)
         self.configuration.write_text(CONFIGURATION.format(
             repository=self.repository, level=self.level, processes=self.processes, logs=self.place.logs,
-            folder=self.place.folder))
+            folder=self.place.folder, spool=self.spool, asynchronous="y" if self.asynchronous else "n"))
         self.add_stanza("bench", data, self.place.sockets, 5432)
 
     def add_stanza(self, stanza: str, data: Path, sockets: Path, port: int):
@@ -80,6 +84,9 @@ class PgBackRest:
     def archive_command(self) -> str:
         return " ".join(str(part) for part in self.command("archive-push", "%p"))
 
+    def restore_command(self, folder: Path, *options: str) -> str:
+        return " ".join(str(part) for part in self.command(f"--pg1-path={folder}", *options, "archive-get", "%f", "%p"))
+
     def full_backup(self) -> list:
         return self.command("backup", "--type=full")
 
@@ -100,3 +107,6 @@ class PgBackRest:
     def stored(self) -> int:
         """Bytes of backups, WAL not counted."""
         return timed.size(self.repository / "backup")
+
+    def wal_stored(self) -> int:
+        return timed.size(self.repository / "archive")

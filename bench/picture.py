@@ -9,14 +9,22 @@ from pathlib import Path
 # Rows and what they are called, in groups beside one thing each. Only those that were measured are drawn.
 GROUPS = [
     ("beside pgBackRest", [
-        ("full", "full backup"), ("full_cpu", "full backup, CPU"), ("unchanged", "backup, nothing changed"),
-        ("changed", "backup, 1 % changed"), ("changed_stored", "backup, 1 % changed: stored"),
-        ("fortnight_stored", "14 daily backups: stored"), ("restore", "full restore"),
-        ("restore_chain", "restore after 20 backups"), ("delta", "restore over 1 % damage")]),
+        ("backup.full", "full backup"), ("backup.full_cpu", "full backup, CPU"),
+        ("backup.unchanged", "backup, nothing changed"), ("backup.changed", "backup, 1 % changed"),
+        ("backup.changed_stored", "backup, 1 % changed: stored"), ("backup.fortnight_stored", "14 daily backups: stored"),
+        ("backup.restore", "full restore"), ("backup.restore_chain", "restore after 20 backups"),
+        ("backup.delta", "restore over 1 % damage")]),
+    ("WAL, beside pgBackRest", [
+        ("wal.backlog", "backlog shipped"), ("wal.backlog_adaptive", "backlog shipped, adaptive"),
+        ("wal.push", "one archive_command"), ("wal.push_p99", "one archive_command, p99"),
+        ("wal.fetch", "WAL fetched for recovery"), ("wal.first_query", "nothing to first query")]),
     ("beside others", [
-        ("full_basebackup", "full backup / pg_basebackup"), ("full_zstd", "full backup / zstd alone"),
-        ("changed_pg17", "1 % changed / PostgreSQL 17's"), ("clones_stored", "ten clones / one: stored"),
-        ("memory", "peak memory / 256 MiB")])]
+        ("backup.full_basebackup", "full backup / pg_basebackup"), ("backup.full_zstd", "full backup / zstd alone"),
+        ("backup.changed_pg17", "1 % changed / PostgreSQL 17's"), ("backup.clones_stored", "ten clones / one: stored"),
+        ("backup.memory", "peak memory / 256 MiB"), ("wal.push_empty", "archive_command / an empty one"),
+        ("wal.pgbench", "transaction / pg_receivewal's"), ("wal.pgbench_p99", "commit p99 / pg_receivewal's"),
+        ("wal.agent_memory", "memory, 50 MB/s / 100 MiB"), ("wal.agent_cpu", "CPU, 50 MB/s / half a core"),
+        ("wal.lost_seconds", "lost with the host / 1.5 s")])]
 
 LEFT, PLOT, FIGURES, OTHER = 226, 330, 176, 74  # widths: labels, bars, our and the peer's figure, each further peer
 ROW, HEAD, MARGIN = 27, 74, 18
@@ -35,7 +43,7 @@ STYLE = """
 
 def draw(document: dict, path: Path):
     """Writes the picture of a report's document."""
-    rows = {row["name"].removeprefix("backup."): row for row in document["rows"]}
+    rows = {row["name"]: row for row in document["rows"]}
     groups = [(title, [(rows[name], label) for name, label in members if rows.get(name, {}).get("ratio") is not None])
               for title, members in GROUPS]
     groups = [group for group in groups if group[1]]
@@ -43,7 +51,7 @@ def draw(document: dict, path: Path):
     width = 2 * MARGIN + LEFT + PLOT + FIGURES + OTHER * len(others)
     parts, y = heading(document, others), HEAD
     for title, members in groups:
-        parts += group_head(title, y, others if title.endswith("pgBackRest") else [], len(members))
+        parts += group_head(title, y, others if title == "beside pgBackRest" else [], len(members))
         y += ROW
         for row, label in members:
             parts += bar(row, label, y, others)

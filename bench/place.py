@@ -3,6 +3,7 @@
 Everything lies below one folder (WALFLEET_BENCH, default /var/tmp/walfleet-bench), which may be removed at any time.
 """
 
+import fcntl
 import os
 import pwd
 import shutil
@@ -29,16 +30,28 @@ class Sizes:
     more_samples: int  # at most so many again if a sample was disturbed by foreign load
     patience_seconds: float  # to wait for a quiet machine before each sample
     further_samples: int  # of the peers that are shown for information, and of object stores
+    segments: int  # of WAL that are shipped and fetched
+    calls: int  # of archive_command under load, in each sample
+    replayed: int  # segments that are replayed up to the first query
+    pairs: int  # of what streaming costs transactions, and of what stands in its place
+    seconds: int  # that each measurement of those takes
+    destructions: int  # of a host
 
 
-FULL = Sizes(scale=250, documents=700_000, samples=3, more_samples=3, patience_seconds=180, further_samples=2)
-QUICK = Sizes(scale=40, documents=70_000, samples=2, more_samples=0, patience_seconds=6, further_samples=1)
+FULL = Sizes(scale=250, documents=700_000, samples=3, more_samples=3, patience_seconds=180, further_samples=2,
+             segments=200, calls=40, replayed=66, pairs=10, seconds=15, destructions=50)
+QUICK = Sizes(scale=40, documents=70_000, samples=2, more_samples=0, patience_seconds=6, further_samples=1,
+              segments=40, calls=12, replayed=12, pairs=2, seconds=6, destructions=5)
 
 # Nothing that is run here takes nearly so long: what does hangs.
 LIMIT_SECONDS = 1800
 
 # What a run needs at its peak, with what it keeps from run to run.
-PEAK_BYTES = {"quick": 5 << 30, "full": 18 << 30}
+PEAK_BYTES = {"quick": 6 << 30, "full": 22 << 30}
+
+
+# Programs of this folder that are run as the unprivileged user.
+SCRIPTS = ("miniature.py", "time_call.sh", "first_query.sh")
 
 
 class Place:
@@ -57,21 +70,38 @@ class Place:
         self.report = Path(os.environ.get("CARGO_TARGET_DIR", PROJECT / "target")) / "bench"
 
     def make(self, agent: Path):
-        """Makes the folders, and copies the agent to where the unprivileged user may run it."""
+        """Makes the folders, and copies what is run to where the unprivileged user may run it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.report.mkdir(parents=True, exist_ok=True)
+        self.lock()
         for folder in ("run", "logs", "home", "tmp", "etc", "bin", "repositories", "restored"):
             path = self.folder / folder
             path.mkdir(exist_ok=True)
             self.give(path)
-        self.agent.unlink(missing_ok=True)
-        shutil.copy(agent, self.agent)
-        self.agent.chmod(0o755)
+        self.lay(agent, self.agent)
+        for name in SCRIPTS:
+            self.lay(PROJECT / "bench" / name, self.script(name))
         held = sum(path.lstat().st_size for path in self.folder.rglob("*") if not path.is_dir())
         free, wanted = shutil.disk_usage(self.folder).free, PEAK_BYTES["quick" if self.quick else "full"] - held
         if free < wanted:
             raise BenchError(f"{self.folder} has {free >> 30} GiB free, and {wanted >> 30} GiB are needed\n"
                              "HINT: set WALFLEET_BENCH to a folder with room, or QUICK=1.")
+
+    def lock(self):
+        """Until this process ends: of two runs in one folder each would remove what the other works on."""
+        self.held = open(self.folder / "lock", "w", encoding="ascii")
+        try:
+            fcntl.flock(self.held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BenchError(f"another run works in {self.folder}\nHINT: wait for it, or set WALFLEET_BENCH.") from None
+
+    def lay(self, program: Path, path: Path):
+        path.unlink(missing_ok=True)
+        shutil.copy(program, path)
+        path.chmod(0o755)
+
+    def script(self, name: str) -> Path:
+        return self.folder / "bin" / name
 
     def give(self, path: Path):
         if self.user:

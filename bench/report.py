@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from place import say
-from rows import position
+from rows import AREAS, BARS, Rows, position
 
 # Settings that are results, not choices: two runs with other ones are comparable.
-RESULTS = {"changed_pages_percent", "took_seconds"}
+RESULTS = {"changed_pages_percent", "took_seconds", "busy_transactions_per_second", "replayed_bytes",
+           "streaming_transactions_per_second", "streamed_bytes_per_second", "destructions"}
 
 
 @dataclass
@@ -34,6 +35,14 @@ class Measured:
         return [round(value, 3) for value in self.values]
 
 
+def paired_ratio(part: Measured, whole: Measured | None) -> float | None:
+    """The median of the ratios of what was measured one after the other, which a slow minute hits alike."""
+    if not whole or not all(whole.values):
+        return None
+    shares = [mine / other for mine, other in zip(part.values, whole.values)]
+    return round(Measured(shares, [a and b for a, b in zip(part.clean, whole.clean)]).median(), 3)
+
+
 def ratio(part: Measured, whole: Measured | None) -> float | None:
     return round(part.median() / whole.median(), 3) if whole and whole.median() else None
 
@@ -51,18 +60,30 @@ class Report:
     notes: list[str] = field(default_factory=list)
     unmeasured: list[str] = field(default_factory=list)  # of what this run should have told
     begun: set = field(default_factory=set)  # rows and tools that this run took samples of
+    merged: bool = False  # with the report that was there
 
-    def add(self, name: str, ours: Measured, peer: Measured | None, peer_name: str, unit: str, bar: float | None = None):
-        """A row; `bar` is what the ratio of ours to the peer's may be at most, `None` if it is only told.
+    def __post_init__(self):
+        """Takes up the report that is there, before anything of this run is written over it."""
+        try:
+            self.earlier = json.loads((self.folder / "report.json").read_text())
+            self.earlier = {key: self.earlier[key] for key in ("rows", "machine", "versions", "settings", "notes", "runs")}
+        except (OSError, ValueError, KeyError, TypeError):
+            self.earlier = {}
+
+    def add(self, name: str, ours: Measured, peer: Measured | None, peer_name: str, unit: str,
+            paired: bool = False):
+        """A row. Its bar, if it has one, is what the ratio of ours to the peer's may be at most; beside a peer of nothing,
+        ours must be nothing.
 
         Without a peer, because it has no such quantity or because it failed, a row tells ours."""
-        share = ratio(ours, peer)
+        share, bar = (paired_ratio if paired else ratio)(ours, peer), BARS.get(name)
+        met = share <= bar if bar and share is not None else ours.median() == 0 if bar and peer else None
         row = {"name": name, "ours": round(ours.median(), 3), "peer": round(peer.median(), 3) if peer else None,
                "peer_name": peer_name, "unit": unit, "ratio": share, "bar": bar,
-               "met": None if bar is None or share is None else share <= bar,
+               "met": met,
                "samples": {"ours": ours.rounded(), "peer": peer.rounded() if peer else []},
                "disturbed": ours.disturbed() or bool(peer and peer.disturbed())}
-        if bar is not None and share is None:
+        if bar is not None and met is None:
             self.unmeasured.append(name)
         old = self.row(name)
         if old:
@@ -105,21 +126,34 @@ class Report:
         say(f"bench: {text}")
         self.notes.append(text)
 
-    def merge(self):
-        """Keeps the rows of the report that is there, if it is of the same program, settings and data."""
-        try:
-            old = json.loads((self.folder / "report.json").read_text())
-            differing = [key for part, mine in (("versions", self.versions), ("settings", self.settings),
-                                                ("machine", self.machine))
-                         for key in old[part].keys() & mine.keys() - RESULTS if old[part][key] != mine[key]]
-            if differing:
-                return say(f"bench: the report that is there differs in {', '.join(sorted(differing))}: begun anew")
-            self.rows, self.runs = old["rows"], old["runs"]
-            self.versions, self.settings = old["versions"] | self.versions, old["settings"] | self.settings
-            self.notes = list(dict.fromkeys(old.get("notes", []) + self.notes))
-        except (OSError, ValueError, KeyError, AttributeError):
+    def merge(self, rows: Rows):
+        """Keeps what the report that was there told, if it is of the same program, settings and data, but of the area that is
+        measured now only if that is not measured whole. To be called once the area's settings are known."""
+        old = self.earlier
+        if not old:
             return
-        say(f"bench: added to the {len(self.rows)} rows that are there")
+        differing = [key for part, mine in (("versions", self.versions), ("settings", self.settings),
+                                            ("machine", self.machine))
+                     for key in old[part].keys() & mine.keys() - RESULTS if old[part][key] != mine[key]]
+        if differing:
+            say(f"bench: the report that is there differs in {', '.join(sorted(differing))}: begun anew")
+        # What is there of this area comes from the report that was there, by another area's merging.
+        of_area = f"{rows.area}."
+        if differing or rows.all():
+            self.rows = [row for row in self.rows if not row["name"].startswith(of_area)]
+            self.runs = {name: runs for name, runs in self.runs.items() if not name.startswith(of_area)}
+        if differing or self.merged:
+            return
+        self.merged = True
+        dropped = of_area if rows.all() else "nothing"
+        self.rows = [row for row in old["rows"] if not row["name"].startswith(dropped)]
+        self.runs = {name: runs for name, runs in old["runs"].items() if not name.startswith(dropped)}
+        self.versions, self.settings = old["versions"] | self.versions, old["settings"] | self.settings
+        again = [f"{rows.area}.{row}" for row in AREAS[rows.area] if rows.wants(row)]
+        notes = [note for note in old["notes"] if not any(name in note for name in again)]
+        self.notes = list(dict.fromkeys(notes + self.notes))
+        if self.rows:
+            say(f"bench: added to the {len(self.rows)} rows that are there")
 
     def missed(self) -> list[str]:
         return [row["name"] for row in self.rows if row["met"] is False]

@@ -13,13 +13,14 @@ import backup
 import fingerprint
 import machine
 import picture
+import wal
 import walfleet
 from place import PROJECT, BenchError, Place, say
 from programs import Programs
 from report import Report
-from rows import Rows
+from rows import wanted
 
-AREAS = {"backup": backup.run}
+AREAS = {"backup": backup.run, "wal": wal.run}
 
 
 def main() -> int:
@@ -49,7 +50,7 @@ def main() -> int:
 
 def measure(args) -> int:
     began = time.monotonic()
-    rows = Rows(args.rows)
+    areas = wanted(args.rows, args.area)
     place = Place(args.quick)
     place.make(args.agent)
     report = Report(machine.facts(), place.report, settings={"quick": args.quick, "samples": place.sizes.samples})
@@ -58,8 +59,8 @@ def measure(args) -> int:
     for note in args.note:
         report.note(note)
     programs = Programs(args.pgbackrest, args.restic, args.rustic, args.minio)
-    for area in [args.area] if args.area else AREAS:
-        AREAS[area](place, report, programs, rows)
+    for rows in areas:
+        AREAS[rows.area](place, report, programs, rows)
     report.settings["took_seconds"] = round(time.monotonic() - began)
     path = report.write()
     picture.draw(report.document(), path.with_suffix(".svg"))

@@ -12,11 +12,6 @@ from report import Measured, Report
 from rows import Rows
 from timed import Sample
 
-# At most so much of the peer's, by row and quantity.
-BARS = {"full": 0.8, "full_cpu": 0.9, "restore": 0.6, "unchanged": 0.5, "changed": 0.15, "changed_stored": 0.25, "delta": 0.4,
-        "restore_chain": 0.6, "fortnight_stored": 0.5, "full_basebackup": 1.1, "full_zstd": 1.1, "changed_pg17": 2.0,
-        "clones_stored": 1.1}
-
 # Suffix of the row, its unit, the sample's field and what that is divided by.
 QUANTITIES = [("", "s", "wall", 1), ("_cpu", "s", "cpu", 1), ("_memory", "MB", "memory", 1e6)]
 STORED = ("_stored", "MB", "stored", 1e6)
@@ -28,6 +23,7 @@ UNDISTURBED = {"stored", "requests"}
 class Samples:
     def __init__(self, place: Place, report: Report, rows: Rows, cluster: Cluster):
         self.place, self.report, self.rows, self.cluster = place, report, rows, cluster
+        self.area = rows.area
         self.serving = None  # the tool that the server archives to
         # What a restore of each tool has to be like.
         self.sources: dict[str, dict[str, str]] = {}
@@ -61,7 +57,7 @@ class Samples:
                 if sum(sample.clean for sample in samples) >= sizes.samples:
                     continue
                 able.remove(tool)
-                with self.attempt(f"backup.{row} of {tool.title}"):
+                with self.attempt(f"{self.area}.{row} of {tool.title}"):
                     sample = once(tool, row)
                     samples += self.note(row, tool, sample, len(samples) + 1 if round_number else 0)
                     able.append(tool)
@@ -103,10 +99,13 @@ class Samples:
         sample.stored = tool.stored() - before
         return sample
 
-    def serve(self, tool):
+    def serve(self, tool, around: str = "", settings: str = ""):
+        """Starts the server, which archives to the tool; `around`: a program with arguments that gets archive_command as one
+        more."""
         self.serving = tool
         tool.begin(self.cluster.data, self.cluster.connection)
-        self.cluster.start(archive_command=tool.archive_command())
+        command = tool.archive_command()
+        self.cluster.start(f'{around} "{command}"' if around else command, settings)
         self.cluster.await_archiving()
 
     def unserve(self):
@@ -117,12 +116,12 @@ class Samples:
     def note(self, row: str, tool, sample: Sample, number: int) -> list[Sample]:
         """Says and records it; number 0 is a warm-up, which is no sample."""
         what = f"sample {number}" if number else "warm-up"
-        say(f"backup.{row:<13} {tool.title:<12} {what:<9} {sample.wall:7.2f} s  cpu {sample.cpu:6.2f} s  "
+        say(f"{self.name(row)} {tool.title:<12} {what:<9} {sample.wall:7.2f} s  cpu {sample.cpu:6.2f} s  "
             f"memory {sample.memory / 1e6:5.0f} MB  stored {sample.stored / 1e6:7.1f} MB  "
             f"others {sample.foreign:4.0%}  waited {sample.waited:3.0f} s")
         if not number:
             return []
-        self.report.record(f"backup.{row}", tool.name, sample.document())
+        self.report.record(f"{self.area}.{row}", tool.name, sample.document())
         return [sample]
 
     def add(self, row: str, taken: dict[str, list[Sample]], ours, peer, stored: bool = True):
@@ -130,20 +129,23 @@ class Samples:
         for suffix, unit, field, divisor in [*QUANTITIES, *([STORED] if stored else [])]:
             mine, others = (measured(taken.get(tool.name, []), field, divisor) for tool in (ours, peer))
             if mine:
-                self.report.add(f"backup.{row}{suffix}", mine, others, peer.title, unit, BARS.get(f"{row}{suffix}"))
+                self.report.add(f"{self.area}.{row}{suffix}", mine, others, peer.title, unit)
 
     def add_other(self, row: str, tool, samples: list[Sample], stored: bool = True):
         for suffix, _, field, divisor in [*QUANTITIES, *([STORED] if stored else [])]:
             if samples:
-                self.report.add_other(f"backup.{row}{suffix}", tool.name, measured(samples, field, divisor))
+                self.report.add_other(f"{self.area}.{row}{suffix}", tool.name, measured(samples, field, divisor))
 
     def against(self, row: str, ours: list[Sample], reference_name: str, reference: list[Sample]):
         """Wall time of something measured already, beside something that is no peer."""
         for number, sample in enumerate(reference, 1):
-            say(f"backup.{row:<13} {reference_name:<12} sample {number} {sample.wall:7.2f} s  cpu {sample.cpu:6.2f} s")
-            self.report.record(f"backup.{row}", "reference", sample.document())
-        self.report.add(f"backup.{row}", measured(ours, "wall", 1), measured(reference, "wall", 1), reference_name, "s",
-                        BARS.get(row))
+            say(f"{self.name(row)} {reference_name:<12} sample {number} {sample.wall:7.2f} s  cpu {sample.cpu:6.2f} s")
+            self.report.record(f"{self.area}.{row}", "reference", sample.document())
+        self.report.add(f"{self.area}.{row}", measured(ours, "wall", 1), measured(reference, "wall", 1), reference_name, "s")
+
+    def name(self, row: str) -> str:
+        """As wide as most, for lines that stand under each other."""
+        return f"{self.area}.{row}".ljust(20)
 
 
 def store_of(tool) -> int | None:

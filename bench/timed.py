@@ -75,9 +75,9 @@ class MemoryWatch:
             self.peak = max(self.peak, machine.memory(sorted(pids)))
 
 
-def timed(place: Place, name: str, command: list, result: Path, service: int | None = None,
+def timed(place: Place, name: str, command: list, result: Path | None, service: int | None = None,
           server: int | None = None, store: int | None = None, load: int | None = None) -> Sample:
-    """Runs a command whose result is the folder `result`.
+    """Runs a command whose result is the folder `result`; without one it promises nothing durable.
 
     `store` is an object store here and `load` what keeps the server busy: their work is nobody's."""
     os.sync()
@@ -97,7 +97,8 @@ def timed(place: Place, name: str, command: list, result: Path, service: int | N
         finally:
             adopt_orphans(False)
     began = time.monotonic()
-    sync_files(result)
+    if result:
+        sync_files(result)
     unsynced = time.monotonic() - began
     busy, cpu_service, cpu_server, cpu_store, cpu_load, own = (b - a for a, b in zip(before, usage()))
     if code:

@@ -20,6 +20,7 @@ instances:
   - {{cluster: {cluster}, data_dir: {data}, connection: "{connection}"}}
 repository: {{url: "{url}", options: {options}, key_file: {key}}}
 backup: {{processes: {processes}, compression_level: {level}}}
+wal: {wal}
 telemetry: {{log: warn}}
 """
 
@@ -27,8 +28,9 @@ telemetry: {{log: warn}}
 class Walfleet:
     title = "walfleet"
 
-    def __init__(self, place: Place, processes: int, level: int, store: ObjectStore | None = None):
+    def __init__(self, place: Place, processes: int, level: int, store: ObjectStore | None = None, wal: dict | None = None):
         self.place, self.processes, self.level, self.store = place, processes, level, store
+        self.wal = wal or {}  # settings of the agent's section of that name
         self.name = "walfleet-s3" if store else "walfleet"
         self.agent = place.agent
         self.repository = store.folder if store else place.folder / "repositories" / self.name
@@ -68,10 +70,24 @@ class Walfleet:
         """The daemon of a host that has seen nothing yet, for an instance that is a member of this cluster."""
         self.cluster = cluster
         self.place.fresh(self.state)
-        self.configuration.write_text(CONFIGURATION.format(
-            state=self.state, socket=self.socket, cluster=cluster, data=data, connection=connection, url=self.url(),
-            options=json.dumps(self.options()), key=self.key, processes=self.processes, level=self.level))
+        self.configure(data, connection, self.wal)
+        self.start()
+
+    def start(self):
         self.daemon.start(["run", "--config", self.configuration], self.socket.exists)
+
+    def configure(self, data: Path, connection: str, wal: dict):
+        self.configuration.write_text(CONFIGURATION.format(
+            state=self.state, socket=self.socket, cluster=self.cluster, data=data, connection=connection, url=self.url(),
+            options=json.dumps(self.options()), key=self.key, processes=self.processes, level=self.level,
+            wal=json.dumps(wal)))
+
+    def knows(self, wal: dict) -> bool:
+        """Whether this agent takes such settings. There need not be a repository."""
+        self.configure(self.place.folder / "data", "", wal)
+        told = subprocess.run([self.agent, "list", "--config", self.configuration], capture_output=True, text=True,
+                              **self.place.as_user())
+        return "read configuration" not in told.stderr
 
     def pid(self) -> int | None:
         return self.daemon.pid()
