@@ -238,9 +238,7 @@ impl Archiving {
         let shipper = Shipper::new(source, self.options);
         Ok(Slot { cluster, access, identity, shipper, breaks: Arc::new(breaks), kept })
     }
-}
 
-impl Archiving {
     /// Whose a data directory is, and its path through links.
     async fn found(&self, data_dir: &Path) -> Result<(Arc<Access>, ClusterAccess, ClusterIdentity, PathBuf), String> {
         let access = self.access.borrow().clone().ok_or(

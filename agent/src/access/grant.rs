@@ -2,30 +2,46 @@
 //!
 //! The controller cannot do it, since it holds no data key. Granting again changes nothing.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::sync::watch;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
+use walfleet_repository::cluster::ClusterError;
 use walfleet_repository::ids::{ClusterName, RecipientId};
+use walfleet_repository::keyring::KeyringError;
 
 use super::{Access, AccessError, ClusterAccess};
 
 /// How soon a grant that failed is tried again, and how soon a new key version is noticed.
-const AGAIN: std::time::Duration = std::time::Duration::from_secs(60);
+const AGAIN: Duration = Duration::from_secs(60);
+
+/// For how long a new host may be without a key of its own before that is worth a warning: the host that has the key
+/// hears of the new one and grants it within [`AGAIN`].
+const UNGRANTED: Duration = Duration::from_secs(150);
 
 type Granted = BTreeSet<(ClusterName, [u8; 32])>;
 
+/// What this run of the agent did.
+#[derive(Default)]
+struct Grants {
+    granted: Granted,
+    /// Clusters of which this host has no key itself, and since when that is known.
+    ungranted: BTreeMap<ClusterName, Instant>,
+}
+
 /// Grants whatever is wanted and missing, for as long as the agent runs.
 pub async fn keep_granted(mut access: watch::Receiver<Option<Arc<Access>>>, cancel: CancellationToken) {
-    let mut granted = Granted::new();
+    let mut grants = Grants::default();
     loop {
         let present = access.borrow_and_update().clone();
         if let Some(present) = present {
             tokio::select! {
                 // Between two objects; each is written whole or not at all.
                 () = cancel.cancelled() => return,
-                () = grant_all(&present, &mut granted) => {}
+                () = grant_all(&present, &mut grants) => {}
             }
         }
         tokio::select! {
@@ -36,19 +52,35 @@ pub async fn keep_granted(mut access: watch::Receiver<Option<Arc<Access>>>, canc
     }
 }
 
-async fn grant_all(access: &Access, granted: &mut Granted) {
+async fn grant_all(access: &Access, grants: &mut Grants) {
     for cluster in access.clusters.values() {
-        let missing = missing(cluster, access.key.file.recipient.id(), granted);
+        let missing = missing(cluster, access.key.file.recipient.id(), &grants.granted);
         if cluster.instance.is_none() || missing.is_empty() {
             continue;
         }
         match grant(access, cluster, &missing).await {
-            Ok(()) => granted.extend(missing.into_iter().map(|(recipient, _)| (cluster.name.clone(), recipient))),
+            Ok(()) => {
+                grants.ungranted.remove(&cluster.name);
+                grants.granted.extend(missing.into_iter().map(|(recipient, _)| (cluster.name.clone(), recipient)));
+            }
+            Err(error) if waits_for_own_key(&error) && grants.has_just_learned_of(&cluster.name) => {
+                tracing::info!(cluster = %cluster.name, "the cluster's key is not granted to this host yet, which can grant it to no other")
+            }
             Err(error) => {
                 tracing::warn!(cluster = %cluster.name, %error, "the cluster's key is not granted yet to every host that may restore it")
             }
         }
     }
+}
+
+impl Grants {
+    fn has_just_learned_of(&mut self, ungranted: &ClusterName) -> bool {
+        self.ungranted.entry(ungranted.clone()).or_insert_with(Instant::now).elapsed() < UNGRANTED
+    }
+}
+
+fn waits_for_own_key(error: &AccessError) -> bool {
+    matches!(error, AccessError::Cluster(ClusterError::Key { source: KeyringError::NotGranted { .. }, .. }))
 }
 
 /// Recipients that this run of the agent has not granted yet, itself aside.
@@ -66,10 +98,7 @@ async fn grant(access: &Access, cluster: &ClusterAccess, missing: &[([u8; 32], S
     let open = access.open_or_begin(cluster).await?;
     for (recipient, label) in missing {
         let granting = open.keys().grant(open.repository().store(), RecipientId(*recipient), label).await;
-        granting.map_err(|source| walfleet_repository::cluster::ClusterError::Key {
-            cluster: cluster.name.clone(),
-            source,
-        })?;
+        granting.map_err(|source| ClusterError::Key { cluster: cluster.name.clone(), source })?;
         tracing::info!(cluster = %cluster.name, to = label, "the cluster's key is granted");
     }
     Ok(())

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use super::InstanceAccess;
 use crate::postgres::instance::{self, InstanceError, InstanceState};
+use crate::tasks::on_disk;
 
 #[derive(Debug, thiserror::Error)]
 pub enum ReachError {
@@ -31,6 +32,12 @@ impl InstanceAccess {
                 Err(ReachError::NotRunning { data_dir: data_dir() })
             }
         }
+    }
+
+    /// The same where nothing may block.
+    pub fn reach(&self) -> impl Future<Output = Result<String, ReachError>> + use<> {
+        let instance = self.clone();
+        on_disk(move || instance.connection_string())
     }
 
     /// 0: not known. Blocking, a few small files.

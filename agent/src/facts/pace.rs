@@ -16,7 +16,7 @@ use crate::archiving::Shipping;
 /// Between two looks at the least, and how soon after something that changed.
 const SHORTEST: Duration = Duration::from_secs(30);
 
-/// Between two looks at an idle cluster at the most: with five requests each, and those of a day's first hour, some 150 a day.
+/// Between two looks at an idle cluster at the most: with four requests each, and those of a day's first hour, some 120 a day.
 const LONGEST: Duration = Duration::from_secs(3600);
 
 /// The same while something is not well: others may fill or acknowledge a gap, and somebody waits for that to show.
@@ -133,7 +133,7 @@ mod tests {
 
     const TICK: u64 = 10;
 
-    /// Seconds at which looks of five requests were made; `shipped`: the requests for WAL until then, and whether that streams.
+    /// Seconds at which looks of four requests were made; `shipped`: the requests for WAL until then, and whether that streams.
     fn looks(seconds: u64, shipped: impl Fn(u64) -> (u64, bool), found: impl Fn(u64) -> Found) -> Vec<u64> {
         let begun = Instant::now();
         let mut pace: Option<Pace> = None;

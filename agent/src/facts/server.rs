@@ -68,8 +68,7 @@ async fn quiet_from(data_dir: PathBuf, server: &ServerFacts) -> Option<Lsn> {
 
 /// Over a connection of its own: one that stayed open would keep a smart shutdown waiting for ever.
 async fn ask(instance: InstanceAccess) -> Result<ServerFacts, String> {
-    let found = tokio::task::spawn_blocking(move || instance.connection_string()).await;
-    let connection = found.map_err(|error| error.to_string())?.map_err(|error| chain(&error))?;
+    let connection = instance.reach().await.map_err(|error| chain(&error))?;
     let server = Server::connect(&connection).await.map_err(|error| chain(&error))?;
     server.facts().await.map_err(|error| chain(&error))
 }

@@ -23,10 +23,10 @@ pub fn problem(server: &ServerFacts, shipping: &Shipping, now: Instant) -> Optio
     }
     let spec = shipping.shipping;
     let archives = server.archive.mode != "off" && server.archive.command.is_some();
-    let consequence = if spec.synchronous.unwrap_or_default() != Synchronous::Off && server.role == ServerRole::Primary
-    {
+    let is_synchronous = spec.synchronous.unwrap_or_default() != Synchronous::Off;
+    let consequence = if is_synchronous && server.role == ServerRole::Primary {
         ", and commits that wait for the agent do not return"
-    } else if spec.streaming == Some(Streaming::On) || spec.synchronous.unwrap_or_default() != Synchronous::Off {
+    } else if spec.streaming == Some(Streaming::On) || is_synchronous {
         ""
     } else if server.role == ServerRole::Primary && !archives {
         ", and nothing else ships it"

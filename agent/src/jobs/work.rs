@@ -347,12 +347,10 @@ fn no_instance(cluster: &ClusterAccess) -> Failure {
 }
 
 async fn connection(instance: InstanceAccess) -> Result<String, Failure> {
-    let found = tokio::task::spawn_blocking(move || instance.connection_string()).await;
-    let failure = |error: &dyn std::error::Error| {
-        let message = crate::identity::connect::chain(error);
+    instance.reach().await.map_err(|error| {
+        let message = crate::identity::connect::chain(&error);
         Failure::new("backup.postgres", ExitCode::Failed, Remedy::Retry, message)
-    };
-    found.map_err(|error| failure(&error))?.map_err(|error| failure(&error))
+    })
 }
 
 fn verify_failure(error: VerifyError) -> Failure {

@@ -18,7 +18,6 @@ use crate::access::instance::ReachError;
 use crate::durable::DurableError;
 use crate::identity::connect::chain;
 use crate::postgres::server::{KeptWal, Server, ServerError};
-use crate::tasks::on_disk;
 use crate::wal::breaks::{self, Break};
 
 const LOOK: Duration = Duration::from_secs(5);
@@ -147,9 +146,7 @@ impl Guard {
     }
 
     async fn server(&self) -> Result<Server, LetGoError> {
-        let instance = self.instance.clone();
-        let reach = on_disk(move || instance.connection_string()).await?;
-        Ok(Server::connect(&reach).await?)
+        Ok(Server::connect(&self.instance.reach().await?).await?)
     }
 
     /// Notes the break, then drops the slot: after a crash between the two it is at worst noted for nothing. To be called

@@ -48,7 +48,6 @@ use crate::postgres::wal_record::WalError;
 use crate::spool::Spool;
 use crate::spool::files::Owner;
 use crate::spool::spooler::Spooling;
-use crate::tasks::on_disk;
 use crate::wal::breaks::Breaks;
 use crate::wal::fill;
 use crate::wal::ship::{ShipError, Shipper};
@@ -376,8 +375,7 @@ impl Receiver {
 
     /// One connection, or one stretch of following.
     async fn session(&self, patience: &mut Duration, stop: &CancellationToken) -> Result<(), ReceiveError> {
-        let instance = self.instance.clone();
-        let reach = on_disk(move || instance.connection_string()).await?;
+        let reach = self.instance.reach().await?;
         if !Server::connect(&reach).await?.is_standby().await? {
             return self.session_or_bridge(&reach, patience, stop).await;
         }
@@ -447,9 +445,8 @@ impl Receiver {
 
     /// Only what can be done without the repository, until that answers. For a receiver that was made without it.
     pub async fn bridge(&self, stop: &CancellationToken) -> Result<(), ReceiveError> {
-        let instance = self.instance.clone();
         let bridged = async {
-            let reach = on_disk(move || instance.connection_string()).await?;
+            let reach = self.instance.reach().await?;
             Bridge::prepare(self, &reach).await?.run(stop).await
         };
         let bridged = bridged.await;

@@ -68,7 +68,7 @@ pub struct Found {
 }
 
 impl Found {
-    fn lsn(&self, offset: u32) -> Lsn {
+    pub fn lsn(&self, offset: u32) -> Lsn {
         Lsn(self.place.segment.start(self.place.size).0 + u64::from(offset))
     }
 }

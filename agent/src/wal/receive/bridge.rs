@@ -239,7 +239,7 @@ fn newest(spools: &Spools, owner: &files::Owner, timeline: u32) -> Option<Lsn> {
     let newest = spools.left_for(Duration::ZERO).remove(owner)?.pop()?;
     let pieces = files::read(&newest).ok()?.pieces;
     let of_timeline = pieces.iter().filter(|piece| piece.place.wal.timeline.0 == timeline);
-    of_timeline.map(|piece| Lsn(piece.place.segment.start(piece.place.size).0 + u64::from(piece.to))).max()
+    of_timeline.map(|piece| piece.lsn(piece.to)).max()
 }
 
 /// Returns once the repository answers. Safe to drop.

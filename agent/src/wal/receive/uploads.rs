@@ -134,7 +134,8 @@ impl Uploads {
             self.segments += 1;
             let (attempt, shipper) = (self.attempt(), Arc::clone(&self.shipper));
             self.tasks.spawn(async move {
-                attempt.until_stored_from_file(&shipper, segment).await?;
+                attempt.until_stored(|_| shipper.store_finished(segment), is_not_in_pg_wal).await?;
+                attempt.note_well(|_| ());
                 Ok(Ended::Segment { segment, sealed_bytes: 0 })
             });
         }
@@ -170,7 +171,8 @@ impl Uploads {
         self.sealed_bytes += sealed_bytes;
         let (attempt, branches, base) = (self.attempt(), Arc::clone(&self.branches), self.base);
         self.tasks.spawn(async move {
-            let archived = attempt.until_stored(|_| branches.store_segment(base, &sealed, &ticket)).await;
+            let store = async |_| branches.store_segment(base, &sealed, &ticket).await.map_err(Arc::new);
+            let archived = attempt.until_stored(store, |_| false).await?;
             attempt.note(archived, |status| status.segments += 1);
             Ok(Ended::Segment { segment, sealed_bytes })
         });
@@ -183,12 +185,16 @@ impl Uploads {
         let (from, to) = (lsn(tail.name.from), lsn(tail.name.to));
         let (attempt, branches, base) = (self.attempt(), Arc::clone(&self.branches), self.base);
         self.tasks.spawn(async move {
-            match attempt.until_stored_or_spoiled(|tries| branches.store_piece(base, &tail, tries)).await {
-                Some(archived) => {
+            let store = async |tries| branches.store_piece(base, &tail, tries).await.map_err(Arc::new);
+            match attempt.until_stored(store, is_spoiled).await {
+                Ok(archived) => {
                     attempt.note(archived, |status| status.pieces += 1);
                     Ok(Ended::Piece { from, to })
                 }
-                None => Ok(Ended::Spoiled(tail.segment)),
+                Err(error) => {
+                    attempt.failed(&error).await;
+                    Ok(Ended::Spoiled(tail.segment))
+                }
             }
         });
     }
@@ -263,59 +269,36 @@ impl Uploads {
     }
 }
 
+/// Something that does not read lies under the name of a piece: the same can be stored under another.
+fn is_spoiled(error: &ShipError) -> bool {
+    matches!(error, ShipError::Archive(error) if error.is_damage())
+}
+
+/// Though the slot keeps it.
+fn is_not_in_pg_wal(error: &ShipError) -> bool {
+    matches!(error, ShipError::Read(_))
+}
+
 struct Attempt {
     limits: Arc<HostLimits>,
     status: watch::Sender<StreamStatus>,
 }
 
 impl Attempt {
-    /// The same of what can be stored under another name; `None`: something that does not read lies under this one.
-    async fn until_stored_or_spoiled<F, Fut>(&self, put: F) -> Option<Archived>
+    /// Tries until the store takes it, or until an error that no further try mends. `put` is told how often that was in vain.
+    async fn until_stored<T, F, Fut>(&self, put: F, is_final: fn(&ShipError) -> bool) -> Result<T, Arc<ShipError>>
     where
         F: Fn(u32) -> Fut,
-        Fut: Future<Output = Result<Archived, ShipError>>,
+        Fut: Future<Output = Result<T, Arc<ShipError>>>,
     {
-        let mut tries = 0;
+        let mut tries = 0_u32;
         loop {
             match put(tries).await {
-                Ok(archived) => return Some(archived),
-                Err(error) => {
-                    self.failed(&error).await;
-                    if matches!(&error, ShipError::Archive(error) if error.is_damage()) {
-                        return None;
-                    }
-                }
+                Err(error) if !is_final(&error) => self.failed(&error).await,
+                ended => return ended,
             }
             tries = tries.saturating_add(1);
         }
-    }
-
-    /// Tries until the store takes it; `put` is told how often that was in vain.
-    async fn until_stored<F, Fut>(&self, put: F) -> Archived
-    where
-        F: Fn(u32) -> Fut,
-        Fut: Future<Output = Result<Archived, ShipError>>,
-    {
-        let mut tries = 0;
-        loop {
-            match put(tries).await {
-                Ok(archived) => return archived,
-                Err(error) => self.failed(&error).await,
-            }
-            tries = tries.saturating_add(1);
-        }
-    }
-
-    /// The same of a segment that lies in `pg_wal`. An error: it does not, though the slot keeps it.
-    async fn until_stored_from_file(&self, shipper: &Arc<Shipper>, segment: Segment) -> Result<(), Arc<ShipError>> {
-        loop {
-            match shipper.store_finished(segment).await {
-                Ok(()) => break self.note_well(|_| ()),
-                Err(error) if matches!(*error, ShipError::Read(_)) => return Err(error),
-                Err(error) => self.failed(&error).await,
-            }
-        }
-        Ok(())
     }
 
     async fn failed(&self, error: &ShipError) {
