@@ -17,6 +17,7 @@ use walfleet_repository::limits::LimitsSpec;
 use walfleet_repository::store::{Pace, Stopped};
 
 mod bucket;
+pub mod queueing;
 pub mod threads;
 pub mod yielding;
 

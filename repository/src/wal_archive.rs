@@ -199,8 +199,8 @@ impl WalArchive {
         size: SegmentSize,
     ) -> Result<ComingSegment, ArchiveError> {
         let key = layout::wal_segment(&self.cluster, &wal, segment, size);
-        let sealer =
-            SegmentSealer::begin(self.keys.newest(), key.as_ref(), Vec::with_capacity(size.bytes() as usize / 4));
+        let buffer = self.buffers().pop().unwrap_or_else(|| Vec::with_capacity(size.bytes() as usize / 4));
+        let sealer = SegmentSealer::begin(self.keys.newest(), key.as_ref(), buffer);
         match sealer {
             Ok(sealer) => Ok(ComingSegment { archive: self.clone(), wal, key, sealer }),
             Err(source) => Err(ArchiveError::Segment { key: key.to_string(), source }),

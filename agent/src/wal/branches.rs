@@ -34,6 +34,7 @@ const AGAIN: Duration = Duration::from_secs(5);
 /// One server's, shared by all that store its WAL.
 pub struct Branches {
     source: ShipSource,
+    pieces: WalArchive,
     /// Shared while something is on its way to the store; alone while it is found out, or changed, where that belongs.
     ways: RwLock<HashMap<WalBranch, Way>>,
     /// Segments that are not settled, and how many store each.
@@ -95,6 +96,7 @@ impl Way {
 impl Branches {
     pub fn new(source: ShipSource) -> Arc<Branches> {
         Arc::new(Branches {
+            pieces: source.archive_of_pieces(),
             source,
             ways: RwLock::default(),
             unsettled: Mutex::default(),
@@ -202,12 +204,12 @@ impl Branches {
 
     /// Stores a piece where it belongs. One that does not begin its segment is of use only beside those before it.
     pub async fn store_tail(&self, base: WalBranch, tail: &OwnedTail) -> Result<Archived, ShipError> {
-        self.store_tail_in(&self.source.archive, base, tail).await
+        self.store_tail_in(&self.pieces, base, tail).await
     }
 
     /// The same of one that the next ones wait for. The more `tries` were in vain, the longer an answer is waited for.
     pub async fn store_piece(&self, base: WalBranch, tail: &OwnedTail, tries: u32) -> Result<Archived, ShipError> {
-        self.store_tail_in(&self.source.archive.hurried(tries), base, tail).await
+        self.store_tail_in(&self.pieces.hurried(tries), base, tail).await
     }
 
     async fn store_tail_in(

@@ -18,6 +18,7 @@ mod open_segment;
 mod rescue;
 mod session;
 mod slot;
+mod spare;
 mod spooling;
 mod timelines;
 mod uploads;
@@ -434,7 +435,8 @@ impl Receiver {
                     *patience = (*patience * 2).min(LONGEST_UNANSWERED);
                     return bridge.run(stop).await;
                 }
-                Err(error) => tracing::debug!("{}", chain(&error)),
+                // Commits wait for the repository, and this is why.
+                Err(error) => self.status().send_modify(|status| status.wait(chain(&error))),
             }
         }
         match ended {

@@ -23,6 +23,7 @@ use walfleet_repository::shipping::Compression;
 use walfleet_repository::wal_archive::{ArchiveError, Archived, WalArchive};
 
 use crate::limits::HostLimits;
+use crate::limits::queueing::Queueing;
 use crate::postgres::wal_record::Carry;
 use crate::wal::branches::{Branches, Ticket};
 use crate::wal::read::{WalFile, WalReadError, read_segment, read_small};
@@ -146,6 +147,8 @@ pub struct Shipper {
     /// Compress lightly.
     light: WalArchive,
     lightest: WalArchive,
+    /// Of the server's processes for a CPU.
+    queueing: Arc<Queueing>,
     /// Segments that waited when it was last looked.
     backlog: AtomicUsize,
     status: watch::Sender<ShipStatus>,
@@ -155,6 +158,16 @@ pub struct Shipper {
     promoted: Notify,
     /// The one it was made on: a backup that asks runs on threads that may have to wait.
     runtime: Handle,
+}
+
+impl ShipSource {
+    /// The archive for pieces, which lie there for no longer than their segment takes: they are compressed as lightly as pays.
+    pub fn archive_of_pieces(&self) -> WalArchive {
+        match self.compression {
+            Compression::Adaptive => self.archive.with_less(Effort::Least),
+            Compression::Fixed => self.archive.clone(),
+        }
+    }
 }
 
 impl Shipper {
@@ -169,6 +182,7 @@ impl Shipper {
             sealed_kib: Semaphore::new(SEALED_KIB as usize),
             light: source.archive.with_less(Effort::Level(1)),
             lightest: source.archive.with_less(Effort::Least),
+            queueing: Queueing::of(&source.data_dir),
             backlog: AtomicUsize::new(0),
             to_decode: watch::Sender::default(),
             branches: Branches::new(source.clone()),

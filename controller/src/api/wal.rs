@@ -137,24 +137,16 @@ mod tests {
 
     #[test]
     fn a_gap_that_has_grown_since_somebody_looked_is_not_the_one_that_is_meant() {
-        let gap = |from, to, timeline| WalGap {
-            timeline,
-            branch: String::new(),
-            from_lsn: Lsn(from),
-            to_lsn: Lsn(to),
-            acknowledged: false,
-            from: None,
-            to: None,
-            recorded: None,
-            acknowledgement: None,
-            system_identifier: 7,
-        };
         let mut instance = samples::instance("orders", 7);
         instance.windows = vec![RecoveryWindow {
             repository: "main".to_owned(),
             as_of: Timestamp::UNIX_EPOCH,
             ranges: vec![],
-            gaps: vec![gap(0x300, 0x500, 1), gap(0x700, 0x800, 1), gap(0x700, 0x900, 2)],
+            gaps: vec![
+                samples::gap((0x300, 0x500), 1),
+                samples::gap((0x700, 0x800), 1),
+                samples::gap((0x700, 0x900), 2),
+            ],
             filled: vec![],
             newest_commit: None,
             newest_lsn: None,

@@ -6,7 +6,7 @@ use walfleet_repository::ids::RecipientId;
 use walfleet_repository::postgres::Lsn;
 
 use super::observed::{HelloObserved, InstanceObserved, InstanceRole, StreamObserved, StreamPhase};
-use super::recovery::BackupSummary;
+use super::recovery::{BackupSummary, WalGap};
 
 /// A primary of which nothing is archived yet.
 pub fn instance(cluster: &str, system_identifier: u64) -> InstanceObserved {
@@ -42,6 +42,22 @@ pub fn stream() -> StreamObserved {
         piece_interval_ms: 1000,
         synchronous: "off".to_owned(),
         spool: None,
+    }
+}
+
+/// Of the WAL of [`instance`] `(…, 7)`, from one position to another; nobody has said anything of it.
+pub fn gap((from, to): (u64, u64), timeline: u32) -> WalGap {
+    WalGap {
+        timeline,
+        branch: String::new(),
+        from_lsn: Lsn(from),
+        to_lsn: Lsn(to),
+        acknowledged: false,
+        from: None,
+        to: None,
+        recorded: None,
+        acknowledgement: None,
+        system_identifier: 7,
     }
 }
 

@@ -146,13 +146,27 @@ impl Pair {
     }
 
     /// The host is destroyed, and the repository alone restores all that the workload had been told.
-    fn destroy_and_lose_nothing(&mut self, workload: Acknowledged) -> anyhow::Result<()> {
+    /// `spoilt`: the store, which is well again then. So many commits there were.
+    fn destroy_and_lose_nothing(&mut self, workload: Acknowledged, spoilt: Option<&S3Server>) -> anyhow::Result<usize> {
         let disaster = self.destroy()?;
+        self.lose_nothing(workload, disaster, spoilt)
+    }
+
+    /// The same of a host that is destroyed already.
+    fn lose_nothing(
+        &self,
+        workload: Acknowledged,
+        disaster: Instant,
+        spoilt: Option<&S3Server>,
+    ) -> anyhow::Result<usize> {
         let record = workload.end()?;
+        if let Some(store) = spoilt {
+            store.heal();
+        }
         self.wait_until_stored()?;
         let lost = self.lost(&record, disaster)?;
         assert_eq!(lost.commits, 0, "{lost:?} of {}", record.commits());
-        Ok(())
+        Ok(record.commits())
     }
 
     /// Server, disk and agent, with its spool, are gone at once.
@@ -209,16 +223,12 @@ fn commits_that_wait_for_two_spools_survive_the_host_whatever_the_store_does() {
         // Nor does it matter that the keeper is started anew.
         pair.keeper.kill_nine()?;
         pair.keeper.start()?;
-        let record = workload.end()?;
-        s3.heal();
-        pair.wait_until_stored()?;
+        let commits = pair.lose_nothing(workload, disaster, Some(&s3))?;
         wait_for("the keeper to say that the store had lacked some", STORED_LIMIT, || {
             Ok(pair.keeper.log_text().contains("and the repository lacked, is stored").then_some(()))
         })?;
-        let lost = pair.lost(&record, disaster)?;
         // The store would have let a commit return every three seconds.
-        assert!(record.commits() > 400, "only {} commits", record.commits());
-        assert_eq!(lost.commits, 0, "{lost:?} of {}", record.commits());
+        assert!(commits > 400, "only {commits} commits");
         Ok(())
     });
 }
@@ -244,7 +254,8 @@ fn a_peer_that_is_away_is_told_of_and_no_commit_is_lost_for_it() {
         pair.keeper.start()?;
         pair.wait_until("spools")?;
         std::thread::sleep(Duration::from_secs(1));
-        pair.destroy_and_lose_nothing(workload)
+        pair.destroy_and_lose_nothing(workload, None)?;
+        Ok(())
     });
 }
 
@@ -277,7 +288,8 @@ fn commits_go_on_for_as_long_as_the_spools_have_room_and_only_the_repository_cou
         wait_for("the repository to have what was written", STORED_LIMIT, || {
             Ok((pair.positions()?.1 >= written).then_some(()))
         })?;
-        pair.destroy_and_lose_nothing(workload)
+        pair.destroy_and_lose_nothing(workload, None)?;
+        Ok(())
     });
 }
 
@@ -307,7 +319,8 @@ fn commits_go_on_while_a_segment_is_not_stored_whole_and_the_slot_keeps_it() {
         wait_for("the slot to go on", STORED_LIMIT, || {
             Ok((session.value(slot)?.parse::<Lsn>()? > switched).then_some(()))
         })?;
-        pair.destroy_and_lose_nothing(workload)
+        pair.destroy_and_lose_nothing(workload, None)?;
+        Ok(())
     });
 }
 
@@ -391,12 +404,7 @@ fn a_peer_whose_connection_was_lost_is_brought_nothing_that_it_holds_already() {
         pair.wait_for_commits()?;
         let again = pair.kept_bytes()?;
         assert!(again >= held && again < held + (8 << 20), "{held} bytes before, {again} after");
-        let disaster = pair.destroy()?;
-        let record = workload.end()?;
-        s3.heal();
-        pair.wait_until_stored()?;
-        let lost = pair.lost(&record, disaster)?;
-        assert_eq!(lost.commits, 0, "{lost:?} of {}", record.commits());
+        pair.destroy_and_lose_nothing(workload, Some(&s3))?;
         Ok(())
     });
 }
@@ -447,11 +455,7 @@ fn a_full_spool_disk_is_as_good_as_away_until_there_is_room() {
         drop(own);
         std::fs::remove_dir_all(pair.server.data_dir())?;
         std::fs::remove_dir_all(pair.agent.state_dir())?;
-        let record = workload.end()?;
-        s3.heal();
-        pair.wait_until_stored()?;
-        let lost = pair.lost(&record, disaster)?;
-        assert_eq!(lost.commits, 0, "{lost:?} of {}", record.commits());
+        pair.lose_nothing(workload, disaster, Some(&s3))?;
         Ok(())
     });
 }
@@ -492,12 +496,7 @@ fn commits_go_on_while_the_store_is_away_whatever_is_started_anew() {
         pair.agent.kill_nine()?;
         pair.agent.start()?;
         pair.wait_for_commits()?;
-        let disaster = pair.destroy()?;
-        let record = workload.end()?;
-        s3.heal();
-        pair.wait_until_stored()?;
-        let lost = pair.lost(&record, disaster)?;
-        assert_eq!(lost.commits, 0, "{lost:?} of {}", record.commits());
+        pair.destroy_and_lose_nothing(workload, Some(&s3))?;
         Ok(())
     });
 }
@@ -514,13 +513,8 @@ fn ten_hosts_are_destroyed_and_no_commit_is_lost_to_their_spools() {
             s3.spoil(Rule::new(Fault::Slow(delay)).method("PUT"));
             let workload = Acknowledged::start(&pair.server, 4, REMOTE_WRITE)?;
             std::thread::sleep(Duration::from_millis(2000 + round * 337));
-            let disaster = pair.destroy()?;
-            let record = workload.end()?;
-            s3.heal();
-            pair.wait_until_stored()?;
-            let lost = pair.lost(&record, disaster)?;
-            println!("store slower by {delay:?}: {} of {} acknowledged commits lost", lost.commits, record.commits());
-            assert_eq!(lost.commits, 0, "{lost:?}");
+            let commits = pair.destroy_and_lose_nothing(workload, Some(&s3))?;
+            println!("store slower by {delay:?}: none of {commits} acknowledged commits lost");
             Ok(())
         });
     }

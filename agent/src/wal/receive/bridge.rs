@@ -94,8 +94,8 @@ impl<'a> Bridge<'a> {
         let carry = tokio::task::spawn_blocking(move || predecessor_carry(&carried, segment)).await;
         let begun = Place { wal, segment, size, member: source.member.clone() };
         let open = OpenSegment::begin(begun, &source.archive, carry.ok().flatten(), None)?;
-        let archive = source.archive.clone();
-        let mut spooled = SpoolWaiting::begin(spool, receiver.spooling(), archive, without_peer, from);
+        let pieces = source.archive_of_pieces();
+        let mut spooled = SpoolWaiting::begin(spool, receiver.spooling(), pieces, without_peer, from);
         spooled.note_near();
         Ok(Bridge { receiver, source, floor, open, spooled, server_end: Lsn::INVALID })
     }

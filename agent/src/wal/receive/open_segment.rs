@@ -3,7 +3,6 @@
 //! Pieces are cut so that few are ever needed: each sixteenth takes in the fifteen before it, each 256th the 255 before, up to 64 MiB.
 //! A segment that fills in a day then is 45 pieces to read instead of 86,400, and each byte is stored three times at most.
 
-use bytes::Bytes;
 use jiff::Timestamp;
 use walfleet_repository::crypto::ContentHasher;
 use walfleet_repository::format::wal_segment::{CONTENT_FRAME_BYTES, CommitPoint, RestorePoint, SegmentFacts};
@@ -15,7 +14,7 @@ use walfleet_repository::wal_archive::{
 };
 
 use super::ReceiveError;
-
+use super::spare::Spare;
 use crate::postgres::wal_record::{COMPLETION_SPACING, Carry, SegmentPlace, SegmentScan, WalError};
 use crate::wal::read::{facts_of, suspicion, wal_level_change};
 
@@ -60,6 +59,8 @@ struct Cut {
 pub struct OpenSegment {
     place: Place,
     bytes: Vec<u8>,
+    /// Where memory comes from, and goes to.
+    spare: Spare,
     scan: SegmentScan,
     /// Of the bytes up to the last cut of any kind.
     hasher: ContentHasher,
@@ -133,13 +134,20 @@ impl OpenSegment {
             spool_cuts: vec![Cut { end: 0, id: hasher.id() }],
             fresh: hasher.clone(),
             hasher,
-            bytes: Vec::with_capacity(place.size.bytes().min(MOST_AT_ONCE) as usize),
+            bytes: Vec::new(),
+            spare: Spare::default(),
             coming: None,
             known: known.filter(|known| !known.bytes.is_empty()),
             compared: 0,
             is_held: false,
             place,
         })
+    }
+
+    /// In memory that was used before, and will be again.
+    pub fn in_memory_of(mut self, spare: &Spare) -> OpenSegment {
+        self.spare = spare.clone();
+        self
     }
 
     /// Has the segment sealed while it comes, by this archive.
@@ -232,6 +240,9 @@ impl OpenSegment {
         let room = self.place.size.bytes() as usize - self.bytes.len();
         let taken = bytes.get(..room).unwrap_or(bytes);
         self.scan.feed(taken)?;
+        if self.bytes.capacity() == 0 {
+            self.bytes = self.spare.take(self.place.size.bytes().min(MOST_AT_ONCE) as usize);
+        }
         self.bytes.extend_from_slice(taken);
         // A whole frame is valid if records go on behind it: whatever comes, the segment's end is not before.
         if let Some(coming) = &mut self.coming
@@ -316,7 +327,7 @@ impl OpenSegment {
             name: TailName { from: first.end, to, member: self.place.member.clone() },
             before: first.id,
             after: after.id,
-            bytes: Bytes::copy_from_slice(bytes),
+            bytes: self.spare.copy(bytes),
             facts,
             shipped_at_us: Timestamp::now().as_microsecond(),
             complete_at_us: complete_at.map(Timestamp::as_microsecond),
@@ -344,7 +355,11 @@ impl OpenSegment {
             shipped_at_us: Timestamp::now().as_microsecond(),
         };
         let content = match self.coming {
-            Some(coming) => FinishedContent::Sealed(Box::new(coming.finish(&upload)?)),
+            Some(coming) => {
+                let sealed = coming.finish(&upload)?;
+                self.spare.give(upload.content);
+                FinishedContent::Sealed(Box::new(sealed))
+            }
             None => FinishedContent::Plain(Box::new(upload)),
         };
         Ok(Finished { segment: self.place.segment, content, carry: digest.carry })

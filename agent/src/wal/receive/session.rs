@@ -12,6 +12,7 @@ use super::clock::ServerClock;
 use super::frontier::Frontier;
 use super::give_way::Stopping;
 use super::open_segment::{Compared, Finished, Known, OpenSegment, Place, SPOOLED_BYTES};
+use super::spare::Spare;
 use super::spooling::{SpoolWaiting, WaitsFor};
 use super::timelines::{branch, timeline_of};
 use super::uploads::{Stored, Uploads};
@@ -62,6 +63,7 @@ pub(super) struct Session<'a> {
     /// What the slot holds already: never reported less.
     floor: Lsn,
     open: OpenSegment,
+    spare: Spare,
     /// How often a branch had been left when the open segment was begun to be cut.
     partings: u64,
     server_end: Lsn,
@@ -148,6 +150,7 @@ impl<'a> Session<'a> {
         let status = receiver.status();
         status.send_modify(|status| status.begin(wal.timeline, first.start(size), from));
         let complete_until = status.borrow().complete_until;
+        let spare = Spare::default();
         Ok(Session {
             receiver,
             uploads: Uploads::new(&receiver.shipper, wal),
@@ -156,7 +159,9 @@ impl<'a> Session<'a> {
             sealed: Frontier::new(from),
             floor,
             open: OpenSegment::begin(place, &source.archive, carry.ok().flatten(), known)?
+                .in_memory_of(&spare)
                 .seal_as_it_comes(&source.archive)?,
+            spare,
             source,
             base: wal,
             partings,
@@ -177,7 +182,7 @@ impl<'a> Session<'a> {
         let (Synchronous::Spool(without_peer), Some(spool)) = (receiver.options.synchronous, &receiver.spool) else {
             return None;
         };
-        Some(SpoolWaiting::begin(spool, receiver.spooling(), source.archive.clone(), without_peer, from))
+        Some(SpoolWaiting::begin(spool, receiver.spooling(), source.archive_of_pieces(), without_peer, from))
     }
 
     async fn stream(&mut self, mut stream: WalStream, stop: &CancellationToken) -> Result<End, ReceiveError> {
@@ -229,6 +234,9 @@ impl<'a> Session<'a> {
                     // Its answer tells how far the server is, also while it has nothing to send.
                     stream.report(self.positions(), Reply::Requested).await;
                     self.give_way().await?;
+                    if self.spare.tidy() {
+                        self.source.archive.reuse_nothing();
+                    }
                     report_at = Instant::now() + if self.asked.is_some() { REPORT / 5 } else { REPORT };
                 }
             }
@@ -474,10 +482,11 @@ impl<'a> Session<'a> {
         } else {
             self.uploads.later(segment);
         }
-        let open = OpenSegment::begin(place, &self.source.archive, carry, None)?;
+        let open = OpenSegment::begin(place, &self.source.archive, carry, None)?.in_memory_of(&self.spare);
         // A backlog is sealed beside what comes, on all the cores.
-        self.open =
-            if self.backlog() < SEALED_AS_IT_COMES { open.seal_as_it_comes(&self.source.archive)? } else { open };
+        let backlog = self.backlog();
+        let archive = self.receiver.shipper.archive_for(backlog);
+        self.open = if backlog < SEALED_AS_IT_COMES { open.seal_as_it_comes(archive)? } else { open };
         Ok(())
     }
 

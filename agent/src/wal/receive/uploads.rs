@@ -170,10 +170,12 @@ impl Uploads {
         let sealed_bytes = sealed.len();
         self.sealed_bytes += sealed_bytes;
         let (attempt, branches, base) = (self.attempt(), Arc::clone(&self.branches), self.base);
+        let archive = self.shipper.source().archive.clone();
         self.tasks.spawn(async move {
             let store = async |_| branches.store_segment(base, &sealed, &ticket).await.map_err(Arc::new);
             let archived = attempt.until_stored(store, |_| false).await?;
             attempt.note(archived, |status| status.segments += 1);
+            archive.reuse(*sealed);
             Ok(Ended::Segment { segment, sealed_bytes })
         });
     }

@@ -121,10 +121,11 @@ impl Shipper {
         })
     }
 
-    /// The archive, compressing as hard as so many waiting segments leave time for.
+    /// The archive, compressing as hard as so many waiting segments leave time for, and the server leaves CPU.
     pub fn archive_for(&self, backlog: usize) -> &WalArchive {
         match backlog {
             _ if self.source.compression != Compression::Adaptive => &self.source.archive,
+            _ if self.queueing.is_long() => &self.lightest,
             0..BACKLOG => &self.source.archive,
             BACKLOG..LARGE_BACKLOG => &self.light,
             LARGE_BACKLOG.. => &self.lightest,

@@ -1,9 +1,7 @@
 use std::collections::BTreeMap;
 
-use walfleet_repository::postgres::Lsn;
-
 use super::super::observed::{ArchiveObserved, InstanceObserved, StreamObserved, StreamPhase};
-use super::super::recovery::{RecoveryRange, WalGap};
+use super::super::recovery::RecoveryRange;
 use super::super::samples;
 use super::*;
 use crate::resources::{Document, PolicySpec, document};
@@ -146,18 +144,7 @@ fn each_way_of_not_being_protected_is_told_apart_with_its_reason() {
         (change(|i| i.windows[0].ranges.clear()), "", 0, Protection::Unprotected, "bk_1 cannot be made consistent"),
         (
             change(|i| {
-                i.windows[0].gaps.push(WalGap {
-                    timeline: 1,
-                    branch: String::new(),
-                    from_lsn: Lsn(0x300_0000),
-                    to_lsn: Lsn(0x400_0000),
-                    acknowledged: false,
-                    from: None,
-                    to: None,
-                    recorded: None,
-                    acknowledgement: None,
-                    system_identifier: 7,
-                });
+                i.windows[0].gaps.push(samples::gap((0x300_0000, 0x400_0000), 1));
             }),
             "",
             0,
