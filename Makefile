@@ -28,7 +28,7 @@ test: build
 # Memory is measured in the process that runs the test, so one at a time, and on a file system in memory.
 proof: build
 	@TMPDIR=/dev/shm cargo test -p walfleet-agent --lib -- --ignored --nocapture --test-threads=1
-	@cargo test -p walfleet-integration-tests --test it -- --ignored --nocapture ten_hosts_are_destroyed
+	@cargo test -p walfleet-integration-tests --test it -- --ignored --nocapture fifty_hosts_are_destroyed
 
 bench: prepare
 	@AREA=$(AREA) QUICK=$(QUICK) ROWS=$(ROWS) PEERS=$(PEERS) scripts/bench.sh

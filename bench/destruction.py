@@ -14,7 +14,6 @@ import time
 from dataclasses import replace
 
 import machine
-import timed
 from busy import Load
 from client import TABLE, Clients
 from cluster import Cluster
@@ -31,14 +30,8 @@ SMALL = replace(QUICK, scale=5, documents=1000)
 # A commit waits for the agent, under the name that it streams by.
 SYNCHRONOUS = "synchronous_standby_names = 'walfleet'\n"
 
-# Of the destructions, one of so many in each synchronous mode.
-SYNCHRONOUS_SHARE = 5
-
 # How long the clients write before: spread, so that every phase of what the agent does is hit.
 SOONEST_SECONDS, LATEST_SECONDS = 2.0, 5.0
-
-# A repository that did not grow for so long has got all that an agent had in its spool.
-SETTLED_SECONDS = 2.0
 
 
 class Destruction:
@@ -48,12 +41,10 @@ class Destruction:
 
     def measure(self):
         count = self.place.sizes.destructions
-        fewer = max(2, count // SYNCHRONOUS_SHARE)
-        for row, mode, times in [("lost_seconds", None, count), ("lost_commits_repository", "repository", fewer),
-                                 ("lost_commits_spool", "spool", fewer)]:
+        for row, mode in [("lost_seconds", None), ("lost_commits_repository", "repository")]:
             if self.samples.rows.wants(row):
                 with self.samples.attempt(f"wal.{row}"):
-                    self.row(row, mode, times)
+                    self.row(row, mode, count)
                 self.end()
 
     def row(self, row: str, mode: str | None, times: int):
@@ -81,10 +72,8 @@ class Destruction:
                 load.daemon.start(load.command("-T", 3600), lambda: True)
             clients.start()
             time.sleep(self.chance.uniform(SOONEST_SECONDS, LATEST_SECONDS))
-            at = self.destroy(tool, keep_state=mode == "spool")
+            at = self.destroy(tool)
             clients.end()
-        if mode == "spool":
-            self.hand_over(tool)
         began = time.monotonic()
         self.place.run(*tool.restore_of(CLUSTER, self.cluster.data), "--latest")
         self.cluster.start()
@@ -100,7 +89,7 @@ class Destruction:
                                                      "busy": busy, "seconds": round(seconds, 3), "back_seconds": round(took, 3)})
         return len(lost), seconds
 
-    def destroy(self, tool: Walfleet, keep_state: bool) -> float:
+    def destroy(self, tool: Walfleet) -> float:
         """Kills server and agent and removes their files; when."""
         doomed = [tool.pid(), *machine.tree(self.cluster.pid())]
         at = time.monotonic()
@@ -113,19 +102,8 @@ class Destruction:
         self.place.fresh(self.cluster.data)
         for socket in self.cluster.sockets.glob(".s.PGSQL.*"):
             socket.unlink()
-        if not keep_state:
-            shutil.rmtree(tool.state)
+        shutil.rmtree(tool.state)
         return at
-
-    def hand_over(self, tool: Walfleet):
-        """The spool survived: an agent starts over it and ships what it holds."""
-        tool.start()
-        stored, since = -1, time.monotonic()
-        while time.monotonic() - since < SETTLED_SECONDS:
-            time.sleep(0.2)
-            if (now := timed.size(tool.repository)) != stored:
-                stored, since = now, time.monotonic()
-        tool.end()
 
     def end(self):
         self.ours.end()

@@ -10,7 +10,7 @@ AREAS = {
                "changed_pg17", "fortnight_stored", "clones_stored", "full_s3", "restore_s3", "changed_s3",
                "busy", "memory"],
     "wal": ["backlog", "backlog_adaptive", "push", "push_p99", "push_empty", "fetch", "first_query", "pgbench",
-            "pgbench_p99", "agent_memory", "agent_cpu", "lost_seconds", "lost_commits_repository", "lost_commits_spool"],
+            "pgbench_p99", "agent_memory", "agent_cpu", "lost_seconds", "lost_commits_repository"],
 }
 
 QUANTITIES = ["_cpu", "_memory", "_stored", "_requests", "_latency"]
@@ -23,7 +23,7 @@ BARS = {"backup.full": 0.8, "backup.full_cpu": 0.9, "backup.restore": 0.6, "back
         "wal.backlog": 0.85, "wal.backlog_adaptive": 0.5, "wal.backlog_adaptive_stored": 1.25, "wal.push": 0.4,
         "wal.push_p99": 0.4, "wal.push_empty": 3.0, "wal.fetch": 0.6, "wal.first_query": 0.75, "wal.pgbench": 1.02,
         "wal.pgbench_p99": 1.05, "wal.agent_memory": 1.0, "wal.agent_cpu": 1.0, "wal.lost_seconds": 1.0,
-        "wal.lost_commits_repository": 1.0, "wal.lost_commits_spool": 1.0}
+        "wal.lost_commits_repository": 1.0}
 
 
 class Rows:

@@ -23,8 +23,7 @@ from streaming import Streaming
 from walfleet import Walfleet
 
 
-STREAMING_ROWS = ["pgbench", "pgbench_p99", "agent_memory", "agent_cpu", "lost_seconds", "lost_commits_repository",
-                  "lost_commits_spool"]
+STREAMING_ROWS = ["pgbench", "pgbench_p99", "agent_memory", "agent_cpu", "lost_seconds", "lost_commits_repository"]
 
 
 def run(place: Place, report: Report, programs: Programs, rows: Rows):

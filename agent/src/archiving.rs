@@ -11,7 +11,7 @@ use walfleet_repository::cluster::OpenCluster;
 use walfleet_repository::ids::ClusterName;
 use walfleet_repository::kept::KeptCluster;
 use walfleet_repository::postgres::{Lsn, SegmentSize, SystemId, Timeline};
-use walfleet_repository::shipping::{ShippingSpec, Synchronous};
+use walfleet_repository::shipping::{ShippingSpec, Streaming, Synchronous};
 
 use crate::access::{Access, ClusterAccess};
 use crate::limits::HostLimits;
@@ -75,6 +75,8 @@ pub struct Archiving {
     slots: Mutex<HashMap<PathBuf, Arc<tokio::sync::Mutex<Option<Slot>>>>>,
     /// Made without asking the repository, of instances that have no slot meanwhile.
     bridges: Mutex<HashMap<PathBuf, Slot>>,
+    /// Of clusters whose WAL is to be streamed and has no slot yet: why not.
+    waiting: Mutex<HashMap<ClusterName, StreamStatus>>,
     /// One gap at a time: what is missing has waited already.
     filling: Arc<Semaphore>,
 }
@@ -110,8 +112,9 @@ impl Archiving {
         limits: Arc<HostLimits>,
         state_dir: PathBuf,
     ) -> Archiving {
-        let (slots, bridges, filling) = (Mutex::default(), Mutex::default(), Arc::new(Semaphore::new(1)));
-        Archiving { access, options, limits, state_dir, slots, bridges, filling }
+        let (slots, bridges, waiting) = (Mutex::default(), Mutex::default(), Mutex::default());
+        let filling = Arc::new(Semaphore::new(1));
+        Archiving { access, options, limits, state_dir, slots, bridges, waiting, filling }
     }
 
     /// What has been shipped of each cluster since the agent started; clusters whose WAL nobody asked for are not in it.
@@ -130,7 +133,44 @@ impl Archiving {
         };
         let mut statuses: Vec<_> = slots.iter().filter_map(|slot| slot.try_lock().ok()?.as_ref().map(view)).collect();
         statuses.extend(self.bridges().values().map(view));
+        let waiting = self.waiting().clone().into_iter();
+        let waiting: Vec<_> =
+            waiting.filter(|(cluster, _)| statuses.iter().all(|(known, _)| known != cluster)).collect();
+        statuses.extend(waiting.into_iter().map(|(cluster, streamed)| {
+            let shipping = self.spec_of(&cluster);
+            (cluster, Shipping { streamed, shipping, ..Shipping::default() })
+        }));
         statuses
+    }
+
+    /// No policy, or this host's configuration, has WAL of a cluster streamed; before that is known, it may.
+    pub fn streams_nothing(&self, cluster: &ClusterName) -> bool {
+        let access = self.access.borrow();
+        let Some(access) = access.as_ref() else { return false };
+        access.clusters.get(cluster).is_none_or(|cluster| cluster.shipping.streaming == Some(Streaming::Off))
+    }
+
+    fn spec_of(&self, cluster: &ClusterName) -> ShippingSpec {
+        let access = self.access.borrow();
+        access
+            .as_ref()
+            .and_then(|access| access.clusters.get(cluster))
+            .map(|cluster| cluster.shipping)
+            .unwrap_or_default()
+    }
+
+    /// WAL of a cluster is to be streamed, and nothing can be made ready for that: this is why.
+    pub fn wait_with(&self, cluster: &ClusterName, problem: String) {
+        self.waiting().entry(cluster.clone()).or_default().wait(problem);
+    }
+
+    /// It was made ready, or is not wanted any more.
+    pub fn wait_no_more(&self, cluster: &ClusterName) {
+        self.waiting().remove(cluster);
+    }
+
+    fn waiting(&self) -> std::sync::MutexGuard<'_, HashMap<ClusterName, StreamStatus>> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn bridges(&self) -> std::sync::MutexGuard<'_, HashMap<PathBuf, Slot>> {

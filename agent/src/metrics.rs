@@ -20,6 +20,7 @@ use std::sync::atomic::AtomicU64;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use walfleet_repository::ids::ClusterName;
+use walfleet_repository::shipping::Synchronous;
 
 use crate::archiving::Shipping;
 use crate::facts::{Facts, InstanceRole};
@@ -28,7 +29,7 @@ use crate::jobs::report::Report;
 use crate::jobs::{JobObserver, Jobs};
 use crate::journal::{Ending, JobOutcome};
 use crate::link::LinkState;
-use crate::wal::receive::WaitsFor;
+use crate::wal::receive::{StreamPhase, WaitsFor};
 
 /// A content type that Prometheus and its kin agree on (OpenMetrics 1.0).
 const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -212,10 +213,21 @@ impl Metrics {
         Self::set(&self.wal_failures, cluster, (archived.failures + streamed.failures) as f64);
         Self::set(&self.wal_stored_bytes, cluster, shipping.stored_bytes() as f64);
         Self::set(&self.wal_streaming, cluster, f64::from(u8::from(streamed.phase.is_well())));
-        if let Some(spool) = &streamed.spool {
-            let is_degraded = spool.waits_for != WaitsFor::Spools;
-            Self::set(&self.wal_spool_degraded, cluster, f64::from(u8::from(is_degraded)));
-            Self::set(&self.wal_spool_bytes, cluster, spool.held_bytes as f64);
+        match (&streamed.spool, shipping.shipping.synchronous) {
+            (Some(spool), _) => {
+                let is_degraded = spool.waits_for != WaitsFor::Spools;
+                Self::set(&self.wal_spool_degraded, cluster, f64::from(u8::from(is_degraded)));
+                Self::set(&self.wal_spool_bytes, cluster, spool.held_bytes as f64);
+            }
+            // Nothing is received: commits hang.
+            (None, Some(Synchronous::Spool)) if matches!(streamed.phase, StreamPhase::Waiting(_)) => {
+                Self::set(&self.wal_spool_degraded, cluster, 1.0)
+            }
+            (None, _) => {
+                let cluster = OfCluster { cluster: cluster.to_string() };
+                self.wal_spool_degraded.remove(&cluster);
+                self.wal_spool_bytes.remove(&cluster);
+            }
         }
         let durable = shipping.durable().max().map_or(0, |(_, lsn)| lsn.0);
         Self::set(&self.wal_durable_lsn, cluster, durable as f64);

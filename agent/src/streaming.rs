@@ -195,17 +195,48 @@ impl Drop for Told {
     }
 }
 
+/// Why nothing is received holds until something is, and no longer than it is wanted.
+struct Waiting<'a>(&'a Source);
+
+impl Waiting<'_> {
+    fn with(&self, problem: String) {
+        self.0.archiving.wait_with(&self.0.cluster, problem);
+    }
+
+    fn no_more(&self) {
+        self.0.archiving.wait_no_more(&self.0.cluster);
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.no_more();
+    }
+}
+
 async fn receive(source: &Source, stop: &CancellationToken) {
     let (archiving, data_dir) = (&source.archiving, &source.instance.data_dir);
+    let waiting = Waiting(source);
     let mut patience = UNANSWERED;
     while !stop.is_cancelled() {
         let made = match source.options.synchronous {
             Synchronous::Spool(_) => tokio::time::timeout(patience, archiving.receiving(data_dir)).await.ok(),
-            Synchronous::Off | Synchronous::Repository => Some(archiving.receiving(data_dir).await),
+            Synchronous::Off | Synchronous::Repository => {
+                let unanswered = async {
+                    tokio::time::sleep(LONGEST_UNANSWERED / 6).await;
+                    waiting.with("the repository does not answer".to_owned());
+                    std::future::pending().await
+                };
+                tokio::select! {
+                    made = archiving.receiving(data_dir) => Some(made),
+                    () = unanswered => None,
+                }
+            }
         };
         let problem = match made {
             Some(Ok(receiving)) => {
                 let _told = Told(receiving.shipper.stream().clone());
+                waiting.no_more();
                 source.receiver(receiving).run(stop.clone()).await;
                 continue;
             }
@@ -225,6 +256,7 @@ async fn receive(source: &Source, stop: &CancellationToken) {
             }
         };
         tracing::debug!(data_dir = %data_dir.display(), "not streamed yet: {problem}");
+        waiting.with(problem);
         tokio::select! {
             () = stop.cancelled() => {}
             () = tokio::time::sleep(AGAIN) => {}

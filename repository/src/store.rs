@@ -17,9 +17,11 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use futures::TryStreamExt;
+use futures::{StreamExt, TryStreamExt};
 use object_store::path::Path;
-use object_store::{GetOptions, GetRange, GetResult, ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload};
+use object_store::{
+    GetOptions, GetRange, GetResult, ObjectMeta, ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload,
+};
 
 pub use address::{Folder, StoreOptions};
 pub use attempt::RetryPolicy;
@@ -50,6 +52,9 @@ pub struct Listed {
     /// The store's clock, microseconds since the Unix epoch. Decides nothing.
     pub last_modified_us: i64,
 }
+
+/// Requests that delete at once.
+const DELETES: usize = 16;
 
 /// The objects and the folders directly below a prefix.
 #[derive(Clone, Default, PartialEq, Eq, Debug)]
@@ -167,11 +172,24 @@ impl Store {
 
     /// The object's size.
     pub async fn head(&self, key: &Path) -> Result<u64, StoreError> {
+        Ok(self.meta(key).await?.size)
+    }
+
+    /// As a listing would show it; `None` if it is not there.
+    pub async fn listed(&self, key: &Path) -> Result<Option<Listed>, StoreError> {
+        match self.meta(key).await {
+            Ok(meta) => Ok(Some(Listed::from(meta))),
+            Err(error) if error.is_not_found() => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn meta(&self, key: &Path) -> Result<ObjectMeta, StoreError> {
         let mut attempts = Attempts::new(Operation::Head, key, &self.retry);
         loop {
             self.counters.head();
             match attempts.limit(0, self.inner.head(key)).await {
-                Ok(meta) => return Ok(meta.size),
+                Ok(meta) => return Ok(meta),
                 Err(error) => self.again(&mut attempts, error).await?,
             }
         }
@@ -242,17 +260,18 @@ impl Store {
     /// Deletes objects; one that is gone already is no error. The keeper alone may: agents have no right to.
     #[tracing::instrument(name = "store.delete", skip_all, fields(otel.kind = "client", count = keys.len()))]
     pub async fn delete(&self, keys: Vec<Path>) -> Result<(), StoreError> {
-        for key in keys {
-            let mut attempts = Attempts::new(Operation::Delete, &key, &self.retry);
-            loop {
-                match attempts.limit(0, self.inner.delete(&key)).await {
-                    Ok(()) => break,
-                    Err(error) if error.is_not_found() => break,
-                    Err(error) => self.again(&mut attempts, error).await?,
-                }
+        let deletes = futures::stream::iter(keys.into_iter().map(|key| self.delete_one(key)));
+        deletes.buffer_unordered(DELETES).try_collect().await
+    }
+
+    async fn delete_one(&self, key: Path) -> Result<(), StoreError> {
+        let mut attempts = Attempts::new(Operation::Delete, &key, &self.retry);
+        loop {
+            match attempts.limit(0, self.inner.delete(&key)).await {
+                Err(error) if !error.is_not_found() => self.again(&mut attempts, error).await?,
+                Ok(()) | Err(_) => return Ok(()),
             }
         }
-        Ok(())
     }
 
     /// The folders and objects directly below `prefix`.

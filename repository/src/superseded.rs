@@ -24,7 +24,7 @@ use crate::wal_archive::damage::reads_back;
 const READERS: Duration = Duration::from_secs(3600);
 
 /// Of one round; the next goes on.
-const MOST: usize = 5000;
+const MOST: usize = 50_000;
 
 /// What a round removed.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
@@ -69,13 +69,11 @@ async fn dead(
     now: Timestamp,
 ) -> Result<Vec<Listed>, StoreError> {
     let Some(whole) = layout::segment_of_tails(cluster, folder) else { return Ok(Vec::new()) };
-    // The newest piece is older than the segment that took its place.
-    let newest = pieces.iter().map(|piece| piece.last_modified_us).max().unwrap_or(i64::MAX);
     let named = |piece: Listed| Some((layout::tail_name(&piece.key)?, piece));
     let named: Vec<(TailName, Listed)> = pieces.into_iter().filter_map(named).collect();
     let members: BTreeSet<&str> = named.iter().map(|(name, _)| name.member.as_str()).collect();
     let is_one_servers = is_only_one && members.len() == 1;
-    if is_one_servers && is_old(newest, now) && reads_back(store, &whole, ObjectKind::Segment).await? {
+    if is_one_servers && takes_their_place(store, &whole, &named, now).await? {
         return Ok(named.into_iter().map(|(_, piece)| piece).collect());
     }
     let names: Vec<&TailName> = named.iter().map(|(name, _)| name).collect();
@@ -93,6 +91,30 @@ async fn dead(
     let doomed = named.iter().filter(is_taken_in).map(|(name, _)| name).collect();
     let dead = spare_joints(&names, doomed);
     Ok(named.iter().filter(|(name, _)| dead.contains(name)).map(|(_, piece)| piece.clone()).collect())
+}
+
+/// Whether a whole segment has been there for long enough. A piece of all of it that came after it was stored beside it, since its
+/// own member could not read what lies there: that takes no place.
+async fn takes_their_place(
+    store: &Store,
+    whole: &Path,
+    pieces: &[(TailName, Listed)],
+    now: Timestamp,
+) -> Result<bool, StoreError> {
+    let newest = pieces.iter().map(|(_, piece)| piece.last_modified_us).max();
+    if newest.is_none_or(|newest| !is_old(newest, now)) {
+        return Ok(false);
+    }
+    let Some(there) = store.listed(whole).await? else { return Ok(false) };
+    let end = pieces.iter().map(|(name, _)| name.to).max();
+    // A store may tell time in seconds.
+    let is_beside = |(name, piece): &(TailName, Listed)| {
+        name.from == 0 && Some(name.to) == end && piece.last_modified_us >= there.last_modified_us
+    };
+    if !is_old(there.last_modified_us, now) || pieces.iter().any(is_beside) {
+        return Ok(false);
+    }
+    reads_back(store, whole, ObjectKind::Segment).await
 }
 
 /// Whether a piece begins where one of those ends, or the segment does.

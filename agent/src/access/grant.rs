@@ -15,8 +15,11 @@ use walfleet_repository::keyring::KeyringError;
 
 use super::{Access, AccessError, ClusterAccess};
 
-/// How soon a grant that failed is tried again, and how soon a new key version is noticed.
+/// How soon a new key version is noticed.
 const AGAIN: Duration = Duration::from_secs(60);
+
+/// How soon a grant that failed is tried again: the repository may just be being made, and other hosts wait for their keys.
+const AGAIN_IF_FAILED: Duration = Duration::from_secs(10);
 
 /// For how long a new host may be without a key of its own before that is worth a warning: the host that has the key
 /// hears of the new one and grants it within [`AGAIN`].
@@ -37,22 +40,26 @@ pub async fn keep_granted(mut access: watch::Receiver<Option<Arc<Access>>>, canc
     let mut grants = Grants::default();
     loop {
         let present = access.borrow_and_update().clone();
+        let mut is_done = true;
         if let Some(present) = present {
             tokio::select! {
                 // Between two objects; each is written whole or not at all.
                 () = cancel.cancelled() => return,
-                () = grant_all(&present, &mut grants) => {}
+                granted = grant_all(&present, &mut grants) => is_done = granted,
             }
         }
+        let wait = if is_done { AGAIN } else { AGAIN_IF_FAILED };
         tokio::select! {
             () = cancel.cancelled() => return,
             changed = access.changed() => if changed.is_err() { return },
-            () = tokio::time::sleep(AGAIN) => {}
+            () = tokio::time::sleep(wait) => {}
         }
     }
 }
 
-async fn grant_all(access: &Access, grants: &mut Grants) {
+/// Whether nothing is left to be granted.
+async fn grant_all(access: &Access, grants: &mut Grants) -> bool {
+    let mut is_done = true;
     for cluster in access.clusters.values() {
         let missing = missing(cluster, access.key.file.recipient.id(), &grants.granted);
         if cluster.instance.is_none() || missing.is_empty() {
@@ -64,13 +71,16 @@ async fn grant_all(access: &Access, grants: &mut Grants) {
                 grants.granted.extend(missing.into_iter().map(|(recipient, _)| (cluster.name.clone(), recipient)));
             }
             Err(error) if waits_for_own_key(&error) && grants.has_just_learned_of(&cluster.name) => {
+                is_done = false;
                 tracing::info!(cluster = %cluster.name, "the cluster's key is not granted to this host yet, which can grant it to no other")
             }
             Err(error) => {
+                is_done = false;
                 tracing::warn!(cluster = %cluster.name, %error, "the cluster's key is not granted yet to every host that may restore it")
             }
         }
     }
+    is_done
 }
 
 impl Grants {

@@ -14,9 +14,9 @@ use walfleet_repository::ids::ClusterName;
 
 use super::pace::{Found, Pace, Signs};
 use super::repository::{ClusterWatch, RepositoryView, nothing};
-use super::server::{Seen, Versions, assemble, look, strangers};
+use super::server::{Look, Seen, Versions, assemble, look, strangers};
 use super::trend::{Sample, Trend};
-use super::{Facts, InstanceFacts};
+use super::{Facts, InstanceFacts, unstreamed};
 use crate::access::{Access, AccessError, ClusterAccess, InstanceAccess};
 use crate::archiving::{Archiving, Shipping};
 use crate::config::Config;
@@ -24,7 +24,6 @@ use crate::identity::connect::chain;
 use crate::jobs::Jobs;
 use crate::wal::breaks;
 use crate::wal::fill::Missing;
-use crate::wal::receive::StreamPhase;
 
 /// The controller's own interval is longer; this is how soon a change of role or a failing archiver is noticed.
 const SERVERS: Duration = Duration::from_secs(10);
@@ -138,16 +137,20 @@ impl Collector {
         let shipping: BTreeMap<_, _> = self.archiving.statuses().into_iter().collect();
         // Before the looks: so what of a primary's own WAL is seen to be stored is never ahead of where it is seen to be.
         let mut views = views.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let looks: Vec<_> = members.values().cloned().map(look).collect();
+        let slot = &self.config.wal.slot;
+        let looks: Vec<_> = members.values().cloned().map(|instance| look(instance, slot.clone())).collect();
         let mut instances = Vec::new();
         for ((cluster, instance), look) in members.iter().zip(join_all(looks).await) {
             let view = views.remove(cluster);
-            let (server, files, major) = (look.server, look.files, look.major);
+            let Look { server, kept, files, major } = look;
             let ready_bytes = files.ready_bytes;
             let seen = Seen { server, files, major, shipping: shipping.get(cluster), view };
             let mut facts = assemble(cluster, instance, seen);
             facts.problems.extend(break_problem(&self.config, cluster));
-            note_trend(trends.entry(cluster.clone()).or_default(), &mut facts, ready_bytes, shipping.get(cluster));
+            let standing = (self.archiving.streams_nothing(cluster), facts.archive.stream.phase.is_well());
+            facts.problems.extend(kept.as_ref().and_then(|kept| unstreamed::kept_for_nothing(kept, slot, standing)));
+            let kept_bytes = (ready_bytes, kept.map_or(0, |kept| kept.bytes));
+            note_trend(trends.entry(cluster.clone()).or_default(), &mut facts, kept_bytes, shipping.get(cluster));
             instances.push(facts);
         }
         let owned = members.into_values().map(|instance| instance.data_dir).collect();
@@ -164,12 +167,18 @@ fn break_problem(config: &Config, cluster: &ClusterName) -> Option<String> {
     }
 }
 
-fn note_trend(trend: &mut Trend, facts: &mut InstanceFacts, ready_bytes: u64, shipping: Option<&Shipping>) {
+fn note_trend(
+    trend: &mut Trend,
+    facts: &mut InstanceFacts,
+    (ready_bytes, slot_bytes): (u64, u64),
+    shipping: Option<&Shipping>,
+) {
     trend.note(Sample {
         at: Timestamp::now(),
         current_lsn: facts.current_lsn,
         durable_lsn: facts.archive.durable_lsn,
-        is_streamed: facts.archive.stream.phase != StreamPhase::Off,
+        is_streamed: facts.archive.stream.phase.is_well(),
+        slot_bytes,
         pg_wal_bytes: facts.archive.pg_wal_bytes,
         ready_bytes,
         requests: shipping.map_or(0, |shipping| shipping.requests),

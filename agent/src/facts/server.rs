@@ -15,7 +15,7 @@ use crate::archiving::Shipping;
 use crate::identity::connect::chain;
 use crate::postgres::control::{ClusterState, ControlFile};
 use crate::postgres::instance::{self, Instance, InstanceError, InstanceState};
-use crate::postgres::server::{Server, ServerFacts, ServerRole};
+use crate::postgres::server::{KeptWal, Server, ServerFacts, ServerRole};
 use crate::postgres::wal_record::{MOST_QUIET_BYTES, changes_nothing};
 use crate::tasks::on_disk;
 
@@ -25,24 +25,30 @@ const SERVER_DEADLINE: Duration = Duration::from_secs(15);
 /// What one look at an instance saw.
 pub(super) struct Look {
     pub server: Result<ServerFacts, String>,
+    /// Of our replication slot, if there is one.
+    pub kept: Option<KeptWal>,
     pub files: PgWal,
     /// From PG_VERSION.
     pub major: Option<u32>,
 }
 
-pub(super) async fn look(instance: InstanceAccess) -> Look {
+pub(super) async fn look(instance: InstanceAccess, slot: String) -> Look {
     let files = pg_wal(&instance.data_dir).await;
     let data_dir = instance.data_dir.clone();
     let major = tokio::task::spawn_blocking(move || instance::inspect(&data_dir).ok().map(|found| found.major));
     let major = major.await.ok().flatten();
     let late = |_| Err(format!("the server did not answer within {} s", SERVER_DEADLINE.as_secs()));
     let data_dir = instance.data_dir.clone();
-    let server = tokio::time::timeout(SERVER_DEADLINE, ask(instance)).await.unwrap_or_else(late);
+    let asked = tokio::time::timeout(SERVER_DEADLINE, ask(instance, &slot)).await.unwrap_or_else(late);
+    let (server, kept) = match asked {
+        Ok((server, kept)) => (Ok(server), kept),
+        Err(problem) => (Err(problem), None),
+    };
     let quiet_from = match &server {
         Ok(server) if server.role == ServerRole::Primary => quiet_from(data_dir, server).await,
         _ => None,
     };
-    Look { server, files: PgWal { quiet_from, ..files }, major }
+    Look { server, kept, files: PgWal { quiet_from, ..files }, major }
 }
 
 /// Where the segment begins that a primary writes, if it has written nothing there that changes anything.
@@ -67,10 +73,12 @@ async fn quiet_from(data_dir: PathBuf, server: &ServerFacts) -> Option<Lsn> {
 }
 
 /// Over a connection of its own: one that stayed open would keep a smart shutdown waiting for ever.
-async fn ask(instance: InstanceAccess) -> Result<ServerFacts, String> {
+async fn ask(instance: InstanceAccess, slot: &str) -> Result<(ServerFacts, Option<KeptWal>), String> {
     let connection = instance.reach().await.map_err(|error| chain(&error))?;
     let server = Server::connect(&connection).await.map_err(|error| chain(&error))?;
-    server.facts().await.map_err(|error| chain(&error))
+    let facts = server.facts().await.map_err(|error| chain(&error))?;
+    // Worth a word where it can be told, and no more.
+    Ok((facts, server.kept_wal(slot).await.ok().flatten()))
 }
 
 /// server_version_num of servers that were asked, by process id and start: asking one means starting its program.

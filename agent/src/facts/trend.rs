@@ -26,8 +26,10 @@ pub struct Sample {
     pub current_lsn: Option<Lsn>,
     /// Of the server's own timeline.
     pub durable_lsn: Option<Lsn>,
-    /// A slot may keep what is not durable.
+    /// Whoever streams moves the slot on.
     pub is_streamed: bool,
+    /// What the slot keeps.
+    pub slot_bytes: u64,
     pub pg_wal_bytes: u64,
     /// Of what PostgreSQL keeps until it is archived.
     pub ready_bytes: u64,
@@ -72,12 +74,13 @@ impl Trend {
         rate(first, last, first.waiting()?, waiting)
     }
 
-    /// Bytes a second by which `pg_wal` itself grows, while PostgreSQL keeps what the archiver has not taken, or a slot what
-    /// was never stored of this timeline. At other times it grows up to `max_wal_size` and no more.
+    /// Bytes a second by which `pg_wal` itself grows, while PostgreSQL keeps what the archiver has not taken, or a slot what nobody
+    /// moves it past: no WAL is streamed, or nothing was ever stored of this timeline. At other times it grows up to `max_wal_size` and no more.
     fn kept(&self) -> Option<f64> {
         let (last, first) = (self.samples.back()?, self.first_within(KEPT_OVER)?);
         let archiver = last.ready_bytes >= NOT_WORTH_A_WORD && last.ready_bytes > first.ready_bytes;
-        let slot = last.is_streamed && last.current_lsn.is_some() && last.durable_lsn.is_none();
+        let is_stuck = !last.is_streamed || last.current_lsn.is_some() && last.durable_lsn.is_none();
+        let slot = is_stuck && last.slot_bytes > first.slot_bytes;
         // 0: it could not be read.
         let is_kept = first.pg_wal_bytes > 0 && (archiver || slot && last.pg_wal_bytes >= NOT_WORTH_A_WORD);
         is_kept.then(|| rate(first, last, first.pg_wal_bytes, last.pg_wal_bytes)).flatten()
@@ -119,6 +122,7 @@ mod tests {
             current_lsn,
             durable_lsn,
             is_streamed: true,
+            slot_bytes: 0,
             pg_wal_bytes: 0,
             ready_bytes: 0,
             requests,
@@ -162,8 +166,12 @@ mod tests {
         assert_eq!(after(&|sample, _| sample), None, "up to max_wal_size");
         let slow = |sample, _| Sample { ready_bytes: 8 * SEGMENT, ..sample };
         assert_eq!(after(&slow), None, "the archiver trails, and no more than before");
-        let other_timeline = |sample, _| Sample { durable_lsn: None, ..sample };
+        let slot = |sample, segments| Sample { slot_bytes: segments * SEGMENT, ..sample };
+        assert_eq!(after(&slot), None, "it is moved on, by segments of 1 GiB perhaps");
+        let other_timeline = |sample, segments| Sample { durable_lsn: None, ..slot(sample, segments) };
         assert_eq!(after(&other_timeline), Some(600), "the slot keeps what is not stored at all");
+        let stuck = |sample, segments| Sample { is_streamed: false, ..slot(sample, segments) };
+        assert_eq!(after(&stuck), Some(600), "the slot keeps what archive_command has stored long since");
         let unknown = |sample, _| Sample { durable_lsn: None, is_streamed: false, ..sample };
         assert_eq!(after(&unknown), None, "nobody keeps it");
         let both = |sample, segments| {

@@ -5,10 +5,13 @@ use std::time::{Duration, Instant};
 use walfleet_repository::shipping::{Streaming, Synchronous};
 
 use crate::archiving::Shipping;
-use crate::postgres::server::{ServerFacts, ServerRole};
+use crate::postgres::server::{KeptWal, ServerFacts, ServerRole};
 
 /// Longer than a server's restart, or a connection's, and shorter than anybody would wait for a commit.
 const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Less is kept for every server that is away for a while.
+const MUCH: u64 = 1 << 30;
 
 const HINT: &str = "streaming takes a role that may replicate, a WAL sender (max_wal_senders), a slot (max_replication_slots) and \
      a line for replication in pg_hba.conf; `walfleet-agent doctor` looks.";
@@ -37,8 +40,24 @@ pub fn problem(server: &ServerFacts, shipping: &Shipping, now: Instant) -> Optio
     Some(format!("WAL is not streamed{consequence}: {why}\nHINT: {hint}"))
 }
 
+/// What a slot keeps though nobody is to stream from it, or cannot: `pg_wal` grows without end. Whether the repository has that WAL by
+/// another way is nothing to the server.
+pub fn kept_for_nothing(kept: &KeptWal, slot: &str, (is_off, is_well): (bool, bool)) -> Option<String> {
+    let mib = kept.bytes >> 20;
+    if is_off {
+        return Some(format!(
+            "WAL is not to be streamed, and the replication slot {slot} keeps it all the same: {mib} MiB in pg_wal, ever more\n\
+             HINT: unless something else uses it: SELECT pg_drop_replication_slot('{slot}')."
+        ));
+    }
+    (!is_well && kept.bytes >= MUCH).then(|| {
+        format!("WAL is not streamed, and the replication slot {slot} keeps it for that: {mib} MiB in pg_wal, ever more\nHINT: {HINT}")
+    })
+}
+
 #[cfg(test)]
 mod tests {
+    use walfleet_repository::postgres::Lsn;
     use walfleet_repository::shipping::ShippingSpec;
 
     use super::*;
@@ -78,5 +97,16 @@ mod tests {
         let since = shipping.streamed.waiting_since;
         shipping.streamed.wait("another".to_owned());
         assert_eq!((shipping.streamed.waiting_since, shipping.streamed.phase.problem()), (since, Some("another")));
+    }
+
+    #[test]
+    fn a_slot_that_nobody_moves_is_told_of() {
+        let told = |mib: u64, is_off, is_well| {
+            let kept = KeptWal { from: Lsn(1), bytes: mib << 20, segment_bytes: 16 << 20, is_archived: true };
+            kept_for_nothing(&kept, "walfleet", (is_off, is_well)).unwrap_or_default()
+        };
+        assert!(told(0, true, false).contains("pg_drop_replication_slot('walfleet')"));
+        assert!(told(1500, false, false).contains("keeps it for that: 1500 MiB"));
+        assert_eq!((told(500, false, false), told(1500, false, true)), (String::new(), String::new()));
     }
 }

@@ -64,13 +64,19 @@ pub async fn store_left(spool: Arc<Spool>, stop: CancellationToken) {
             () = tokio::time::sleep(wait) => {}
         }
         wait = LOOK;
-        for (owner, paths) in spool.spools.left_for(GONE_FOR) {
+        let owners = spool.spools.left_for(GONE_FOR).into_iter();
+        // All at once: one whose repository does not answer keeps no other waiting.
+        let settling = owners.map(async |(owner, paths)| {
+            let settled = settle(&spool.spools, &owner, paths).await;
+            (owner, settled)
+        });
+        let settled = tokio::select! {
+            // Between two objects; each is created whole or not at all.
+            () = stop.cancelled() => return,
+            settled = futures::future::join_all(settling) => settled,
+        };
+        for (owner, settled) in settled {
             let Owner { cluster, member } = &owner;
-            let settled = tokio::select! {
-                // Between two objects; each is created whole or not at all.
-                () = stop.cancelled() => return,
-                settled = settle(&spool.spools, &owner, paths) => settled,
-            };
             match settled {
                 Ok(Settled { stored, end, damaged }) => {
                     reported.remove(&owner);
@@ -81,8 +87,6 @@ pub async fn store_left(spool: Arc<Spool>, stop: CancellationToken) {
                             "WAL that an agent had left in this spool, and the repository lacked, is stored");
                     }
                 }
-                // Its writer came back for it and has let go of it since.
-                Err(LeftError::Spool(SpoolError::Io { source, .. })) if source.kind() == io::ErrorKind::NotFound => {}
                 Err(error) => {
                     wait = AGAIN;
                     let problem = chain(&error);
@@ -107,27 +111,44 @@ fn tell_damage(Owner { cluster, member }: &Owner, path: &Path, Damaged { bytes, 
 
 async fn settle(spools: &Arc<Spools>, owner: &Owner, paths: Vec<PathBuf>) -> Result<Settled, LeftError> {
     let (reading, whose) = (Arc::clone(spools), owner.clone());
-    let (location, pieces, damaged, paths) = on_disk(move || -> Result<_, SpoolError> {
-        let (mut pieces, mut damaged) = (Vec::new(), Vec::new());
+    let (location, pieces, damaged, paths, unread) = on_disk(move || -> Result<_, SpoolError> {
+        let (mut pieces, mut damaged, mut unread) = (Vec::new(), Vec::new(), None);
         for path in &paths {
-            let found = files::read(path)?;
+            let found = match files::read(path) {
+                Ok(found) => found,
+                // Its writer came back for it and has let go of it since.
+                Err(SpoolError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => continue,
+                Err(error) => {
+                    unread = unread.or(Some(error));
+                    continue;
+                }
+            };
             if !found.damaged.is_empty() {
                 reading.note_damage(path);
             }
             pieces.extend(found.pieces);
             damaged.extend(found.damaged.into_iter().map(|damaged| (path.clone(), damaged)));
         }
-        Ok((reading.location(&whose)?, pieces, damaged, paths))
+        Ok((reading.location(&whose)?, pieces, damaged, paths, unread))
     })
     .await?;
     let mut settled = Settled { damaged, ..Settled::default() };
-    let continuity = if settled.damaged.is_empty() { Continuity::Unbroken } else { Continuity::Holed };
+    // The first of what keeps a part of it from being stored; the rest is all the same.
+    let mut unsettled = unread.map(LeftError::from);
+    let continuity =
+        if settled.damaged.is_empty() && unsettled.is_none() { Continuity::Unbroken } else { Continuity::Holed };
     if !pieces.is_empty() {
         let repository = RepositoryAccess::from(location.ok_or(LeftError::NoLocation)?).open().await?;
         let tails = KeylessTails::new(repository.store().clone(), owner.cluster.clone());
         for (place, pieces) in by_place(pieces) {
-            store_missing(&tails, place, &owner.member, (pieces, continuity), &mut settled).await?;
+            match store_missing(&tails, place, &owner.member, (pieces, continuity), &mut settled).await {
+                Err(error @ LeftError::Damaged(_)) => unsettled = unsettled.or(Some(error)),
+                stored => stored?,
+            }
         }
+    }
+    if let Some(unsettled) = unsettled {
+        return Err(unsettled);
     }
     // Only now that the repository has it all.
     let forgetting = Arc::clone(spools);

@@ -33,7 +33,7 @@ impl Break {
     pub fn problem(&self) -> Option<String> {
         let from = self.let_go_from?;
         Some(format!(
-            "WAL from {from} on was let go of at {}: {}\nHINT: mend the way to the repository; then what is left is stored, the rest is a gap, and a backup is taken.",
+            "WAL from {from} on was let go of at {}: {}\nHINT: mend the way to the repository; then what is left is stored, and the rest is a gap: restores from behind it take a backup from behind it, which a controller has taken at once.",
             self.at.strftime("%Y-%m-%d %H:%M:%S UTC"),
             self.why
         ))
@@ -49,13 +49,16 @@ pub fn current(state_dir: &Path, cluster: &ClusterName) -> Result<Option<Break>,
     durable::read(&file(state_dir, cluster), KIND)
 }
 
-/// Notes a break durably; one that is noted already stays as it is, since it began earlier.
+/// Notes a break durably; one that is noted already stays as it is, since it began earlier, unless only the new one was chosen.
 pub fn begin(state_dir: &Path, cluster: &ClusterName, found: &Break) -> Result<(), DurableError> {
-    if current(state_dir, cluster)?.is_some() {
-        return Ok(());
+    let mut found = found.clone();
+    match current(state_dir, cluster)? {
+        Some(earlier) if earlier.let_go_from.is_none() && found.let_go_from.is_some() => found.at = earlier.at,
+        Some(_) => return Ok(()),
+        None => {}
     }
     durable::make_folder(&state_dir.join("breaks"))?;
-    durable::write(&file(state_dir, cluster), KIND, found)
+    durable::write(&file(state_dir, cluster), KIND, &found)
 }
 
 /// Where breaks of one cluster are noted, here and in the repository.

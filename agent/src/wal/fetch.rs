@@ -394,15 +394,19 @@ async fn bring_history(
     timeline: Timeline,
     destination: &Path,
 ) -> Result<FetchOutcome, FetchError> {
-    let wal = match plan.history(timeline) {
-        Some(wal) => Some(wal),
+    let content = match plan.history(timeline) {
+        Some(wal) => archive.history(wal).await?,
         None => {
             let branches = archive.branches(plan.system_id).await?;
-            branches.into_iter().find(|wal| wal.timeline == timeline)
+            let mut content = None;
+            // One that does not read must not end a restore that does not need it: at worst its number is taken twice.
+            for wal in branches.into_iter().filter(|wal| wal.timeline == timeline) {
+                content = content.or(archive.readable(archive.history(wal).await)?.flatten());
+            }
+            content
         }
     };
-    let Some(wal) = wal else { return Ok(FetchOutcome::Absent) };
-    let Some(content) = archive.history(wal).await? else { return Ok(FetchOutcome::Absent) };
+    let Some(content) = content else { return Ok(FetchOutcome::Absent) };
     write_whole(destination, &content)?;
     Ok(FetchOutcome::Delivered)
 }

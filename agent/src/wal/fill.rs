@@ -108,7 +108,8 @@ pub async fn leftover(shipper: &Arc<Shipper>, timeline: Timeline) -> Result<Opti
         if content.suspicion.is_none() {
             drop(content);
             storing.push_back(shipper.store(segment));
-            if storing.len() == shipper.parallel()
+            // The first one tells whose branch it is: those behind it must not take another server's names before.
+            if (end.is_none() || storing.len() == shipper.parallel())
                 && let Some(first) = storing.pop_front()
             {
                 first.await?;

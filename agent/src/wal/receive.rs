@@ -49,6 +49,7 @@ use crate::postgres::wal_record::WalError;
 use crate::spool::Spool;
 use crate::spool::files::Owner;
 use crate::spool::spooler::Spooling;
+use crate::tasks::on_disk;
 use crate::wal::breaks::Breaks;
 use crate::wal::fill;
 use crate::wal::ship::{ShipError, Shipper};
@@ -68,8 +69,14 @@ const LONGEST_WAIT: Duration = Duration::from_secs(15);
 /// before it is seen.
 const LONGEST_WITHOUT_SERVER: Duration = Duration::from_secs(1);
 
+/// Between two looks whether a server that had stopped runs again, while what it left is stored.
+const RUNS_AGAIN: Duration = Duration::from_secs(1);
+
 /// A session that has not begun for so long waits for the repository.
 pub const UNANSWERED: Duration = Duration::from_secs(3);
+
+/// Between two questions to a repository that has refused one.
+const ASK_AGAIN: Duration = Duration::from_millis(500);
 
 /// The same where the repository has answered, and was slow.
 pub const LONGEST_UNANSWERED: Duration = Duration::from_secs(60);
@@ -133,10 +140,6 @@ pub enum ReceiveError {
     Unknown { why: &'static str },
     #[error("the server stops and the repository does not answer: its end is not held up for it")]
     GaveWay,
-    #[error(
-        "{segment} in the repository, shipped by {stored_by}, is not this standby's WAL\nHINT: two servers write the same timeline of one cluster; find out which is the primary before you go on."
-    )]
-    Diverged { segment: String, stored_by: String },
     #[error("the slot {slot} reserves no WAL\nHINT: drop it, and it is made anew.")]
     NothingReserved { slot: String },
 }
@@ -327,13 +330,18 @@ impl Receiver {
                     tracing::warn!(%data_dir, "WAL is not streamed: {problem}");
                 }
                 reported.clone_from(&problem);
+                self.status().send_modify(|status| status.wait(problem));
                 match error.is_of_a_server_that_is_away() {
                     true if is_left => {}
-                    true => is_left = self.store_leftover().await,
+                    true => tokio::select! {
+                        is_stored = self.store_leftover() => is_left = is_stored,
+                        // What is left by then is streamed, and what that cannot bring is stored after the next stop.
+                        () = self.runs_again() => {}
+                        () = stop.cancelled() => {}
+                    },
                     // It runs again, whatever else keeps it from being streamed: it will leave more.
                     false => is_left = false,
                 }
-                self.status().send_modify(|status| status.wait(problem));
             }
             let wait = backoff.next(rand::random::<f64>()).min(longest);
             tokio::select! {
@@ -342,6 +350,18 @@ impl Receiver {
             }
         }
         self.status().send_modify(|status| status.phase = StreamPhase::Off);
+    }
+
+    /// Returns once the server runs.
+    async fn runs_again(&self) {
+        loop {
+            tokio::time::sleep(RUNS_AGAIN).await;
+            let data_dir = self.instance.data_dir.clone();
+            let found = on_disk(move || instance::inspect(&data_dir)).await;
+            if found.is_ok_and(|found| matches!(found.state, InstanceState::Running(_))) {
+                return;
+            }
+        }
     }
 
     /// Of a server that does not run, what it left in `pg_wal`. Whether that is done.
@@ -380,25 +400,29 @@ impl Receiver {
         if !Server::connect(&reach).await?.is_standby().await? {
             return self.session_or_bridge(&reach, patience, stop).await;
         }
+        let data_dir = self.instance.data_dir.display();
         match Follow::run(self, &reach, stop).await? {
-            Followed::Stopped => Ok(()),
-            Followed::Promoted => Session::run(self, &reach, Role::Primary, stop).await,
+            Followed::Stopped => return Ok(()),
+            Followed::Promoted => return Session::run(self, &reach, Role::Primary, stop).await,
             Followed::Behind => {
-                tracing::warn!(data_dir = %self.instance.data_dir.display(),
-                    "nobody stores the WAL that this standby receives; its own agent does for now");
-                // After a while it is seen again whether the primary's agent is back.
-                let relief = stop.child_token();
-                let timer = tokio::time::sleep(RELIEF);
-                tokio::pin!(timer);
-                let session = Session::run(self, &reach, Role::Standby, &relief);
-                tokio::pin!(session);
-                tokio::select! {
-                    ended = &mut session => ended,
-                    () = &mut timer => {
-                        relief.cancel();
-                        session.await
-                    }
-                }
+                tracing::warn!(%data_dir, "nobody stores the WAL that this standby receives; its own agent does for now");
+            }
+            Followed::Diverged { segment, stored_by } => {
+                tracing::warn!(%data_dir, segment,
+                    "{stored_by} stored other WAL than this standby receives; its own agent stores that, on a branch");
+            }
+        }
+        // After a while it is seen again whether the primary's agent is back.
+        let relief = stop.child_token();
+        let timer = tokio::time::sleep(RELIEF);
+        tokio::pin!(timer);
+        let session = Session::run(self, &reach, Role::Standby, &relief);
+        tokio::pin!(session);
+        tokio::select! {
+            ended = &mut session => ended,
+            () = &mut timer => {
+                relief.cancel();
+                session.await
             }
         }
     }
@@ -459,11 +483,27 @@ impl Receiver {
         bridged
     }
 
-    /// Returns if no session has begun for so long.
+    /// Returns if no session has begun and the repository has not answered for so long. One that answers gets its time: a session
+    /// may have hundreds of segments to look at before it begins.
     async fn stuck(&self, patience: Duration) {
         let mut status = self.status().subscribe();
-        let begun = status.wait_for(|status| status.phase == StreamPhase::Streaming);
-        if tokio::time::timeout(patience, begun).await.is_ok() {
+        let source = self.shipper.source();
+        let answered = async || {
+            while source.archive.branches(source.system_id).await.is_err() {
+                tokio::time::sleep(ASK_AGAIN).await;
+            }
+        };
+        let unanswered = async {
+            while tokio::time::timeout(patience, answered()).await.is_ok() {
+                tokio::time::sleep(patience).await;
+            }
+        };
+        let begun = async { drop(status.wait_for(|status| status.phase == StreamPhase::Streaming).await) };
+        let has_begun = tokio::select! {
+            () = begun => true,
+            () = unanswered => false,
+        };
+        if has_begun {
             std::future::pending().await
         }
     }

@@ -225,6 +225,8 @@ impl Shipper {
         let file = WalFile::parse(name, self.source.segment_size).map_err(|e| Arc::new(ShipError::Read(e)))?;
         if let WalFile::Segment(segment) = file {
             if self.is_brought_by_stream(segment).await {
+                // What failed before is of no more interest.
+                self.status.send_if_modified(|status| status.last_error.take().is_some());
                 return Ok(());
             }
             self.expect(segment);

@@ -84,7 +84,8 @@ fn archive(archive: &ArchiveFacts) -> proto::ArchiveFacts {
         pg_wal_free_bytes: archive.pg_wal_free_bytes,
         archive_command_set: archive.archive_command_set,
         stream: Some(stream(&archive.stream)),
-        pg_wal_full_in_seconds: archive.pg_wal_full_in_seconds.unwrap_or_default(),
+        // 0 says that nothing accumulates.
+        pg_wal_full_in_seconds: archive.pg_wal_full_in_seconds.map_or(0, |seconds| seconds.max(1)),
         requests_last_hour: archive.last_hour.requests,
         stored_bytes_last_hour: archive.last_hour.stored_bytes,
     }

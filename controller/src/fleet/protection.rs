@@ -91,10 +91,13 @@ fn judge(
     }
     let windows = windows(cluster);
     if windows.is_empty() {
-        return (Protection::Unknown, "no agent has said yet what the repository holds".to_owned());
+        return (
+            Protection::Unknown,
+            also_filling("no agent has said yet what the repository holds".to_owned(), cluster),
+        );
     }
     if windows.iter().all(|window| window.ranges.is_empty()) {
-        return (Protection::Unprotected, no_range(last_backup));
+        return (Protection::Unprotected, also_filling(no_range(last_backup), cluster));
     }
     let mut risks = risks(now, cluster, last_backup, lag, &windows);
     if lag.is_none() {
@@ -230,12 +233,20 @@ fn silent_primary(now: Timestamp, cluster: &ClusterSeen<'_>, stale_after: Span) 
 /// Said in time for a person to act.
 const FULL_SOON: u64 = 12 * 3600;
 
+fn full_soon(agent: &str, archive: &ArchiveObserved) -> Option<String> {
+    let seconds = archive.pg_wal_full_in_seconds.filter(|seconds| *seconds < FULL_SOON)?;
+    let full_in = in_words(SignedDuration::from_secs(seconds as i64));
+    Some(format!("{agent}: pg_wal will be full in {full_in}, as WAL accumulates there"))
+}
+
+/// A server that is about to stop is told of whatever else is to be said of its cluster.
+fn also_filling(reason: String, cluster: &ClusterSeen<'_>) -> String {
+    let full = cluster.members.iter().filter_map(|member| full_soon(member.agent, member.instance.archive.as_ref()?));
+    std::iter::once(reason).chain(full).collect::<Vec<_>>().join("; ")
+}
+
 fn shipping_risks(agent: &str, archive: &ArchiveObserved) -> Vec<String> {
-    let mut risks = Vec::new();
-    if let Some(seconds) = archive.pg_wal_full_in_seconds.filter(|seconds| *seconds < FULL_SOON) {
-        let full_in = in_words(SignedDuration::from_secs(seconds as i64));
-        risks.push(format!("{agent}: pg_wal will be full in {full_in}, as WAL accumulates there"));
-    }
+    let mut risks: Vec<String> = full_soon(agent, archive).into_iter().collect();
     if let Some(stream) = archive.stream.as_ref().filter(|stream| !stream.store_error.is_empty()) {
         risks.push(format!("{agent}: WAL is not stored: {}", first_line(&stream.store_error)));
     }

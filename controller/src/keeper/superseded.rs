@@ -54,7 +54,6 @@ impl Cleaned {
         }
         self.at = Some(now);
         if is_over(self.everything_at, EVERYTHING) {
-            self.everything_at = Some(now);
             return Scope::Everything;
         }
         let goes_on = self.stored.iter().filter(|(_, (_, since))| now.duration_since(*since) <= GOES_ON);
@@ -71,6 +70,7 @@ impl Keeper {
             cleaned.entry(name.to_owned()).or_default().scope(stored, now)
         };
         let store = repository.store();
+        let is_everything = scope == Scope::Everything;
         let clusters = match scope {
             Scope::Nothing => return,
             Scope::Clusters(clusters) => clusters,
@@ -93,6 +93,12 @@ impl Keeper {
                     tracing::warn!(repository = name, %cluster, error, "superseded pieces of WAL are left for now");
                 }
             }
+        }
+        // Unless this took too long and was cut off.
+        if is_everything
+            && let Some(cleaned) = self.cleaned.lock().unwrap_or_else(PoisonError::into_inner).get_mut(name)
+        {
+            cleaned.everything_at = Some(now);
         }
     }
 
@@ -124,11 +130,13 @@ mod tests {
         let begun = Timestamp::now();
         let (orders, other): (ClusterName, ClusterName) = ("orders".parse().unwrap(), "other".parse().unwrap());
         let mut cleaned = Cleaned::default();
-        let mut at = |minute: i64, lsn: u64| {
-            let stored = [(orders.clone(), Some(Lsn(lsn))), (other.clone(), Some(Lsn(7)))];
-            cleaned.scope(stored.into(), begun + SignedDuration::from_mins(minute))
-        };
-        assert_eq!(at(0, 1), Scope::Everything);
+        let stored = |lsn: u64| [(orders.clone(), Some(Lsn(lsn))), (other.clone(), Some(Lsn(7)))].into();
+        assert_eq!(cleaned.scope(stored(1), begun), Scope::Everything);
+        let cut_off = begun + SignedDuration::from_mins(10);
+        assert_eq!(cleaned.scope(stored(1), cut_off), Scope::Everything, "it was cut off");
+        cleaned.everything_at = Some(begun);
+        cleaned.at = Some(begun);
+        let mut at = |minute: i64, lsn: u64| cleaned.scope(stored(lsn), begun + SignedDuration::from_mins(minute));
         assert_eq!(at(9, 2), Scope::Nothing);
         assert_eq!(at(10, 2), Scope::Clusters([orders.clone(), other.clone()].into()));
         assert_eq!(at(125, 3), Scope::Clusters([orders.clone()].into()));

@@ -150,14 +150,14 @@ impl Cluster {
     }
 
     pub fn shown_reason(&self) -> String {
-        let gaps = self.open_gaps();
-        match (&self.reason, gaps) {
+        let open = self.open_gaps();
+        let known = self.recovery.iter().map(|window| window.gaps.len()).sum::<usize>() - open;
+        match (&self.reason, open) {
+            (Some(reason), _) if known > 0 => format!("{reason}; {} in the WAL, acknowledged", count(known, "gap")),
             (Some(reason), _) => reason.clone(),
-            (None, 0) => match self.recovery.iter().map(|window| window.gaps.len()).sum() {
-                0 => String::new(),
-                known => format!("{} in the WAL, acknowledged: walfleet wal gaps {}", count(known, "gap"), self.name),
-            },
-            (None, gaps) => format!("{} in the WAL: walfleet wal gaps {}", count(gaps, "gap"), self.name),
+            (None, 0) if known == 0 => String::new(),
+            (None, 0) => format!("{} in the WAL, acknowledged: walfleet wal gaps {}", count(known, "gap"), self.name),
+            (None, open) => format!("{} in the WAL: walfleet wal gaps {}", count(open, "gap"), self.name),
         }
     }
 }

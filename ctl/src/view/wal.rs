@@ -28,6 +28,7 @@ pub struct StoredWal {
     pub timeline: Option<u32>,
     pub lag_seconds: Option<f64>,
     pub open_gaps: usize,
+    pub acknowledged_gaps: usize,
 }
 
 #[derive(Debug, Serialize)]
@@ -47,6 +48,7 @@ impl WalStatus {
             .into_iter()
             .map(|window| StoredWal {
                 open_gaps: window.gaps.iter().filter(|gap| !gap.acknowledged).count(),
+                acknowledged_gaps: window.gaps.iter().filter(|gap| gap.acknowledged).count(),
                 repository: window.repository,
                 as_of: window.as_of,
                 newest_lsn: window.newest_lsn,
@@ -88,7 +90,10 @@ impl View for WalStatus {
                     stored.timeline.map(|timeline| timeline.to_string()).unwrap_or_default(),
                     page.when(stored.newest_commit_at),
                     stored.lag_seconds.map(seconds).unwrap_or_default(),
-                    stored.open_gaps.to_string(),
+                    match stored.acknowledged_gaps {
+                        0 => stored.open_gaps.to_string(),
+                        known => format!("{} (+{known} acknowledged)", stored.open_gaps),
+                    },
                     page.short_when(stored.as_of),
                 ]);
             }

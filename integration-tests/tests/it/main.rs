@@ -14,6 +14,7 @@ mod delta_restores;
 mod failover;
 mod find;
 mod fleet;
+mod foreseen;
 mod full_disks;
 mod gaps;
 mod idle;

@@ -117,3 +117,58 @@ fn a_promoted_server_that_stopped_leaves_what_is_missing_of_the_old_timeline() {
         all_is_there(&failed, &agent, &written, end)
     });
 }
+
+/// What the old primary had told its clients last, and nobody else had, is on its disk, which comes back after the failover.
+#[test]
+fn what_a_dead_primary_left_is_brought_after_a_failover_and_restored_by_its_timeline() {
+    in_scratch(|scratch| {
+        let version = PgVersion::newest()?;
+        let setup = Setup { wal: json!({ "streaming": "on" }), streams_only: true, ..Setup::default() };
+        let mut host = Standalone::set_up(scratch, &version, Place::folder(scratch)?, setup)?;
+        let mapping = format!("--tablespace-mapping={}={}", host.tablespace, scratch.join("standby.fast").display());
+        let standby = PgServer::builder(scratch, "standby", &version)
+            .setting("wal_keep_size", "512MB")
+            .basebackup_option(&mapping)
+            .create_standby_of(&host.server)?;
+        host.backup()?;
+        mark(&host.server, "a everywhere")?;
+        streamed_all(&host.server)?;
+        let end = host.server.session()?.value("SELECT pg_current_wal_flush_lsn()")?;
+        wait_for("the standby to have it", BROUGHT, || {
+            let sql = format!("SELECT pg_last_wal_replay_lsn() >= '{end}'");
+            Ok(standby.session()?.is_true(&sql)?.then_some(()))
+        })?;
+        standby.session()?.execute("ALTER SYSTEM SET primary_conninfo = ''")?;
+        standby.session()?.execute("SELECT pg_reload_conf()")?;
+        host.agent.kill_nine()?;
+        wait_for("the standby to be cut off", BROUGHT, || {
+            Ok(standby.session()?.is_true("SELECT count(*) = 0 FROM pg_stat_wal_receiver")?.then_some(()))
+        })?;
+        mark(&host.server, "b on this disk alone")?;
+        write_segments(&host.server, 2)?;
+        mark(&host.server, "c in its last segment")?;
+        let tail = marks(&host.server)?;
+        host.server.kill_nine()?;
+        standby.promote()?;
+        mark(&standby, "d promoted")?;
+        let failed = FailedOver { host, promoted: standby, between: Lsn(0) };
+        let second = second_agent(scratch, &failed)?;
+        streamed_all(&failed.promoted)?;
+        let FailedOver { mut host, promoted, .. } = failed;
+        host.agent.start()?;
+        wait_for("what was left to be stored", BROUGHT, || {
+            Ok(host.agent.log_text().contains("had left in pg_wal is stored").then_some(()))
+        })?;
+        mark(&promoted, "e promoted")?;
+        streamed_all(&promoted)?;
+        drop(second);
+        host.tablespace = promoted.session()?.value("SELECT oid FROM pg_tablespace WHERE spcname = 'fast'")?;
+        for (name, words, expected) in
+            [("latest", &["--latest"][..], marks(&promoted)?), ("tail", &["--latest", "--timeline", "1"], tail)]
+        {
+            let restored = host.restore(name, words)?;
+            assert_eq!(marks(&host.recovered(&restored)?)?, expected, "{name}");
+        }
+        Ok(())
+    });
+}

@@ -333,3 +333,78 @@ fn a_twins_streamed_wal_goes_to_a_branch_of_its_own() {
         both_must_restore(&mut host, &common, &own, &branches[1], (&truth, &lies))
     });
 }
+
+/// The twin itself has no agent: of its WAL there is only what its standby receives.
+#[test]
+fn what_a_twins_standby_receives_goes_to_a_branch_too() {
+    in_scratch(|scratch| {
+        scratch.allow_log("WARN");
+        scratch.allow_log("split brain");
+        scratch.allow_log("take a backup of it");
+        let version = PgVersion::newest()?;
+        let wal = json!({ "streaming": "on" });
+        let mut host = Standalone::streaming(scratch, &version, Place::folder(scratch)?, wal.clone())?;
+        let common = host.backup()?["id"].as_str().unwrap_or_default().to_owned();
+        host.streamed_all()?;
+        host.server.stop(Shutdown::Fast)?;
+        let mut twin = copy(scratch, &host)?;
+        twin.start()?;
+        let mapping = format!(
+            "--tablespace-mapping={}={}",
+            scratch.join("twin.fast").display(),
+            scratch.join("standby.fast").display()
+        );
+        let standby =
+            PgServer::builder(scratch, "standby", &version).basebackup_option(&mapping).create_standby_of(&twin)?;
+        let mut agent = agent_of(scratch, &host, &standby, wal)?;
+        agent.start()?;
+        walfleet_integration_tests::wait_for("the standby's WAL to be followed", Duration::from_secs(30), || {
+            Ok(agent.log_text().contains("its WAL is followed in the archive").then_some(()))
+        })?;
+        host.server.start()?;
+        let session = host.server.session()?;
+        session.execute("CREATE TABLE truth AS SELECT 1 AS n")?;
+        for _ in 0..3 {
+            session.execute("SELECT pg_switch_wal()")?;
+            session.execute("INSERT INTO truth VALUES (2)")?;
+        }
+        drop(session);
+        host.streamed_all()?;
+        lie(&twin, 3)?;
+        walfleet_integration_tests::wait_for("the alarm", Duration::from_secs(60), || {
+            let (_, problem) = listed(&host.agent)?;
+            Ok(problem.starts_with(ALARM).then_some(()))
+        })?;
+        // Of what the twin wrote before there was a standby, nobody has a piece: its branch restores from a backup of its own.
+        twin.session()?.execute("CHECKPOINT")?;
+        // It ends with a segment that the twin finishes.
+        let own = std::thread::scope(|scope| {
+            let backup = scope.spawn(|| agent.json(&["backup", "--cluster", CLUSTER]));
+            while !backup.is_finished() {
+                lie(&twin, 1)?;
+                std::thread::sleep(Duration::from_millis(500));
+            }
+            backup.join().map_err(|_| anyhow::anyhow!("the backup panicked"))?
+        })?;
+        let own = own["id"].as_str().unwrap_or_default().to_owned();
+        lie(&twin, 1)?;
+        let end = twin.session()?.value("SELECT pg_current_wal_flush_lsn()")?;
+        walfleet_integration_tests::wait_for("what the standby has to be stored", Duration::from_secs(60), || {
+            let sql = "FROM pg_stat_replication WHERE application_name = 'walfleet'";
+            let sql = format!("SELECT coalesce(max(flush_lsn) >= '{end}', false) {sql}");
+            Ok(standby.session()?.is_true(&sql)?.then_some(()))
+        })?;
+        let (truth, lies) = (Fingerprint::take(&host.server.session()?)?, Fingerprint::take(&twin.session()?)?);
+        host.streamed_all()?;
+        let (branches, _) = listed(&host.agent)?;
+        anyhow::ensure!(branches.len() == 2, "{branches:?}");
+        host.tablespace = host.server.session()?.value("SELECT oid FROM pg_tablespace WHERE spcname = 'fast'")?;
+        let of_twin = format!("1-{}", branches[1]);
+        for (name, timeline, backup, expected) in [("first", "1", &common, &truth), ("second", &of_twin, &own, &lies)] {
+            let restored = host.restore(name, &["--latest", "--timeline", timeline, "--backup", backup])?;
+            let server = host.recovered(&restored)?;
+            Fingerprint::take(&server.session()?)?.must_equal(expected)?;
+        }
+        Ok(())
+    });
+}

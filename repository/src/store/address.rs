@@ -91,7 +91,9 @@ fn open_folder(text: &str, url: &Url, options: &StoreOptions) -> Result<Backend,
     }
     let store = LocalFileSystem::new_with_prefix(&path)
         .map_err(|source| unusable(format!("open folder {}", path.display())).with_cause(&source))?
-        .with_fsync(true);
+        .with_fsync(true)
+        // Folders in which nothing is left would be walked through for ever.
+        .with_automatic_cleanup(true);
     Ok(Backend { store: Arc::new(FolderStore::new(store)), folder: Some(path) })
 }
 

@@ -9,7 +9,7 @@ use super::{ArchiveError, Archived, OwnedTail, SealedSegment, WalArchive};
 use crate::format::clear::ObjectKind;
 use crate::format::sealed;
 use crate::layout::TailName;
-use crate::store::{Store, StoreError};
+use crate::store::{Store, StoreError, StoreErrorKind};
 
 impl WalArchive {
     /// What was read; `None` if it is not there, or is no more what it should be, which is said once. Errors: the store's.
@@ -54,7 +54,7 @@ impl WalArchive {
 pub(crate) async fn reads_back(store: &Store, key: &Path, kind: ObjectKind) -> Result<bool, StoreError> {
     match store.get(key).await {
         Ok(bytes) => Ok(sealed::check(&bytes, kind).is_ok()),
-        Err(error) if error.is_not_found() => Ok(false),
+        Err(error) if error.is_not_found() || matches!(error.kind(), StoreErrorKind::TooLarge { .. }) => Ok(false),
         Err(error) => Err(error),
     }
 }

@@ -54,7 +54,7 @@ impl WalArchive {
     /// the branch is stored before. Made again with the same difference it is the same branch.
     pub async fn diverge(&self, from: WalBranch, divergence: &Divergence) -> Result<WalBranch, ArchiveError> {
         let wal = WalBranch { branch: divergence.branch(), ..from };
-        let left = self.stored_history(from).await?;
+        let left = self.readable(self.stored_history(from).await)?.flatten();
         let history = StoredHistory {
             content: left.as_ref().map(|left| left.content.clone()).unwrap_or_else(Bytes::new),
             parent: left.and_then(|left| left.parent),

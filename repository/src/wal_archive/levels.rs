@@ -5,7 +5,7 @@ use std::sync::PoisonError;
 
 use bytes::Bytes;
 
-use super::{ArchiveError, SealedSegment, Strays, WalArchive, domain_for};
+use super::{ArchiveError, NOTES_BYTES, SealedSegment, Strays, WalArchive, domain_for};
 use crate::format::clear::ObjectKind;
 use crate::format::wal_history::StoredHistory;
 use crate::format::wal_segment::WalLevelChange;
@@ -32,7 +32,8 @@ impl WalArchive {
         let directory = &sealed.directory;
         match self.directory(directory.wal, directory.segment, directory.segment_size).await {
             Ok(existing) => sealed.agrees_with(existing)?,
-            Err(error) if error.is_not_found() => {}
+            // What lies there does not read: the segment goes beside it.
+            Err(error) if error.is_not_found() || error.is_damage() => {}
             Err(error) => return Err(error),
         }
         self.note_levels(directory.wal, &sealed.levels, (&directory.member, directory.shipped_at_us)).await
@@ -79,9 +80,15 @@ impl WalArchive {
             Some(note) => note,
             None => {
                 let key = layout::wal_level(&self.cluster, name);
-                let bytes = self.store.get(&key).await?;
-                let told = domain_for(&bytes, &self.keys, ObjectKind::History)
-                    .and_then(|domain| StoredHistory::open(bytes.clone(), domain, key.as_ref(), name.wal));
+                let told = self.object_at_most(&key, NOTES_BYTES).await.and_then(|bytes| {
+                    domain_for(&bytes, &self.keys, ObjectKind::History)
+                        .and_then(|domain| StoredHistory::open(bytes.clone(), domain, key.as_ref(), name.wal))
+                        .map_err(|source| ArchiveError::Segment { key: key.to_string(), source })
+                });
+                let told = match told {
+                    Err(error) if !error.is_damage() => return Err(error),
+                    told => told,
+                };
                 // Its name counts though it is damaged: nothing is promised that may not be restored.
                 let (member, at_us) = told.map_or_else(
                     |error| {
@@ -110,7 +117,9 @@ impl WalArchive {
         segment: Segment,
         size: SegmentSize,
     ) -> Result<SegmentCommits, ArchiveError> {
-        let (commits, _) = self.commit_times(name.wal, segment, size).await?;
+        let Some((commits, _)) = self.readable(self.commit_times(name.wal, segment, size).await)? else {
+            return Ok(SegmentCommits::None);
+        };
         let mut before = commits.iter().filter(|commit| commit.lsn <= name.at).map(|commit| commit.at_us);
         let first = before.next();
         Ok(first.map_or(SegmentCommits::None, |first_us| SegmentCommits::Between {

@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use object_store::path::Path;
 
-use super::{ArchiveError, WalArchive};
+use super::{ArchiveError, NOTES_BYTES, WalArchive};
 use crate::format::changed_blocks::{ChangedBlocks, ChangedBlocksError};
 use crate::format::clear::ObjectKind;
 use crate::format::sealed::{FramePlace, HEADER_LEN, Header, Opener, SealedError, TRAILER_LEN, Trailer};
@@ -51,21 +51,30 @@ impl WalArchive {
         segment: Segment,
         size: SegmentSize,
     ) -> Result<(Vec<CommitPoint>, Vec<RestorePoint>), ArchiveError> {
-        let key = layout::wal_segment(&self.cluster, &wal, segment, size);
-        let named = |source: SegmentError| ArchiveError::Segment { key: key.to_string(), source };
-        let ends = match self.ends(&key, ObjectKind::Segment).await {
-            // Not finished yet, but perhaps begun.
-            Err(error) if error.is_not_found() => {
+        match self.commit_times_of_whole(wal, segment, size).await {
+            // Not finished yet, or what lies there does not read; but perhaps there are pieces.
+            Err(error) if error.is_not_found() || error.is_damage() => {
                 match self.beginning_without(wal, segment, size, &self.strays(wal).await?).await? {
-                    Some(beginning) => return Ok((beginning.commits, beginning.restore_points)),
-                    None => return Err(error),
+                    Some(beginning) => Ok((beginning.commits, beginning.restore_points)),
+                    None => Err(error),
                 }
             }
-            ends => ends?,
-        };
+            read => read,
+        }
+    }
+
+    async fn commit_times_of_whole(
+        &self,
+        wal: WalBranch,
+        segment: Segment,
+        size: SegmentSize,
+    ) -> Result<(Vec<CommitPoint>, Vec<RestorePoint>), ArchiveError> {
+        let key = layout::wal_segment(&self.cluster, &wal, segment, size);
+        let ends = self.ends(&key, ObjectKind::Segment).await?;
         let Some(frame) = ends.segment(wal, segment, &key)?.commit_times else { return Ok((Vec::new(), Vec::new())) };
         let plain = self.sidecar(&key, frame, &ends).await?;
-        wal_segment::decode_commit_times(segment.start(size), &plain).map_err(named)
+        wal_segment::decode_commit_times(segment.start(size), &plain)
+            .map_err(|source| ArchiveError::Segment { key: key.to_string(), source })
     }
 
     /// The pages that a segment changes; `None`: its writer did not know, or told by other rules.
@@ -113,7 +122,12 @@ impl WalArchive {
         let domain = domain.ok_or_else(|| named(missing.into()))?;
         let opener = Opener::new(&header, domain, kind, Some(key.as_ref())).map_err(|source| named(source.into()))?;
         let trailer = Trailer::parse(&tail, total, kind).map_err(|source| named(source.into()))?;
-        let (tail, start) = self.widen(key, tail, total, u64::from(trailer.directory.offset)).await?;
+        let directory_at = u64::from(trailer.directory.offset);
+        if total.saturating_sub(directory_at) > NOTES_BYTES {
+            let problem = format!("its directory is said to begin {} bytes before its end", total - directory_at);
+            return Err(named(SegmentError::Directory(problem)));
+        }
+        let (tail, start) = self.widen(key, tail, total, directory_at).await?;
         let from = (u64::from(trailer.directory.offset) - start) as usize;
         let to = tail.len().saturating_sub(TRAILER_LEN);
         let mut stored = tail.get(from..to).unwrap_or_default().to_vec();

@@ -120,7 +120,8 @@ impl WalArchive {
         if self.store.create(&key, bytes).await? == Creation::Created {
             return Ok(Archived::Stored { stored_bytes });
         }
-        let existing = self.tail_directory(wal, place, &name).await?;
+        // All of it: somebody who had it sealed before it was stored may have stored a part.
+        let existing = self.clone().read_tail(wal, place, name.clone()).await?.directory;
         match existing.after == after {
             true => Ok(Archived::AlreadyThere),
             false => Err(ArchiveError::Diverged { name: key.to_string(), stored_by: name.member, content: after }),
@@ -321,7 +322,7 @@ impl WalArchive {
         segment: Segment,
         size: SegmentSize,
     ) -> Result<Option<Vec<u8>>, ArchiveError> {
-        match self.get_segment(wal, segment, size).await? {
+        match self.readable(self.get_segment(wal, segment, size).await)?.flatten() {
             Some((_, content)) => Ok(Some(content)),
             None => Ok(self.get_unfinished(wal, segment, size).await?.map(|unfinished| unfinished.content)),
         }

@@ -79,7 +79,11 @@ impl Search<'_> {
         let reads = segments.into_iter().map(move |(wal, number)| {
             let archive = archive.clone();
             let segment = Segment { timeline: wal.timeline, number };
-            async move { archive.commit_times(wal, segment, size).await.map(|(_, points)| points) }
+            // What does not read holds nothing that replay could come to.
+            async move {
+                let read = archive.readable(archive.commit_times(wal, segment, size).await)?;
+                Ok(read.map(|(_, points)| points).unwrap_or_default())
+            }
         });
         futures::stream::iter(reads).buffered(READS_IN_FLIGHT)
     }

@@ -24,13 +24,18 @@ const STRAYS: Duration = Duration::from_secs(60);
 const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Why a standby's agent no longer only follows.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Followed {
     Stopped,
     /// It is a primary now.
     Promoted,
     /// Nobody stores what is here.
     Behind,
+    /// What another server stored is something else.
+    Diverged {
+        segment: String,
+        stored_by: String,
+    },
 }
 
 pub struct Follow<'a> {
@@ -124,7 +129,10 @@ impl<'a> Follow<'a> {
         let size = self.receiver.shipper.source().segment_size;
         let before = self.cursor;
         if end > self.stored {
-            self.stored = self.what_is_stored(end).await?;
+            self.stored = match self.what_is_stored(end).await? {
+                Ok(stored) => stored,
+                Err(diverged) => return Ok(Some(diverged)),
+            };
         }
         if self.cursor != before {
             server.advance_slot(&self.receiver.options.slot, self.cursor.start(size)).await?;
@@ -149,8 +157,8 @@ impl<'a> Follow<'a> {
         Ok(())
     }
 
-    /// How far the archive has what is here without a hole.
-    async fn what_is_stored(&mut self, end: Lsn) -> Result<Lsn, ReceiveError> {
+    /// How far the archive has what is here without a hole, unless it has something else.
+    async fn what_is_stored(&mut self, end: Lsn) -> Result<Result<Lsn, Followed>, ReceiveError> {
         let (source, branches) = (self.receiver.shipper.source(), self.receiver.shipper.branches());
         let size = source.segment_size;
         while self.cursor.end(size) <= end {
@@ -160,7 +168,7 @@ impl<'a> Follow<'a> {
                 Some(directory) => {
                     if self.receiver.shipper.agrees(self.cursor, directory.content_id).await? == Some(false) {
                         let segment = self.cursor.file_name(size);
-                        return Err(ReceiveError::Diverged { segment, stored_by: directory.member });
+                        return Ok(Err(Followed::Diverged { segment, stored_by: directory.member }));
                     }
                     source.archive.make_durable(home, self.cursor, size).await?;
                     self.cursor = self.cursor.next();
@@ -177,7 +185,7 @@ impl<'a> Follow<'a> {
         let strays = self.strays.as_ref().map_or(&none, |(.., strays)| strays);
         let begun = source.archive.beginning_facts_without(home, self.cursor, size, strays).await?;
         let start = self.cursor.start(size);
-        Ok(begun.map_or(start, |begun| Lsn(start.0 + u64::from(begun.end))))
+        Ok(Ok(begun.map_or(start, |begun| Lsn(start.0 + u64::from(begun.end)))))
     }
 
     /// Whether what lies under the next segment's name does not read, and all of it lies beside in pieces.

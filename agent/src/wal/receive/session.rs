@@ -318,7 +318,7 @@ impl<'a> Session<'a> {
         self.spool();
         self.heed_partings();
         if let Some(tail) = self.open.cut(self.complete_at) {
-            self.uploads.piece(tail);
+            self.uploads.piece(tail, self.partings);
             self.look();
         }
         self.next_cut = Instant::now() + self.receiver.options.interval;
@@ -494,7 +494,9 @@ impl<'a> Session<'a> {
     fn confirm(&mut self, stored: &Stored) -> bool {
         self.heed_partings();
         let moved = match stored {
-            &Stored::Piece { from, to } => self.note_durable(from, to),
+            // What goes before it may lie in a branch that was left since.
+            &Stored::Piece { partings, .. } if partings != self.partings => false,
+            &Stored::Piece { from, to, .. } => self.note_durable(from, to),
             Stored::Marks { wal, segment, marks } => {
                 self.compare(*wal, *segment, marks);
                 false
@@ -585,6 +587,8 @@ async fn known(source: &ShipSource, home: WalBranch, segment: Segment) -> Result
         return Ok(archive.beginning_of(home, (segment, size), &source.member).await?.map(Known::from));
     };
     bytes.truncate(directory.valid_bytes as usize);
+    // The server forgets it by this.
+    archive.make_durable(home, segment, size).await?;
     Ok(Some(Known { bytes, member: directory.member }))
 }
 

@@ -36,6 +36,8 @@ pub enum Stored {
     Piece {
         from: Lsn,
         to: Lsn,
+        /// How often a branch had been left when it was cut.
+        partings: u64,
     },
     Segment(Segment),
     /// Under the name of a piece of it lies something else.
@@ -55,6 +57,7 @@ enum Ended {
     Piece {
         from: Lsn,
         to: Lsn,
+        partings: u64,
     },
     Sealed {
         segment: Segment,
@@ -180,7 +183,8 @@ impl Uploads {
         });
     }
 
-    pub fn piece(&mut self, tail: OwnedTail) {
+    /// `partings`: how often a branch has been left as yet.
+    pub fn piece(&mut self, tail: OwnedTail, partings: u64) {
         self.pieces += 1;
         let start = tail.segment.start(tail.segment_size);
         let lsn = |offset: u32| Lsn(start.0 + u64::from(offset));
@@ -191,7 +195,7 @@ impl Uploads {
             match attempt.until_stored(store, is_spoiled).await {
                 Ok(archived) => {
                     attempt.note(archived, |status| status.pieces += 1);
-                    Ok(Ended::Piece { from, to })
+                    Ok(Ended::Piece { from, to, partings })
                 }
                 Err(error) => {
                     attempt.failed(&error).await;
@@ -247,9 +251,9 @@ impl Uploads {
     pub async fn next(&mut self) -> Result<Stored, Arc<ShipError>> {
         let Some(ended) = self.tasks.join_next().await else { return std::future::pending().await };
         match tasks::outcome(ended).await? {
-            Ended::Piece { from, to } => {
+            Ended::Piece { from, to, partings } => {
                 self.pieces -= 1;
-                Ok(Stored::Piece { from, to })
+                Ok(Stored::Piece { from, to, partings })
             }
             Ended::Sealed { segment, plain_bytes, sealed, ticket } => {
                 self.plain_bytes -= plain_bytes;

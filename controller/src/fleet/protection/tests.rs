@@ -1,5 +1,7 @@
 use std::collections::BTreeMap;
 
+use walfleet_repository::postgres::Lsn;
+
 use super::super::observed::{ArchiveObserved, InstanceObserved, StreamObserved, StreamPhase};
 use super::super::recovery::RecoveryRange;
 use super::super::samples;
@@ -157,6 +159,13 @@ fn each_way_of_not_being_protected_is_told_apart_with_its_reason() {
             0,
             Protection::AtRisk,
             "archiving fails: no space",
+        ),
+        (
+            change(|i| i.archive.as_mut().expect("given").pg_wal_full_in_seconds = Some(1)),
+            "",
+            0,
+            Protection::AtRisk,
+            "db1: pg_wal will be full in 1s",
         ),
         (change(|i| i.role = InstanceRole::Down), "rpo: 1h", 0, Protection::AtRisk, "not known how far"),
         (
