@@ -12,7 +12,7 @@ use walfleet_repository::cluster::{ClusterError, OpenCluster};
 use walfleet_repository::ids::ClusterName;
 use walfleet_repository::key_file::{KeyFile, KeyFileError};
 use walfleet_repository::open::{Repository, RepositoryError};
-use walfleet_repository::shipping::ShippingSpec;
+use walfleet_repository::shipping::{ShippingSpec, Streaming};
 use walfleet_repository::signature::{Certificate, PublicKey, SignatureError, Signer};
 use walfleet_repository::store::{Store, StoreError, StoreOptions};
 
@@ -72,6 +72,13 @@ pub struct ClusterAccess {
     /// Who keeps what the repository may lack beside this host, where commits wait for that.
     pub spool_peer: Option<SpoolPeer>,
     pub relatives: Relatives,
+}
+
+impl ClusterAccess {
+    /// Unless the policy or this host's configuration says no: where it can be.
+    pub fn is_to_be_streamed(&self) -> bool {
+        self.shipping.streaming != Some(Streaming::Off)
+    }
 }
 
 /// Another agent's spool.

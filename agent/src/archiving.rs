@@ -11,7 +11,7 @@ use walfleet_repository::cluster::OpenCluster;
 use walfleet_repository::ids::ClusterName;
 use walfleet_repository::kept::KeptCluster;
 use walfleet_repository::postgres::{Lsn, SegmentSize, SystemId, Timeline};
-use walfleet_repository::shipping::{ShippingSpec, Streaming, Synchronous};
+use walfleet_repository::shipping::{ShippingSpec, Synchronous};
 
 use crate::access::{Access, ClusterAccess};
 use crate::limits::HostLimits;
@@ -146,8 +146,8 @@ impl Archiving {
     /// No policy, or this host's configuration, has WAL of a cluster streamed; before that is known, it may.
     pub fn streams_nothing(&self, cluster: &ClusterName) -> bool {
         let access = self.access.borrow();
-        let Some(access) = access.as_ref() else { return false };
-        access.clusters.get(cluster).is_none_or(|cluster| cluster.shipping.streaming == Some(Streaming::Off))
+        let clusters = access.as_ref().map(|access| &access.clusters);
+        clusters.is_some_and(|clusters| !clusters.get(cluster).is_some_and(ClusterAccess::is_to_be_streamed))
     }
 
     fn spec_of(&self, cluster: &ClusterName) -> ShippingSpec {

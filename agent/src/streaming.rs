@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -34,6 +35,10 @@ const BETWEEN_TRIES: Duration = Duration::from_secs(1);
 /// How often it is seen whether all receivers still run: the longest pause that a bug in one makes, and the shortest between
 /// two that it ends.
 const LOOK: Duration = Duration::from_secs(10);
+
+/// A repository that does not answer is told of after so long, where nothing is done without it.
+const TOLD_AFTER: Duration = Duration::from_secs(10);
+const NO_ANSWER: &str = "the repository does not answer";
 
 pub struct Streaming {
     pub config: Arc<Config>,
@@ -219,18 +224,18 @@ async fn receive(source: &Source, stop: &CancellationToken) {
     let waiting = Waiting(source);
     let mut patience = UNANSWERED;
     while !stop.is_cancelled() {
+        let mut receiving = pin!(archiving.receiving(data_dir));
         let made = match source.options.synchronous {
-            Synchronous::Spool(_) => tokio::time::timeout(patience, archiving.receiving(data_dir)).await.ok(),
+            Synchronous::Spool(_) => tokio::time::timeout(patience, receiving).await.ok(),
             Synchronous::Off | Synchronous::Repository => {
-                let unanswered = async {
-                    tokio::time::sleep(LONGEST_UNANSWERED / 6).await;
-                    waiting.with("the repository does not answer".to_owned());
-                    std::future::pending().await
-                };
-                tokio::select! {
-                    made = archiving.receiving(data_dir) => Some(made),
-                    () = unanswered => None,
-                }
+                let soon = tokio::time::timeout(TOLD_AFTER, &mut receiving).await;
+                Some(match soon {
+                    Ok(made) => made,
+                    Err(_) => {
+                        waiting.with(NO_ANSWER.to_owned());
+                        receiving.await
+                    }
+                })
             }
         };
         let problem = match made {
@@ -241,7 +246,7 @@ async fn receive(source: &Source, stop: &CancellationToken) {
                 continue;
             }
             Some(Err(problem)) => problem,
-            None => "the repository does not answer".to_owned(),
+            None => NO_ANSWER.to_owned(),
         };
         let problem = match bridge(source, stop).await {
             Ok(()) => {
@@ -302,7 +307,7 @@ async fn end<T>(receivers: Vec<Running<T>>) {
 
 fn wanted(access: Option<&Access>) -> BTreeMap<PathBuf, Terms> {
     let clusters = access.into_iter().flat_map(|access| access.clusters.values().map(move |cluster| (access, cluster)));
-    let streamed = clusters.filter(|(_, cluster)| cluster.shipping.streaming != Some(shipping::Streaming::Off));
+    let streamed = clusters.filter(|(_, cluster)| cluster.is_to_be_streamed());
     let terms = streamed.filter_map(|(access, cluster)| {
         let instance = cluster.instance.clone()?;
         let terms = Terms {

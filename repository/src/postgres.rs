@@ -189,6 +189,11 @@ impl Segment {
         Lsn(self.start(size).0.saturating_add(u64::from(size.bytes())))
     }
 
+    /// So many bytes behind its start.
+    pub fn at(self, size: SegmentSize, offset: u32) -> Lsn {
+        Lsn(self.start(size).0.saturating_add(u64::from(offset)))
+    }
+
     pub fn next(self) -> Segment {
         Segment { number: self.number + 1, ..self }
     }

@@ -197,11 +197,7 @@ impl Store {
 
     /// Whether the object lies there. Liveness is never concluded from this.
     pub async fn exists(&self, key: &Path) -> Result<bool, StoreError> {
-        match self.head(key).await {
-            Ok(_) => Ok(true),
-            Err(error) if error.is_not_found() => Ok(false),
-            Err(error) => Err(error),
-        }
+        Ok(self.listed(key).await?.is_some())
     }
 
     /// Creates the object unless one lies there, atomically, and says which.

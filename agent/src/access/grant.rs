@@ -65,17 +65,17 @@ async fn grant_all(access: &Access, grants: &mut Grants) -> bool {
         if cluster.instance.is_none() || missing.is_empty() {
             continue;
         }
-        match grant(access, cluster, &missing).await {
+        let granted = grant(access, cluster, &missing).await;
+        is_done &= granted.is_ok();
+        match granted {
             Ok(()) => {
                 grants.ungranted.remove(&cluster.name);
                 grants.granted.extend(missing.into_iter().map(|(recipient, _)| (cluster.name.clone(), recipient)));
             }
             Err(error) if waits_for_own_key(&error) && grants.has_just_learned_of(&cluster.name) => {
-                is_done = false;
                 tracing::info!(cluster = %cluster.name, "the cluster's key is not granted to this host yet, which can grant it to no other")
             }
             Err(error) => {
-                is_done = false;
                 tracing::warn!(cluster = %cluster.name, %error, "the cluster's key is not granted yet to every host that may restore it")
             }
         }

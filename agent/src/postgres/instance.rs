@@ -111,6 +111,10 @@ impl Instance {
         self.state == InstanceState::Stopped
     }
 
+    pub fn runs(&self) -> bool {
+        matches!(self.state, InstanceState::Running(_))
+    }
+
     /// To the running server by what its pid file says, as the directory's owner.
     pub fn connection_string(&self) -> Option<String> {
         let InstanceState::Running(postmaster) = &self.state else { return None };

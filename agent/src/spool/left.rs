@@ -167,7 +167,7 @@ async fn store_missing(
     let named: BTreeMap<TailName, Lies> = pieces.into_iter().map(|piece| (name(&piece), piece.lies)).collect();
     let names: Vec<TailName> = named.keys().cloned().collect();
     let missing = tails.missing(place, &names, continuity).await?;
-    let end = missing.last().map(|last| Lsn(place.segment.start(place.size).0 + u64::from(last.to)));
+    let end = missing.last().map(|last| place.segment.at(place.size, last.to));
     let creating = missing.into_iter().filter_map(|name| Some((named.get(&name)?.clone(), name)));
     let creating: Vec<_> = creating.map(|(lies, name)| create(tails.clone(), place, name, lies)).collect();
     let mut creating = futures::stream::iter(creating).buffer_unordered(CREATES);

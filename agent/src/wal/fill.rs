@@ -100,10 +100,17 @@ pub async fn leftover(shipper: &Arc<Shipper>, timeline: Timeline) -> Result<Opti
     for segment in found {
         let wal = shipper.home(segment).await?;
         let archived = listed.get(&wal).map_or(&[][..], |listing| &listing.segments);
-        if archived.binary_search(&segment).is_ok() && !is_another(shipper, wal, segment).await? {
-            continue;
+        if archived.binary_search(&segment).is_ok() {
+            match compared(shipper, wal, segment).await? {
+                Compared::Same => continue,
+                Compared::Another => {}
+                // It is not finished here. What is behind it may be by the time that it is read, if the server is started
+                // meanwhile: but then it is not known whose branch it belongs to.
+                Compared::Unfinished => break,
+            }
         }
-        let Some(content) = read(shipper, segment).await? else { continue };
+        // Renamed for later use and never written since, as is all behind it.
+        let Some(content) = read(shipper, segment).await? else { break };
         let valid = content.facts.valid_bytes;
         if content.suspicion.is_none() {
             drop(content);
@@ -133,12 +140,28 @@ pub async fn leftover(shipper: &Arc<Shipper>, timeline: Timeline) -> Result<Opti
     Ok(end)
 }
 
-/// Whether what the archive has of a segment is not what lies here: another member writes other WAL, or it does not read.
-async fn is_another(shipper: &Arc<Shipper>, wal: WalBranch, segment: Segment) -> Result<bool, Arc<ShipError>> {
+/// What lies here of a segment that the archive has.
+enum Compared {
+    Same,
+    /// Another member's other WAL, or what the archive has does not read.
+    Another,
+    Unfinished,
+}
+
+async fn compared(shipper: &Arc<Shipper>, wal: WalBranch, segment: Segment) -> Result<Compared, Arc<ShipError>> {
     let source = shipper.source();
     let archived = source.archive.readable(source.archive.directory(wal, segment, source.segment_size).await);
-    let Some(archived) = archived.map_err(|error| Arc::new(ShipError::from(error)))? else { return Ok(true) };
-    Ok(archived.member != source.member && shipper.agrees(segment, archived.content_id).await? == Some(false))
+    let Some(archived) = archived.map_err(|error| Arc::new(ShipError::from(error)))? else {
+        return Ok(Compared::Another);
+    };
+    if archived.member == source.member {
+        return Ok(Compared::Same);
+    }
+    Ok(match shipper.agrees(segment, archived.content_id).await? {
+        Some(true) => Compared::Same,
+        Some(false) => Compared::Another,
+        None => Compared::Unfinished,
+    })
 }
 
 async fn read(shipper: &Shipper, segment: Segment) -> Result<Option<SegmentContent>, Arc<ShipError>> {

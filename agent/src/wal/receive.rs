@@ -42,7 +42,7 @@ use crate::durable::DurableError;
 use crate::identity::connect::chain;
 use crate::link::backoff::Backoff;
 use crate::postgres::control::ControlFile;
-use crate::postgres::instance::{self, InstanceState};
+use crate::postgres::instance;
 use crate::postgres::replication::ReplicationError;
 use crate::postgres::server::{Server, ServerError};
 use crate::postgres::wal_record::WalError;
@@ -357,8 +357,8 @@ impl Receiver {
         loop {
             tokio::time::sleep(RUNS_AGAIN).await;
             let data_dir = self.instance.data_dir.clone();
-            let found = on_disk(move || instance::inspect(&data_dir)).await;
-            if found.is_ok_and(|found| matches!(found.state, InstanceState::Running(_))) {
+            let runs = on_disk(move || instance::inspect(&data_dir).is_ok_and(|found| found.runs())).await;
+            if runs {
                 return;
             }
         }
@@ -368,8 +368,7 @@ impl Receiver {
     async fn store_leftover(&self) -> bool {
         let (data_dir, size) = (self.instance.data_dir.clone(), self.shipper.source().segment_size);
         let looked = tokio::task::spawn_blocking(move || {
-            let stopped =
-                instance::inspect(&data_dir).is_ok_and(|found| !matches!(found.state, InstanceState::Running(_)));
+            let stopped = instance::inspect(&data_dir).is_ok_and(|found| !found.runs());
             if stopped { fill::timelines(&data_dir, size) } else { BTreeSet::new() }
         });
         let timelines = looked.await.unwrap_or_default();
@@ -488,13 +487,8 @@ impl Receiver {
     async fn stuck(&self, patience: Duration) {
         let mut status = self.status().subscribe();
         let source = self.shipper.source();
-        let answered = async || {
-            while source.archive.branches(source.system_id).await.is_err() {
-                tokio::time::sleep(ASK_AGAIN).await;
-            }
-        };
         let unanswered = async {
-            while tokio::time::timeout(patience, answered()).await.is_ok() {
+            while tokio::time::timeout(patience, bridge::answers(source, ASK_AGAIN)).await.is_ok() {
                 tokio::time::sleep(patience).await;
             }
         };

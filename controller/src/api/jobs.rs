@@ -42,19 +42,11 @@ impl Api {
         let cluster = find(&assembly, &wanted.cluster)?;
         let work = backup_work(cluster).ok_or_else(|| no_repository(cluster))?;
         let on = self.member(&picture, cluster, &wanted.agent, JobKind::Backup)?;
+        let work = BackupWork { fast_checkpoint: !wanted.spread_checkpoint, read_all: wanted.read_all, ..work };
         self.create(NewJob {
-            cluster: cluster.name.clone(),
-            work: Work::Backup(BackupWork {
-                fast_checkpoint: !wanted.spread_checkpoint,
-                read_all: wanted.read_all,
-                ..work
-            }),
-            on,
-            requested_by: peer.name.to_string(),
-            run: None,
-            idempotency_key: Some(wanted.idempotency_key).filter(|key| !key.is_empty()),
-            traceparent: telemetry::current_traceparent(),
+            idempotency_key: key_of(wanted.idempotency_key),
             retries: cluster.policy.map_or(0, |policy| policy.backup.retries),
+            ..asked(peer, cluster, Work::Backup(work), on)
         })
         .await
     }
@@ -92,17 +84,8 @@ impl Api {
         let cluster = find(&assembly, &wanted.cluster)?;
         let repository = cluster.repository.ok_or_else(|| no_repository(cluster))?.to_owned();
         let on = self.member(&picture, cluster, &wanted.agent, JobKind::BackupPlan)?;
-        self.create(NewJob {
-            cluster: cluster.name.clone(),
-            work: Work::BackupPlan(BackupPlanWork { repository, read_all: wanted.read_all }),
-            on,
-            requested_by: peer.name.to_string(),
-            run: None,
-            idempotency_key: Some(wanted.idempotency_key).filter(|key| !key.is_empty()),
-            traceparent: telemetry::current_traceparent(),
-            retries: 0,
-        })
-        .await
+        let work = Work::BackupPlan(BackupPlanWork { repository, read_all: wanted.read_all });
+        self.create(NewJob { idempotency_key: key_of(wanted.idempotency_key), ..asked(peer, cluster, work, on) }).await
     }
 
     async fn start_restore_job(&self, peer: &PeerIdentity, wanted: pb::StartRestoreRequest) -> Result<Job, Status> {
@@ -111,16 +94,10 @@ impl Api {
         let cluster = find(&assembly, &wanted.cluster)?;
         let work = self.restore_work(&picture, cluster, &wanted.agent, wanted.order.unwrap_or_default())?;
         ready(&self.reconciler.fleet, &picture, &wanted.agent, JobKind::Restore)?;
+        // Not retried: what a failed restore left behind is for people to look at.
         self.create(NewJob {
-            cluster: cluster.name.clone(),
-            work: Work::Restore(work),
-            on: Some(wanted.agent),
-            requested_by: peer.name.to_string(),
-            run: None,
-            idempotency_key: Some(wanted.idempotency_key).filter(|key| !key.is_empty()),
-            traceparent: telemetry::current_traceparent(),
-            // What a failed restore left behind is for people to look at.
-            retries: 0,
+            idempotency_key: key_of(wanted.idempotency_key),
+            ..asked(peer, cluster, Work::Restore(work), Some(wanted.agent))
         })
         .await
     }
@@ -132,17 +109,8 @@ impl Api {
         let repository = cluster.repository.ok_or_else(|| no_repository(cluster))?.to_owned();
         let backup = backup_id("backup", &wanted.backup)?;
         let on = self.reader(&picture, cluster, &wanted.agent, JobKind::Verify)?;
-        self.create(NewJob {
-            cluster: cluster.name.clone(),
-            work: Work::Verify(VerifyWork { repository, backup, deep: wanted.deep }),
-            on,
-            requested_by: peer.name.to_string(),
-            run: None,
-            idempotency_key: None,
-            traceparent: telemetry::current_traceparent(),
-            retries: 0,
-        })
-        .await
+        let work = Work::Verify(VerifyWork { repository, backup, deep: wanted.deep });
+        self.create(asked(peer, cluster, work, on)).await
     }
 
     async fn start_wal_find_job(&self, peer: &PeerIdentity, wanted: pb::StartWalFindRequest) -> Result<Job, Status> {
@@ -153,14 +121,8 @@ impl Api {
         let work = wal_find_in(wanted.order.unwrap_or_default(), repository).map_err(|error| error.within("order"))?;
         let on = self.reader(&picture, cluster, &wanted.agent, JobKind::WalFind)?;
         self.create(NewJob {
-            cluster: cluster.name.clone(),
-            work: Work::WalFind(work),
-            on,
-            requested_by: peer.name.to_string(),
-            run: None,
-            idempotency_key: Some(wanted.idempotency_key).filter(|key| !key.is_empty()),
-            traceparent: telemetry::current_traceparent(),
-            retries: 0,
+            idempotency_key: key_of(wanted.idempotency_key),
+            ..asked(peer, cluster, Work::WalFind(work), on)
         })
         .await
     }
@@ -219,6 +181,24 @@ pub(super) fn no_repository(cluster: &ClusterSeen<'_>) -> Status {
             format!("no policy binds {name}, so it has no repository\nHINT: `walfleet apply` a Policy that selects it.")
         }
     })
+}
+
+/// What an operator asks for, tried once.
+fn asked(peer: &PeerIdentity, cluster: &ClusterSeen<'_>, work: Work, on: Option<String>) -> NewJob {
+    NewJob {
+        cluster: cluster.name.clone(),
+        work,
+        on,
+        requested_by: peer.name.to_string(),
+        run: None,
+        idempotency_key: None,
+        traceparent: telemetry::current_traceparent(),
+        retries: 0,
+    }
+}
+
+fn key_of(given: String) -> Option<String> {
+    Some(given).filter(|key| !key.is_empty())
 }
 
 fn not_a_member(agent: &str, cluster: &ClusterSeen<'_>) -> Status {

@@ -69,7 +69,7 @@ pub struct Found {
 
 impl Found {
     pub fn lsn(&self, offset: u32) -> Lsn {
-        Lsn(self.place.segment.start(self.place.size).0 + u64::from(offset))
+        self.place.segment.at(self.place.size, offset)
     }
 }
 

@@ -59,9 +59,13 @@ impl Ready<'_> {
         tracing::warn!(timeline = self.timeline.0, %from,
             "the repository does not answer: WAL is streamed to the spools alone until it does");
         let source = self.bridge.source.clone();
+        let answered = async {
+            tokio::time::sleep(LOOK).await;
+            answers(&source, LOOK).await;
+        };
         tokio::select! {
             () = stop.cancelled() => Ok(()),
-            () = answers(&source) => {
+            () = answered => {
                 tracing::info!("the repository answers: WAL is streamed there again");
                 Ok(())
             }
@@ -243,12 +247,9 @@ fn newest(spools: &Spools, owner: &files::Owner, timeline: u32) -> Option<Lsn> {
 }
 
 /// Returns once the repository answers. Safe to drop.
-async fn answers(source: &ShipSource) {
-    loop {
-        tokio::time::sleep(LOOK).await;
-        if source.archive.branches(source.system_id).await.is_ok() {
-            return;
-        }
+pub(super) async fn answers(source: &ShipSource, between: Duration) {
+    while source.archive.branches(source.system_id).await.is_err() {
+        tokio::time::sleep(between).await;
     }
 }
 

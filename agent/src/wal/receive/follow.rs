@@ -184,8 +184,7 @@ impl<'a> Follow<'a> {
         let none = Strays::default();
         let strays = self.strays.as_ref().map_or(&none, |(.., strays)| strays);
         let begun = source.archive.beginning_facts_without(home, self.cursor, size, strays).await?;
-        let start = self.cursor.start(size);
-        Ok(Ok(begun.map_or(start, |begun| Lsn(start.0 + u64::from(begun.end)))))
+        Ok(Ok(self.cursor.at(size, begun.map_or(0, |begun| begun.end))))
     }
 
     /// Whether what lies under the next segment's name does not read, and all of it lies beside in pieces.

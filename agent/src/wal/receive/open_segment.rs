@@ -306,8 +306,8 @@ impl OpenSegment {
     }
 
     fn piece(&self, first: Cut, after: Cut, complete_at: Option<Timestamp>) -> OwnedTail {
-        let (start, to) = (self.start(), after.end);
-        let lsn = |offset: u32| Lsn(start.0 + u64::from(offset));
+        let to = after.end;
+        let lsn = |offset| self.place.segment.at(self.place.size, offset);
         let bytes = self.bytes.get(first.end as usize..).unwrap_or_default();
         let completions = self.scan.completions_between(lsn(first.end), lsn(to));
         let points = self.scan.restore_points_between(lsn(first.end), lsn(to));

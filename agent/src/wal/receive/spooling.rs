@@ -143,8 +143,7 @@ impl SpoolWaiting {
     }
 
     pub fn put(&mut self, tail: OwnedTail) {
-        let start = tail.segment.start(tail.segment_size);
-        let lsn = |offset: u32| Lsn(start.0 + u64::from(offset));
+        let lsn = |offset| tail.segment.at(tail.segment_size, offset);
         let (from, to, bytes) = (lsn(tail.name.from), lsn(tail.name.to), tail.bytes.len() as u64);
         self.unwritten += bytes;
         self.pieces.push_back(Piece { from, to, bytes });

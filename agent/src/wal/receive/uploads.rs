@@ -186,8 +186,7 @@ impl Uploads {
     /// `partings`: how often a branch has been left as yet.
     pub fn piece(&mut self, tail: OwnedTail, partings: u64) {
         self.pieces += 1;
-        let start = tail.segment.start(tail.segment_size);
-        let lsn = |offset: u32| Lsn(start.0 + u64::from(offset));
+        let lsn = |offset| tail.segment.at(tail.segment_size, offset);
         let (from, to) = (lsn(tail.name.from), lsn(tail.name.to));
         let (attempt, branches, base) = (self.attempt(), Arc::clone(&self.branches), self.base);
         self.tasks.spawn(async move {

@@ -55,26 +55,11 @@ fn healthy() -> InstanceObserved {
             newest_timeline: 1,
         }],
         backups: vec![BackupSummary {
-            id: "bk_1".parse().expect("an id"),
-            cluster: "orders".parse().expect("a name"),
-            system_identifier: 7,
-            server_version_num: 170_000,
-            timeline: 1,
             start_lsn: None,
             stop_lsn: None,
             started_at: Some(at(-7300)),
             finished_at: Some(at(-7200)),
-            member: "db1".to_owned(),
-            parents: vec![],
-            cluster_bytes: 0,
-            read_bytes: 0,
-            new_bytes: 0,
-            stored_bytes: 0,
-            damaged_pages: 0,
-            state: "committed".to_owned(),
-            store_requests: 0,
-            unexplained_slots: 0,
-            read_all_because: String::new(),
+            ..samples::backup("bk_1", 7, Lsn::INVALID)
         }],
         ..samples::instance("orders", 7)
     }
