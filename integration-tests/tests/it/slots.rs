@@ -183,6 +183,8 @@ fn what_the_primary_no_longer_has_is_brought_by_a_standby_that_has_it() {
 fn an_agent_frozen_for_more_than_a_minute_under_load_catches_up_and_no_alarm_stays() {
     in_scratch(|scratch| {
         scratch.allow_log("no link to the controller");
+        // What was on its way when it was frozen.
+        scratch.allow_log("no answer within");
         let version = PgVersion::newest()?;
         let server = PgServer::builder(scratch, "primary", &version).setting("wal_sender_timeout", "10s").create()?;
         let (fleet, agent) = streaming_fleet(scratch, &server, json!({ "objectives": { "rpo": "30s" } }))?;
