@@ -11,7 +11,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use http_body_util::BodyExt;
@@ -40,6 +40,8 @@ pub struct Seen {
     pub method: String,
     /// Bucket and key, without the leading slash.
     pub path: String,
+    /// When it came.
+    pub at: Instant,
 }
 
 /// Ends with its handle; connections are cut.
@@ -165,7 +167,11 @@ async fn accept(listener: TcpListener, shared: Arc<Shared>) {
 async fn answer(shared: Arc<Shared>, request: http::Request<Incoming>) -> Result<HttpResponse, HttpError> {
     let path = request.uri().path().trim_start_matches('/').to_owned();
     let method = request.method().to_string();
-    shared.seen.lock().expect("no holder panics").push(Seen { method: method.clone(), path: path.clone() });
+    shared.seen.lock().expect("no holder panics").push(Seen {
+        method: method.clone(),
+        path: path.clone(),
+        at: Instant::now(),
+    });
     match shared.faults.strike(&method, &path) {
         None => shared.serve(request, &path).await,
         Some(Fault::Status(status)) => {

@@ -274,6 +274,12 @@ impl WalCatalog {
     pub fn is_diverged(&self, wal: &WalBranch) -> bool {
         self.branches.get(wal).is_some_and(|branch| branch.divergence.is_some())
     }
+
+    /// Whether nobody knows from where a branch goes on: what says so is missing, or does not read.
+    pub fn is_of_unknown_origin(&self, wal: &WalBranch) -> bool {
+        let unknown = |branch: &BranchWal| branch.history.is_none() && branch.divergence.is_none();
+        !wal.is_first() && self.branches.get(wal).is_some_and(unknown)
+    }
 }
 
 /// The ranges of one system, for messages.

@@ -1,7 +1,8 @@
 //! A backup counts only once the archive holds the WAL that makes it consistent.
 //!
 //! On a primary the end of the backup has closed its last segment, so whatever the archiver has not brought yet is
-//! shipped from here. On a standby the last segment is closed by the primary, in its own time.
+//! shipped from here. On a standby the last segment is closed by the primary, in its own time: where its pieces reach the end
+//! of the backup, they do.
 //!
 //! That an object has the right name proves nothing: a server that was rolled back, or its twin, may have written it. So
 //! the segment is compared with what lies in this server's own `pg_wal`. Where Postgres has recycled it since, the next
@@ -15,6 +16,7 @@ use walfleet_repository::format::wal_segment::SegmentDirectory;
 use walfleet_repository::postgres::{Lsn, Segment, SegmentSize, WalBranch};
 use walfleet_repository::wal_archive::{ArchiveError, WalArchive};
 
+use crate::wal::read::read_in_place;
 use crate::wal::ship::{ShipError, Shipper};
 
 /// How long Postgres's own archiver is given before its work is done for it.
@@ -23,6 +25,9 @@ const GRACE: Duration = Duration::from_secs(2);
 /// Between two looks: as long as has been waited for, since the archiver mostly takes some ten milliseconds.
 const FIRST_POLL: Duration = Duration::from_millis(10);
 const LAST_POLL: Duration = Duration::from_millis(200);
+/// A segment that the primary finishes may take its time.
+const POLLS: u32 = 20;
+const SLOWEST_POLL: Duration = Duration::from_secs(5);
 
 #[derive(Debug, thiserror::Error)]
 pub enum WalWaitError {
@@ -109,7 +114,12 @@ impl WalWait<'_> {
                     }
                     settled => return settled,
                 },
-                Err(error) if error.is_not_found() => {}
+                Err(error) if error.is_not_found() => {
+                    let ends_here = !is_primary && segment.number == last;
+                    if ends_here && self.lies_in_pieces(home, segment, stop).await? {
+                        return Ok(());
+                    }
+                }
                 Err(source) => return Err(WalWaitError::Archive { segment: name, source }),
             }
             if waited >= GRACE && is_primary {
@@ -135,8 +145,32 @@ impl WalWait<'_> {
             }
             tokio::select! {
                 () = cancel.cancelled() => return Err(WalWaitError::Cancelled),
-                () = tokio::time::sleep(waited.clamp(FIRST_POLL, LAST_POLL)) => {}
+                () = tokio::time::sleep(between_polls(waited)) => {}
             }
+        }
+    }
+
+    /// Whether the pieces of a segment that nobody has finished reach a position, and are of this server's WAL.
+    async fn lies_in_pieces(&self, home: WalBranch, segment: Segment, to: Lsn) -> Result<bool, WalWaitError> {
+        let size = self.segment_size;
+        let failed = |source| WalWaitError::Archive { segment: segment.file_name(size), source };
+        let reach = to.0.saturating_sub(segment.start(size).0);
+        let strays = self.archive.strays(home).await.map_err(failed)?;
+        let facts = self.archive.beginning_facts_without(home, segment, size, &strays).await.map_err(failed)?;
+        let Some(facts) = facts.filter(|facts| u64::from(facts.records_end) >= reach) else { return Ok(false) };
+        let begun = self.archive.beginning_of(home, (segment, size), &facts.member).await.map_err(failed)?;
+        let path = self.shipper.source().data_dir.join("pg_wal").join(segment.file_name(size));
+        let ours = tokio::task::spawn_blocking(move || read_in_place(&path)).await;
+        let reach = reach as usize;
+        match (ours.ok().and_then(Result::ok), begun) {
+            (Some(ours), Some(begun)) => match (ours.get(..reach), begun.bytes.get(..reach)) {
+                (Some(ours), Some(theirs)) if ours == theirs => Ok(true),
+                (Some(_), Some(_)) => {
+                    Err(WalWaitError::Foreign { segment: segment.file_name(size), stored_by: begun.member })
+                }
+                _ => Ok(false),
+            },
+            _ => Ok(false),
         }
     }
 
@@ -163,4 +197,8 @@ impl WalWait<'_> {
             false => Err(WalWaitError::Foreign { segment: name, stored_by: directory.member.clone() }),
         }
     }
+}
+
+fn between_polls(waited: Duration) -> Duration {
+    waited.clamp(FIRST_POLL, LAST_POLL).max((waited / POLLS).min(SLOWEST_POLL))
 }

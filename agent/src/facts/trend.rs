@@ -16,6 +16,9 @@ const RATE_OVER_AT_LEAST: SignedDuration = SignedDuration::from_secs(20);
 /// The same for files, of 16 MiB mostly: over less, what fills slowly would come and go.
 const KEPT_OVER: SignedDuration = SignedDuration::from_mins(10);
 
+/// A connection is made anew within this.
+const RECONNECTED_WITHIN: SignedDuration = SignedDuration::from_secs(30);
+
 /// Less than this waits on any busy server.
 const NOT_WORTH_A_WORD: u64 = 64 << 20;
 
@@ -79,11 +82,17 @@ impl Trend {
     fn kept(&self) -> Option<f64> {
         let (last, first) = (self.samples.back()?, self.first_within(KEPT_OVER)?);
         let archiver = last.ready_bytes >= NOT_WORTH_A_WORD && last.ready_bytes > first.ready_bytes;
-        let is_stuck = !last.is_streamed || last.current_lsn.is_some() && last.durable_lsn.is_none();
+        let is_unstreamed =
+            !self.samples.iter().rev().take_while(|seen| self.is_recent(seen)).any(|seen| seen.is_streamed);
+        let is_stuck = is_unstreamed || last.current_lsn.is_some() && last.durable_lsn.is_none();
         let slot = is_stuck && last.slot_bytes > first.slot_bytes;
         // 0: it could not be read.
         let is_kept = first.pg_wal_bytes > 0 && (archiver || slot && last.pg_wal_bytes >= NOT_WORTH_A_WORD);
         is_kept.then(|| rate(first, last, first.pg_wal_bytes, last.pg_wal_bytes)).flatten()
+    }
+
+    fn is_recent(&self, sample: &Sample) -> bool {
+        self.samples.back().is_some_and(|last| last.at.duration_since(sample.at) <= RECONNECTED_WITHIN)
     }
 
     fn first_within(&self, length: SignedDuration) -> Option<&Sample> {
@@ -172,6 +181,8 @@ mod tests {
         assert_eq!(after(&other_timeline), Some(600), "the slot keeps what is not stored at all");
         let stuck = |sample, segments| Sample { is_streamed: false, ..slot(sample, segments) };
         assert_eq!(after(&stuck), Some(600), "the slot keeps what archive_command has stored long since");
+        let anew = |sample, segments| Sample { is_streamed: segments != 20, ..slot(sample, segments) };
+        assert_eq!(after(&anew), None, "the connection is made anew at this moment");
         let unknown = |sample, _| Sample { durable_lsn: None, is_streamed: false, ..sample };
         assert_eq!(after(&unknown), None, "nobody keeps it");
         let both = |sample, segments| {

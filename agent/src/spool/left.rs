@@ -1,13 +1,14 @@
 //! What a writer left in a spool: another host's that is gone, or this one's of before a restart. What the repository lacks of
 //! it is stored, then it is removed. Doing it again changes nothing: pieces are only created, and what is there counts.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures::StreamExt;
+use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use walfleet_repository::layout::TailName;
 use walfleet_repository::postgres::Lsn;
@@ -18,7 +19,7 @@ use super::Spool;
 use super::files::{self, Damaged, Found, Lies, Owner, SpoolError, Spools};
 use crate::access::{AccessError, RepositoryAccess};
 use crate::identity::connect::chain;
-use crate::tasks::on_disk;
+use crate::tasks::{self, on_disk};
 
 /// How long a host has been gone before what it left is looked at: its own agent may be back at once.
 pub const GONE_FOR: Duration = Duration::from_secs(10);
@@ -54,48 +55,61 @@ struct Settled {
     damaged: Vec<(PathBuf, Damaged)>,
 }
 
-/// Looks after what is left, for as long as the agent runs.
+/// Looks after what is left, for as long as the agent runs. Each owner by itself: one whose repository does not answer keeps no
+/// other waiting.
 pub async fn store_left(spool: Arc<Spool>, stop: CancellationToken) {
     let mut reported = BTreeMap::new();
-    let mut wait = LOOK;
+    let mut settling = JoinSet::new();
+    // Who is looked after, and who is not again before when.
+    let (mut busy, mut again) = (BTreeSet::new(), BTreeMap::new());
     loop {
         tokio::select! {
+            // Those under way end between two objects; each is created whole or not at all.
             () = stop.cancelled() => return,
-            () = tokio::time::sleep(wait) => {}
-        }
-        wait = LOOK;
-        let owners = spool.spools.left_for(GONE_FOR).into_iter();
-        // All at once: one whose repository does not answer keeps no other waiting.
-        let settling = owners.map(async |(owner, paths)| {
-            let settled = settle(&spool.spools, &owner, paths).await;
-            (owner, settled)
-        });
-        let settled = tokio::select! {
-            // Between two objects; each is created whole or not at all.
-            () = stop.cancelled() => return,
-            settled = futures::future::join_all(settling) => settled,
-        };
-        for (owner, settled) in settled {
-            let Owner { cluster, member } = &owner;
-            match settled {
-                Ok(Settled { stored, end, damaged }) => {
-                    reported.remove(&owner);
-                    damaged.iter().for_each(|(path, damaged)| tell_damage(&owner, path, damaged));
-                    if stored > 0 {
-                        let end = end.map(|end| end.to_string()).unwrap_or_default();
-                        tracing::info!(%cluster, agent = member, pieces = stored, end,
-                            "WAL that an agent had left in this spool, and the repository lacked, is stored");
-                    }
+            Some(ended) = settling.join_next() => {
+                let (owner, settled) = tasks::outcome(ended).await;
+                busy.remove(&owner);
+                if !note(&mut reported, &owner, settled) {
+                    again.insert(owner, Instant::now() + AGAIN);
                 }
-                Err(error) => {
-                    wait = AGAIN;
-                    let problem = chain(&error);
-                    if reported.get(&owner) != Some(&problem) {
-                        tracing::warn!(%cluster, agent = member, "WAL left in this spool is not stored yet: {problem}");
-                        reported.insert(owner, problem);
+            }
+            () = tokio::time::sleep(LOOK) => {
+                again.retain(|_, at| *at > Instant::now());
+                for (owner, paths) in spool.spools.left_for(GONE_FOR) {
+                    if !again.contains_key(&owner) && busy.insert(owner.clone()) {
+                        let spools = Arc::clone(&spool.spools);
+                        settling.spawn(async move {
+                            let settled = settle(&spools, &owner, paths).await;
+                            (owner, settled)
+                        });
                     }
                 }
             }
+        }
+    }
+}
+
+/// Says what became of it; whether all is well.
+fn note(reported: &mut BTreeMap<Owner, String>, owner: &Owner, settled: Result<Settled, LeftError>) -> bool {
+    let Owner { cluster, member } = owner;
+    match settled {
+        Ok(Settled { stored, end, damaged }) => {
+            reported.remove(owner);
+            damaged.iter().for_each(|(path, damaged)| tell_damage(owner, path, damaged));
+            if stored > 0 {
+                let end = end.map(|end| end.to_string()).unwrap_or_default();
+                tracing::info!(%cluster, agent = member, pieces = stored, end,
+                    "WAL that an agent had left in this spool, and the repository lacked, is stored");
+            }
+            true
+        }
+        Err(error) => {
+            let problem = chain(&error);
+            if reported.get(owner) != Some(&problem) {
+                tracing::warn!(%cluster, agent = member, "WAL left in this spool is not stored yet: {problem}");
+                reported.insert(owner.clone(), problem);
+            }
+            false
         }
     }
 }

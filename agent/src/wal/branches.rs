@@ -10,6 +10,7 @@
 
 mod evidence;
 mod locate;
+mod others;
 
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -119,6 +120,7 @@ impl Branches {
         let mut ways = self.ways.write().await;
         ways.clear();
         self.newest_of().clear();
+        self.stored_histories.lock().unwrap_or_else(PoisonError::into_inner).clear();
     }
 
     /// Where a segment belongs. `base` is its timeline's own branch.
@@ -194,6 +196,7 @@ impl Branches {
         ticket: &Ticket,
     ) -> Result<Archived, ShipError> {
         self.until(|| self.leads() || !self.is_any_before(ticket.place)).await;
+        self.look_at_others(base, sealed.segment()).await?;
         loop {
             let put = self.put_segment(base, sealed).await?;
             if let Some(archived) = self.settle(base, sealed.segment(), put, ticket).await? {
@@ -251,47 +254,18 @@ impl Branches {
         }
     }
 
-    /// Leaves a branch in which another member stores another beginning of the same segment, unless it is the other who is to
-    /// leave: who brought what lies before stays, and where that is a third's, whose name comes first. `content`: of what this
-    /// server has of the segment.
-    pub async fn yield_to(
-        &self,
-        base: WalBranch,
-        (wal, segment): (WalBranch, Segment),
-        content: ChunkId,
-        stored_by: String,
-    ) -> Result<(), ShipError> {
-        let size = self.source.segment_size;
-        let before = match segment.number.checked_sub(1) {
-            Some(number) => self.source.archive.directory(wal, Segment { number, ..segment }, size).await,
-            None => return Ok(()),
-        };
-        let before = self.source.archive.readable(before)?;
-        let stays = match before {
-            Some(before) if before.member == self.source.member => true,
-            Some(before) if before.member == stored_by => false,
-            _ => self.source.member < stored_by,
-        };
-        if stays { Ok(()) } else { self.leave(base, (wal, segment), content, stored_by).await }
-    }
-
-    /// Leaves a branch which has other bytes of a segment than this server, of which `content` was received.
-    pub async fn leave(
-        &self,
-        base: WalBranch,
-        (wal, segment): (WalBranch, Segment),
-        content: ChunkId,
-        stored_by: String,
-    ) -> Result<(), ShipError> {
-        self.until_settled_before((segment.timeline, segment.number)).await;
-        self.part(base, segment, Refusal { wal, content, stored_by }).await
-    }
-
     /// Leaves a branch for a new one, unless that was done meanwhile.
     async fn part(&self, base: WalBranch, segment: Segment, refusal: Refusal) -> Result<(), ShipError> {
         let mut ways = self.ways.write().await;
         let mut way = ways.get(&base).cloned().unwrap_or_else(|| Way::of(base));
         if way.home(segment.number) != refusal.wal {
+            return Ok(());
+        }
+        if let Some(found) = self.way_back(base, (refusal.wal, segment)).await? {
+            tracing::info!(branch = %BranchName::from(&found.home(segment.number)), data_dir = %self.source.data_dir.display(),
+                "this server's WAL goes to the branch that has what lies before it");
+            ways.insert(base, found);
+            self.partings.send_modify(|partings| *partings += 1);
             return Ok(());
         }
         let size = self.source.segment_size;
@@ -329,6 +303,16 @@ impl Branches {
         }
         self.bring_along(wal, first, segment).await;
         Ok(())
+    }
+
+    /// To a branch that is there already: this member's own from before, or its primary's, that begins behind the segment that
+    /// was looked for first. Not if something of this server's lies in the branch that is left: a new one's origin names that.
+    async fn way_back(&self, base: WalBranch, (left, segment): (WalBranch, Segment)) -> Result<Option<Way>, ShipError> {
+        let found = self.found_way(base, segment).await?.filter(|found| found.home(segment.number) != left);
+        let Some(found) = found else { return Ok(None) };
+        let number = found.steps.last().map_or(segment.number, |(first, _)| *first);
+        let strays = self.strays(left, Segment { number, ..segment }).await?;
+        Ok((strays.segments.is_empty() && strays.tails.is_empty()).then_some(found))
     }
 
     /// Stores what lies in `pg_wal` of the segments `[first, end)`, which nobody asks to have archived again.

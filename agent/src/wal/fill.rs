@@ -100,19 +100,22 @@ pub async fn leftover(shipper: &Arc<Shipper>, timeline: Timeline) -> Result<Opti
     for segment in found {
         let wal = shipper.home(segment).await?;
         let archived = listed.get(&wal).map_or(&[][..], |listing| &listing.segments);
-        if archived.binary_search(&segment).is_ok() {
-            match compared(shipper, wal, segment).await? {
-                Compared::Same => continue,
-                Compared::Another => {}
-                // It is not finished here. What is behind it may be by the time that it is read, if the server is started
-                // meanwhile: but then it is not known whose branch it belongs to.
-                Compared::Unfinished => break,
-            }
+        let compared = match archived.binary_search(&segment) {
+            Ok(_) => compared(shipper, wal, segment).await?,
+            Err(_) => Compared::Alone,
+        };
+        if compared == Compared::Same {
+            continue;
         }
-        // Renamed for later use and never written since, as is all behind it.
-        let Some(content) = read(shipper, segment).await? else { break };
+        // Another system's file may lie among them.
+        let Some(content) = read(shipper, segment).await? else { continue };
         let valid = content.facts.valid_bytes;
         if content.suspicion.is_none() {
+            // It was not finished when it was compared: the server has been started, and what is behind this may be finished,
+            // too, before it is known whose branch it belongs to.
+            if compared == Compared::Unfinished {
+                break;
+            }
             drop(content);
             storing.push_back(shipper.store(segment));
             // The first one tells whose branch it is: those behind it must not take another server's names before.
@@ -124,11 +127,17 @@ pub async fn leftover(shipper: &Arc<Shipper>, timeline: Timeline) -> Result<Opti
             end = Some(segment.end(size));
             continue;
         }
-        let known = source.archive.beginning_facts(wal, segment, size).await.map_err(archive_error)?;
-        if valid > 0 && known.is_none_or(|known| known.records_end < valid) {
-            let tail = whole_beginning(shipper, wal, segment, content);
-            shipper.branches().store_tail(base, &tail).await?;
-            end = segment.start(size).checked_add(valid.into());
+        if valid > 0 {
+            let begun = content.bytes.get(..valid as usize).unwrap_or_default();
+            shipper.branches().apart_from_others(base, (wal, segment), begun).await?;
+            let wal = shipper.home(segment).await?;
+            let known = source.archive.beginning_facts(wal, segment, size).await.map_err(archive_error)?;
+            let is_whole = source.archive.has_segment(wal, segment, size).await.map_err(archive_error)?;
+            if !is_whole && known.is_none_or(|known| known.records_end < valid) {
+                let tail = whole_beginning(shipper, wal, segment, content);
+                shipper.branches().store_tail(base, &tail).await?;
+                end = segment.start(size).checked_add(valid.into());
+            }
         }
         // Behind it lie names of segments yet to be written.
         break;
@@ -140,26 +149,31 @@ pub async fn leftover(shipper: &Arc<Shipper>, timeline: Timeline) -> Result<Opti
     Ok(end)
 }
 
-/// What lies here of a segment that the archive has.
+/// What lies here of a segment, beside what the archive has of it whole.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Compared {
+    /// Nobody has stored it.
+    Alone,
     Same,
-    /// Another member's other WAL, or what the archive has does not read.
+    /// Other WAL, another member's or this one's of before a rollback; or what the archive has does not read.
     Another,
     Unfinished,
 }
 
 async fn compared(shipper: &Arc<Shipper>, wal: WalBranch, segment: Segment) -> Result<Compared, Arc<ShipError>> {
     let source = shipper.source();
+    if shipper.has_confirmed(segment) {
+        return Ok(Compared::Same);
+    }
     let archived = source.archive.readable(source.archive.directory(wal, segment, source.segment_size).await);
     let Some(archived) = archived.map_err(|error| Arc::new(ShipError::from(error)))? else {
         return Ok(Compared::Another);
     };
-    if archived.member == source.member {
-        return Ok(Compared::Same);
-    }
     Ok(match shipper.agrees(segment, archived.content_id).await? {
         Some(true) => Compared::Same,
         Some(false) => Compared::Another,
+        // Its own that was finished, with the name of a segment yet to be written in its place.
+        None if archived.member == source.member => Compared::Same,
         None => Compared::Unfinished,
     })
 }

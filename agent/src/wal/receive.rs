@@ -14,6 +14,7 @@ mod follow;
 mod frontier;
 mod give_way;
 pub mod known_place;
+mod leftover;
 mod open_segment;
 mod rescue;
 mod session;
@@ -23,7 +24,6 @@ mod spooling;
 mod timelines;
 mod uploads;
 
-use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -42,20 +42,18 @@ use crate::durable::DurableError;
 use crate::identity::connect::chain;
 use crate::link::backoff::Backoff;
 use crate::postgres::control::ControlFile;
-use crate::postgres::instance;
 use crate::postgres::replication::ReplicationError;
 use crate::postgres::server::{Server, ServerError};
 use crate::postgres::wal_record::WalError;
 use crate::spool::Spool;
 use crate::spool::files::Owner;
 use crate::spool::spooler::Spooling;
-use crate::tasks::on_disk;
 use crate::wal::breaks::Breaks;
-use crate::wal::fill;
 use crate::wal::ship::{ShipError, Shipper};
 use bridge::Bridge;
 use follow::{Follow, Followed};
 use known_place::{Kept, KnownPlace};
+use leftover::Leftover;
 use session::{Role, Session};
 pub use spooling::{SpoolStatus, WaitsFor};
 
@@ -68,9 +66,6 @@ const LONGEST_WAIT: Duration = Duration::from_secs(15);
 /// The same while the server is away: it is on this host, asking costs nothing, and when it is back nothing is streamed
 /// before it is seen.
 const LONGEST_WITHOUT_SERVER: Duration = Duration::from_secs(1);
-
-/// Between two looks whether a server that had stopped runs again, while what it left is stored.
-const RUNS_AGAIN: Duration = Duration::from_secs(1);
 
 /// A session that has not begun for so long waits for the repository.
 pub const UNANSWERED: Duration = Duration::from_secs(3);
@@ -308,13 +303,12 @@ impl Receiver {
         let mut backoff = Backoff::default();
         let mut reported = String::new();
         let mut patience = UNANSWERED;
-        // Once for each time that the server is found stopped.
-        let mut is_left = false;
+        let mut leftover = Leftover::default();
         while !stop.is_cancelled() {
             let ended = self.session(&mut patience, &stop).await;
             if !matches!(self.status().borrow().phase, StreamPhase::Waiting(_)) {
                 backoff.reset();
-                is_left = false;
+                leftover = Leftover::default();
             }
             let mut longest = LONGEST_WAIT;
             if let Err(error) = ended {
@@ -332,15 +326,15 @@ impl Receiver {
                 reported.clone_from(&problem);
                 self.status().send_modify(|status| status.wait(problem));
                 match error.is_of_a_server_that_is_away() {
-                    true if is_left => {}
+                    true if !leftover.is_due(Instant::now()) => {}
                     true => tokio::select! {
-                        is_stored = self.store_leftover() => is_left = is_stored,
+                        is_stored = self.store_leftover() => leftover.tried(is_stored, Instant::now()),
                         // What is left by then is streamed, and what that cannot bring is stored after the next stop.
                         () = self.runs_again() => {}
                         () = stop.cancelled() => {}
                     },
                     // It runs again, whatever else keeps it from being streamed: it will leave more.
-                    false => is_left = false,
+                    false => leftover = Leftover::default(),
                 }
             }
             let wait = backoff.next(rand::random::<f64>()).min(longest);
@@ -350,47 +344,6 @@ impl Receiver {
             }
         }
         self.status().send_modify(|status| status.phase = StreamPhase::Off);
-    }
-
-    /// Returns once the server runs.
-    async fn runs_again(&self) {
-        loop {
-            tokio::time::sleep(RUNS_AGAIN).await;
-            let data_dir = self.instance.data_dir.clone();
-            let runs = on_disk(move || instance::inspect(&data_dir).is_ok_and(|found| found.runs())).await;
-            if runs {
-                return;
-            }
-        }
-    }
-
-    /// Of a server that does not run, what it left in `pg_wal`. Whether that is done.
-    async fn store_leftover(&self) -> bool {
-        let (data_dir, size) = (self.instance.data_dir.clone(), self.shipper.source().segment_size);
-        let looked = tokio::task::spawn_blocking(move || {
-            let stopped = instance::inspect(&data_dir).is_ok_and(|found| !found.runs());
-            if stopped { fill::timelines(&data_dir, size) } else { BTreeSet::new() }
-        });
-        let timelines = looked.await.unwrap_or_default();
-        let mut is_stored = !timelines.is_empty();
-        // The newest hangs on the ones before.
-        for timeline in timelines {
-            match fill::leftover(&self.shipper, timeline).await {
-                Ok(Some(end)) => {
-                    tracing::info!(timeline = timeline.0, %end, "what a stopped server had left in pg_wal is stored");
-                }
-                Ok(None) => {}
-                Err(error) => {
-                    tracing::info!(
-                        timeline = timeline.0,
-                        "what a stopped server has left in pg_wal is not stored: {error}"
-                    );
-                    // Without its history nobody will know where it belongs.
-                    is_stored &= matches!(*error, ShipError::NoHistory(_));
-                }
-            }
-        }
-        is_stored
     }
 
     /// One connection, or one stretch of following.

@@ -122,8 +122,8 @@ struct State {
     partings: u64,
     /// Confirmed segments ahead of the contiguous end, by number.
     confirmed: BTreeSet<Segment>,
-    /// Whether the last segment was new to the archive: nobody else is ahead with this timeline. `None`: not known yet.
-    leads: Option<bool>,
+    /// Whether the last segment was new to the archive: nobody else is ahead with this timeline. The first goes alone and tells.
+    leads: bool,
     /// The first segment whose durability is promised, and from which the contiguous end grows.
     next: Option<Segment>,
     first: Option<Segment>,
@@ -353,7 +353,7 @@ impl Shipper {
     /// differ from some segment on, that segment is refused, and none behind it may get into the archive before.
     async fn read_ahead(self: &Arc<Self>, asked: WalFile) {
         let WalFile::Segment(asked) = asked else { return };
-        if self.options.read_ahead == 0 || !self.leads(asked).await {
+        if self.options.read_ahead == 0 || !self.state().leads {
             return;
         }
         let (data_dir, size) = (self.source.data_dir.clone(), self.source.segment_size);
@@ -366,20 +366,6 @@ impl Shipper {
             .filter(|segment| *segment > asked && segment.timeline == asked.timeline && !stream.covers(*segment, size));
         for segment in ahead.take(self.options.read_ahead) {
             self.begin(WalFile::Segment(segment), SegmentForm::Whole);
-        }
-    }
-
-    async fn leads(&self, asked: Segment) -> bool {
-        let known = self.state().leads;
-        match known {
-            Some(leads) => leads,
-            None => match self.find_home(asked).await {
-                Ok(wal) => {
-                    let there = self.source.archive.directory(wal, asked, self.source.segment_size).await;
-                    there.is_err_and(|error| error.is_not_found())
-                }
-                Err(_) => false,
-            },
         }
     }
 
@@ -424,7 +410,7 @@ impl Shipper {
     fn note(&self, file: WalFile, result: &Result<Archived, Arc<ShipError>>) {
         let size = self.source.segment_size;
         if let WalFile::Segment(_) = file {
-            self.state().leads = Some(matches!(result, Ok(Archived::Stored { .. })));
+            self.state().leads = matches!(result, Ok(Archived::Stored { .. }));
         }
         let reached = match (file, result) {
             (WalFile::Segment(segment), Ok(_)) => self.confirm(segment),

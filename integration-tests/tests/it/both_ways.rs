@@ -16,7 +16,7 @@ use walfleet_integration_tests::{tree, wait_for};
 use crate::gaps::{SEEN, write_segments};
 
 /// A segment's, "000000010000000000000003".
-fn is_segment(name: &str) -> bool {
+pub fn is_segment(name: &str) -> bool {
     name.len() == 24 && name.bytes().all(|byte| byte.is_ascii_hexdigit())
 }
 

@@ -3,7 +3,7 @@
 
 use std::fs::File;
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -25,7 +25,7 @@ pub struct SmallDisk(PathBuf);
 
 impl SmallDisk {
     /// None without root.
-    fn mount(scratch: &Scratch, megabytes: u32) -> anyhow::Result<Option<SmallDisk>> {
+    pub fn mount(scratch: &Scratch, megabytes: u32) -> anyhow::Result<Option<SmallDisk>> {
         SmallDisk::mount_on(scratch.dir("small")?, megabytes)
     }
 
@@ -39,6 +39,10 @@ impl SmallDisk {
         mount.args(["-t", "tmpfs", "-o", &format!("size={megabytes}m,mode=777"), "tmpfs"]).arg(&folder);
         run(mount)?;
         Ok(Some(SmallDisk(folder)))
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.0
     }
 
     /// Whatever room there is, or comes to be, something else takes it, until the end of what is returned.

@@ -180,7 +180,7 @@ fn what_the_primary_no_longer_has_is_brought_by_a_standby_that_has_it() {
 
 /// As on a hypervisor that stands still: the server has long ended the connection when the agent goes on.
 #[test]
-fn an_agent_frozen_for_more_than_a_minute_under_load_catches_up_and_no_alarm_stays() {
+fn an_agent_frozen_for_minutes_under_load_catches_up_and_no_alarm_stays() {
     in_scratch(|scratch| {
         scratch.allow_log("no link to the controller");
         // What was on its way when it was frozen.
@@ -192,7 +192,7 @@ fn an_agent_frozen_for_more_than_a_minute_under_load_catches_up_and_no_alarm_sta
         let workload = Acknowledged::start(&server, 2, "SET synchronous_commit = on")?;
         agent.freeze();
         fleet.wait_for_cluster(CLUSTER, "an alarm", |cluster| cluster["state"] != "protected")?;
-        std::thread::sleep(Duration::from_secs(75));
+        std::thread::sleep(Duration::from_secs(125));
         anyhow::ensure!(server.session()?.is_true("SELECT NOT active FROM pg_replication_slots")?);
         agent.thaw();
         let healthy = |cluster: &Value| cluster["state"] == "protected" && count(&cluster["recovery"][0]["gaps"]) == 0;

@@ -8,12 +8,12 @@ use std::time::{Duration, Instant, SystemTime};
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
 use rand::{RngExt, SeedableRng};
-use serde_json::json;
+use serde_json::{Value, json};
 use walfleet_integration_tests::fleet::standalone::{CLUSTER, Setup};
 use walfleet_integration_tests::fleet::{Agent, Place, Standalone};
 use walfleet_integration_tests::network::Line;
 use walfleet_integration_tests::os_user::os_user;
-use walfleet_integration_tests::postgres::acknowledged::Acknowledged;
+use walfleet_integration_tests::postgres::acknowledged::{Acknowledged, Lost, Record};
 use walfleet_integration_tests::postgres::{PgServer, PgVersion};
 use walfleet_integration_tests::process::run;
 use walfleet_integration_tests::s3::fault::{Fault, Rule};
@@ -123,10 +123,15 @@ impl Storm<'_> {
     }
 }
 
-/// A server that streams to a store on another host.
-fn set_up(scratch: &Scratch, line: &Line, store: &S3Server, settings: &[(&str, &str)]) -> anyhow::Result<Standalone> {
+/// A server that streams, as `wal` says, to a store on another host.
+fn set_up(
+    scratch: &Scratch,
+    line: &Line,
+    store: &S3Server,
+    settings: &[(&str, &str)],
+    wal: Value,
+) -> anyhow::Result<Standalone> {
     let settings = settings.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
-    let wal = json!({ "streaming": "on" });
     let namespace = Some(line.namespace().to_owned());
     let setup = Setup { settings, wal, streams_only: true, namespace, ..Setup::default() };
     Standalone::set_up(scratch, &PgVersion::newest()?, Place::s3(store), setup)
@@ -144,8 +149,8 @@ fn reported(host: &Standalone) -> anyhow::Result<(String, SystemTime)> {
     Ok((lsn, SystemTime::UNIX_EPOCH + Duration::from_micros(us.unsigned_abs())))
 }
 
-#[test]
-fn whatever_befalls_line_store_agent_and_server_the_promise_holds_again() {
+/// What the storm left behind is judged by `judge`: what of the record is lost, and what was reported to be recoverable.
+fn weather(wal: Value, synchronous: &str, judge: impl FnOnce(&Record, &Lost, SystemTime)) {
     in_scratch(|scratch| {
         let Some(line) = Line::lay()? else { return Ok(()) };
         // Everything fails here but the restore.
@@ -157,8 +162,10 @@ fn whatever_befalls_line_store_agent_and_server_the_promise_holds_again() {
         let store = S3Server::start_at(&scratch.dir("s3")?, line.near())?;
         // The server gives up a silent agent while it is frozen. What a dropped slot kept must still be there: without that
         // there is a gap (`gaps`).
-        let host = set_up(scratch, &line, &store, &[("wal_sender_timeout", "1500ms"), ("wal_keep_size", "4GB")])?;
+        let settings = [("wal_sender_timeout", "1500ms"), ("wal_keep_size", "4GB")];
+        let host = set_up(scratch, &line, &store, &settings, wal)?;
         host.backup()?;
+        host.server.reload_with("synchronous_standby_names", synchronous)?;
         let workload = Acknowledged::start(&host.server, 4, "SET synchronous_commit = on")?;
         let mut storm = Storm { host, line: &line, store: &store };
         let mut random = StdRng::seed_from_u64(seed);
@@ -182,15 +189,32 @@ fn whatever_befalls_line_store_agent_and_server_the_promise_holds_again() {
         std::thread::sleep(Duration::from_secs(4));
         let (lsn, moment) = reported(&host)?;
         let (record, lost) = host.destroy(workload)?;
+        eprintln!("{lost:?} of {} after {befell:?}", record.commits());
+        judge(&record, &lost, moment);
+        let restored = host.restore("reported", &["--to-lsn", &lsn])?;
+        host.recovered(&restored)?;
+        Ok(())
+    });
+}
+
+#[test]
+fn whatever_befalls_line_store_agent_and_server_the_promise_holds_again() {
+    weather(json!({ "streaming": "on" }), "", |record, lost, moment| {
         assert!(record.commits() > 200, "only {} commits", record.commits());
-        assert!(lost.time <= A_SECOND_OR_SO, "{lost:?} of {} after {befell:?}", record.commits());
+        assert!(lost.time <= A_SECOND_OR_SO, "{lost:?}");
         assert!(
             lost.since.is_none_or(|since| since > moment),
             "{lost:?}, but everything until {moment:?} was promised"
         );
-        let restored = host.restore("reported", &["--to-lsn", &lsn])?;
-        host.recovered(&restored)?;
-        Ok(())
+    });
+}
+
+#[test]
+fn whatever_befalls_them_no_commit_that_waited_for_the_repository_is_lost() {
+    let wal = json!({ "streaming": "on", "synchronous": "repository" });
+    weather(wal, "walfleet", |record, lost, _| {
+        assert!(record.commits() > 50, "only {} commits", record.commits());
+        assert_eq!(lost.commits, 0, "{lost:?}");
     });
 }
 

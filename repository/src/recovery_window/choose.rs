@@ -31,7 +31,8 @@ pub enum TargetPoint {
 /// On which timeline.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
 pub enum TimelineChoice {
-    /// The newest that there is. Of several branches of one number those that diverged are left out, here and below.
+    /// The newest that there is. Of several branches of one number those that diverged are left out, here and below, and those
+    /// of which nobody knows where they come from; one of these without any WAL does not count at all.
     #[default]
     Latest,
     /// The backup's own.
@@ -119,6 +120,10 @@ pub enum NotRecoverable {
     NoBranch { asked: BranchName, branches: String },
     #[error("no backup lies on the way to timeline {timeline}\nHINT: recoverable is {recoverable}.")]
     NoBackupOnTimeline { timeline: Timeline, recoverable: String },
+    #[error(
+        "no backup lies on the way to timeline {timeline}: its history file is missing in the repository or does not read, so that nobody knows what it goes on from\nHINT: its server's agent stores the file again when it is started, once what does not read is removed; --timeline names another. Recoverable is {recoverable}."
+    )]
+    UnknownOrigin { timeline: Timeline, recoverable: String },
     #[error("backup {backup} is not one of this cluster that can be restored\nHINT: recoverable is {recoverable}.")]
     NoSuchBackup { backup: BackupId, recoverable: String },
     #[error(
@@ -196,6 +201,10 @@ pub fn ways(
     let served = |lineage: &Lineage| backups.iter().any(|backup| lineage.holds(backup));
     match found.iter().map(|lineage| lineage.tip().timeline).max() {
         Some(timeline) if !found.iter().any(served) => {
+            let newest = found.iter().map(Lineage::tip).filter(|tip| tip.timeline == timeline);
+            if newest.clone().any(|tip| wal.is_of_unknown_origin(&tip)) {
+                return Err(NotRecoverable::UnknownOrigin { timeline, recoverable: recoverable() });
+            }
             Err(NotRecoverable::NoBackupOnTimeline { timeline, recoverable: recoverable() })
         }
         _ => Ok(found),
@@ -239,7 +248,12 @@ fn tips(choice: TimelineChoice, backups: &[BackupFacts], wal: &WalCatalog) -> Re
         }
         TimelineChoice::Latest => {
             for system_id in super::systems(backups) {
-                let of_system = || wal.branches.keys().filter(|branch| branch.system_id == system_id);
+                // Nothing lies on such a branch, so nothing is lost without it.
+                let is_bare = |tip: &WalBranch| {
+                    wal.is_of_unknown_origin(tip)
+                        && wal.branches.get(tip).is_some_and(|known| known.segments.is_empty())
+                };
+                let of_system = || wal.branches.keys().filter(|tip| tip.system_id == system_id && !is_bare(tip));
                 if let Some(newest) = of_system().map(|branch| branch.timeline).max() {
                     let newest_ones = of_system().filter(|tip| tip.timeline == newest).collect();
                     tips.extend(one_of("latest", newest, undiverged(newest_ones, wal))?);
@@ -250,10 +264,11 @@ fn tips(choice: TimelineChoice, backups: &[BackupFacts], wal: &WalCatalog) -> Re
     Ok(tips)
 }
 
-/// Those that left no other, if there are any: what did is only meant by its name.
+/// Those that left no other, if there are any: what did, or may have, is only meant by its name.
 fn undiverged<'a>(mut found: Vec<&'a WalBranch>, wal: &WalCatalog) -> Vec<&'a WalBranch> {
-    if found.iter().any(|tip| !wal.is_diverged(tip)) {
-        found.retain(|tip| !wal.is_diverged(tip));
+    let is_own = |tip: &WalBranch| !wal.is_diverged(tip) && !wal.is_of_unknown_origin(tip);
+    if found.iter().any(|tip| is_own(tip)) {
+        found.retain(|tip| is_own(tip));
     }
     found
 }

@@ -1,3 +1,4 @@
+mod unknown_origin;
 mod unlogged;
 
 use proptest::prelude::*;

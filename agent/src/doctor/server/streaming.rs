@@ -236,6 +236,37 @@ mod tests {
     }
 
     #[test]
+    fn what_commits_wait_for_is_judged_by_the_policy_and_by_both_settings() {
+        use crate::doctor::Verdict;
+        const NOBODY: &str = "s1";
+        const US: &str = "walfleet";
+        let judged = |wanted, names: &str, commit: &str| {
+            let mut facts = good_server();
+            (facts.synchronous.standby_names, facts.synchronous.commit) = (names.to_owned(), commit.to_owned());
+            let shipping = ShippingSpec { synchronous: Some(wanted), ..ShippingSpec::NONE };
+            let (rights, socket, program) = (None, None, None);
+            let view = ServerView { facts: &facts, rights, socket, program, streams: true, shipping };
+            synchronous("orders", &view).map(|finding| (finding.verdict, finding.fix.unwrap_or_default()))
+        };
+        for wanted in [Synchronous::Off, Synchronous::Repository, Synchronous::Spool] {
+            for names in [US, "*", "FIRST 1 (s1, walfleet)"] {
+                let (verdict, fix) = judged(wanted, names, "remote_apply").expect("it is refused");
+                assert_eq!(verdict, Verdict::Fix, "{wanted:?} {names}: such commits never return");
+                assert!(fix.contains("synchronous_commit = 'on'"), "{fix}");
+            }
+        }
+        let verdict = |wanted, names, commit| judged(wanted, names, commit).map(|(verdict, _)| verdict);
+        let (off, repository, spool) = (Synchronous::Off, Synchronous::Repository, Synchronous::Spool);
+        assert_eq!(verdict(off, NOBODY, "remote_apply"), None, "standbys apply");
+        assert_eq!(verdict(off, US, "on"), Some(Verdict::Advice));
+        assert_eq!(verdict(repository, NOBODY, "on"), Some(Verdict::Fix), "nobody waits for it");
+        assert_eq!(verdict(repository, US, "on"), Some(Verdict::Ok));
+        assert_eq!(verdict(repository, US, "remote_write"), Some(Verdict::Advice));
+        assert_eq!(verdict(spool, US, "remote_write"), Some(Verdict::Ok));
+        assert_eq!(verdict(spool, US, "on"), Some(Verdict::Advice));
+    }
+
+    #[test]
     fn the_agent_is_found_among_the_standbys_however_they_are_written() {
         for (setting, named) in [
             ("", Named::Not),

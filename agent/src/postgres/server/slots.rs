@@ -101,9 +101,12 @@ impl Server {
         done.map_err(|source| ServerError::of_query("make a checkpoint", &self.target, source))
     }
 
-    /// Lets go of what a slot keeps before a position, also on a standby.
+    /// Lets go of what a slot keeps before a position, also on a standby: there no farther than that has replayed
+    /// (pg_replication_slot_advance, slotfuncs.c), and not at all where the slot is past that already.
     pub async fn advance_slot(&self, name: &str, to: Lsn) -> Result<(), ServerError> {
-        const SQL: &str = "SELECT pg_replication_slot_advance($1, $2)";
+        const SQL: &str = "SELECT pg_replication_slot_advance(slot_name, $2) FROM pg_replication_slots WHERE slot_name = $1 \
+             AND restart_lsn < least($2, CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() \
+             ELSE pg_current_wal_flush_lsn() END)";
         let advanced = self.client.query(SQL, &[&name, &PgLsn::from(to.0)]).await;
         advanced.map(drop).map_err(|source| ServerError::of_query("advance the replication slot", &self.target, source))
     }

@@ -104,7 +104,7 @@ impl Branches {
             let path = source.data_dir.join("pg_wal").join(segment.file_name(size));
             match read_segment(&path, segment, size, source.system_id, None) {
                 Ok(content) if content.suspicion.is_none() => Ok(Some(content)),
-                // It may also be a name for later.
+                // Another system's file lies there.
                 Ok(_) | Err(WalReadError::Foreign { .. }) => Ok(None),
                 Err(WalReadError::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => Ok(None),
                 Err(error) => Err(error),

@@ -46,6 +46,17 @@ impl Branches {
         }
     }
 
+    /// A way on which this server's own WAL lies before a segment, or in it, if branches were made meanwhile that lead there.
+    pub(super) async fn found_way(&self, base: WalBranch, segment: Segment) -> Result<Option<Way>, ShipError> {
+        let divergences = self.source.archive.divergences(base.system_id, base.timeline).await?;
+        for (way, left) in self.ways_below(base, segment, &divergences) {
+            if self.kin_of_way(&way, segment, left).await? == Kin::Same {
+                return Ok(Some(way));
+            }
+        }
+        Ok(None)
+    }
+
     /// The ways to the branches that left `base`, or one that did, not behind the segment; the deepest first.
     fn ways_below<'a>(
         &self,

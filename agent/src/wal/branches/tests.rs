@@ -186,6 +186,9 @@ async fn must_not_be_mixed(catalog: &WalCatalog, shippers: &[&Arc<Shipper>]) {
         let mut whose: BTreeSet<usize> = BTreeSet::new();
         let mut next = 0;
         for (wal, number) in way.segments(catalog, 0) {
+            if catalog.branches[&wal].segments[&number].is_begun {
+                continue;
+            }
             let segment = Segment { timeline: wal.timeline, number };
             let archived = shippers[0].source().archive.directory(wal, segment, size()).await.unwrap().content_id;
             let mut here = BTreeSet::new();
@@ -271,6 +274,49 @@ async fn a_twin_has_a_branch_of_its_own_and_finds_it_again() {
     // Whoever takes over from the twin itself, under another name, goes on with its branch.
     let heir = twins.other.shipper_as("db3", &archive);
     assert_eq!(heir.home(*late.last().unwrap()).await.unwrap(), wal);
+}
+
+/// What was looked for first lies before the branch, which was left for when its first segment was not finished.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_branch_that_is_there_is_found_by_who_begins_before_it() {
+    let Some(twins) = twins().await else { return };
+    let archive = archive(&FaultyStore::in_memory(1));
+    let (one, other) = (twins.one.shipper(&archive), twins.other.shipper(&archive));
+    twins.one.ship(&one, &twins.one.ready).await;
+    let begun = twins.other.piece(&other, twins.parted, 50_000).await;
+    let left = other.branches().home(base(&other), twins.parted).await.unwrap();
+    let (place, whose) = ((left, twins.parted), "db1".to_owned());
+    other.branches().leave(base(&other), place, begun.after, whose).await.unwrap();
+    twins.other.ship(&other, twins.other.behind(twins.parted)).await;
+    let (wal, _) = diverged(&catalog(&one).await);
+
+    // The agent is started again, and the agent of a standby of it stores, too.
+    for member in ["db2", "db3"] {
+        let again = twins.other.shipper_as(member, &archive);
+        twins.other.ship(&again, &twins.other.ready).await;
+        assert_eq!(diverged(&catalog(&one).await).0, wal, "and no third, by {member}");
+        assert_eq!(again.newest_branch(*twins.other.ready.last().unwrap()).await.unwrap(), wal);
+    }
+    let catalog = catalog(&one).await;
+    must_not_be_mixed(&catalog, &[&one, &other]).await;
+    assert_eq!(must_be_whole(&catalog, &twins.other, &other).await, wal);
+}
+
+/// Of the segment in which they differ the one that lives has stored pieces alone.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_stopped_twin_left_takes_no_name_of_the_one_that_lives() {
+    let Some(twins) = twins().await else { return };
+    let archive = archive(&FaultyStore::in_memory(1));
+    let (one, other) = (twins.one.shipper(&archive), twins.other.shipper(&archive));
+    twins.one.ship(&one, twins.one.before(twins.parted)).await;
+    let begun = twins.one.piece(&one, twins.parted, 50_000).await;
+    one.branches().store_tail(base(&one), &begun).await.unwrap();
+    crate::wal::fill::leftover(&other, Timeline::FIRST).await.unwrap();
+    twins.one.ship(&one, twins.one.behind(twins.parted)).await;
+    let catalog = catalog(&one).await;
+    must_not_be_mixed(&catalog, &[&one, &other]).await;
+    assert_eq!(must_be_whole(&catalog, &twins.one, &one).await, base(&one));
+    assert_eq!(must_be_whole(&catalog, &twins.other, &other).await, diverged(&catalog).0);
 }
 
 /// A segment whose file was recycled here is told by what lies behind it.

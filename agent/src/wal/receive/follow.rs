@@ -49,6 +49,8 @@ pub struct Follow<'a> {
     /// What the archive had then.
     stored: Lsn,
     waits: Waits,
+    /// Since when what the archive has of the next segment differs from what is here.
+    differs: Option<Instant>,
     /// What in the branch is another's, when it was read.
     strays: Option<(WalBranch, Instant, Strays)>,
 }
@@ -100,6 +102,7 @@ impl<'a> Follow<'a> {
             had: Lsn::INVALID,
             stored: start,
             waits: Waits::default(),
+            differs: None,
             strays: None,
         };
         tracing::info!(timeline = timeline.0, from = %start, "a standby: its WAL is followed in the archive");
@@ -130,7 +133,12 @@ impl<'a> Follow<'a> {
         let before = self.cursor;
         if end > self.stored {
             self.stored = match self.what_is_stored(end).await? {
-                Ok(stored) => stored,
+                Ok(stored) => {
+                    self.differs = None;
+                    stored
+                }
+                // Its primary's agent may be about to make a branch for both.
+                Err(_) if self.differs.get_or_insert_with(Instant::now).elapsed() < PATIENCE => self.stored,
                 Err(diverged) => return Ok(Some(diverged)),
             };
         }
@@ -167,6 +175,11 @@ impl<'a> Follow<'a> {
             match source.archive.readable(source.archive.directory(home, self.cursor, size).await)? {
                 Some(directory) => {
                     if self.receiver.shipper.agrees(self.cursor, directory.content_id).await? == Some(false) {
+                        // What was worked out for an earlier segment knows nothing of a branch that begins here.
+                        branches.forget().await;
+                        if branches.home(self.wal, self.cursor).await? != home {
+                            continue;
+                        }
                         let segment = self.cursor.file_name(size);
                         return Ok(Err(Followed::Diverged { segment, stored_by: directory.member }));
                     }

@@ -22,8 +22,9 @@ impl Shipper {
     ) -> Result<Archived, ShipError> {
         loop {
             // Nothing is held while those before it are waited for: they may need it.
-            let slot = self.slot().await?;
             let base = self.find_branch(segment.timeline).await?;
+            self.branches.look_at_others(base, segment).await?;
+            let slot = self.slot().await?;
             let home = self.branches.home(base, segment).await?;
             let content_permit = self.contents.acquire().await.map_err(|_| ShipError::Stopping)?;
             let upload = Arc::new(self.upload(home, segment, form).await?);
