@@ -24,11 +24,13 @@ use super::fetch::{AHEAD_FOLDER, FetchError, Plan, RestoreSource, open_archive};
 /// Held while one brings segments; says which are coming, a name a line.
 const LOCK: &str = "lock";
 
-/// Segments being fetched and opened at once.
-const AT_ONCE: usize = 4;
-
-/// Segments kept ahead at first; doubled whenever the server had to wait, up to what the restore was told.
+/// Segments being fetched and opened at once, and kept ahead, at first; doubled whenever the server had to wait, up to what
+/// fits into [`CONTENT_BYTES`], and to what the restore was told.
+const FIRST_AT_ONCE: usize = 4;
 const FIRST_WINDOW: usize = 8;
+
+/// Segments that are being opened hold at most so much content, or four of them.
+const CONTENT_BYTES: usize = 128 << 20;
 
 /// Of the file system's free space, what lies ahead may take a tenth.
 const SHARE_OF_FREE: u64 = 10;
@@ -106,6 +108,9 @@ pub fn run(source_file: &Path, after: &str) -> Result<(), FetchError> {
         let mut ahead = Ahead {
             most: source.read_ahead.max(1) as usize,
             window: FIRST_WINDOW,
+            at_once: FIRST_AT_ONCE,
+            most_at_once: (CONTENT_BYTES / plan.size().bytes() as usize).clamp(FIRST_AT_ONCE, 16),
+            told: String::new(),
             next: plan.after(after),
             waiting: VecDeque::new(),
             taken: Instant::now(),
@@ -130,6 +135,10 @@ struct Ahead<'a> {
     /// Kept ahead, and the most that may be.
     window: usize,
     most: usize,
+    at_once: usize,
+    most_at_once: usize,
+    /// What the lock file says.
+    told: String,
     /// `None`: there is no more.
     next: Option<Segment>,
     /// Brought and not taken, or being brought, in the order of replay.
@@ -143,8 +152,7 @@ impl Ahead<'_> {
         let mut coming = BTreeSet::new();
         loop {
             self.note_taken(&coming);
-            let before = coming.len();
-            while tasks.len() < AT_ONCE && self.waiting.len() < self.window.min(self.room()) {
+            while tasks.len() < self.at_once && self.waiting.len() < self.window.min(self.room()) {
                 let Some(segment) = self.next else { break };
                 self.next = self.plan.after(segment);
                 self.waiting.push_back(segment);
@@ -158,9 +166,7 @@ impl Ahead<'_> {
                     Ok((segment, plan.bring(&archive, segment, destination).await?))
                 });
             }
-            if coming.len() != before {
-                self.tell(&coming);
-            }
+            self.tell(&coming);
             if self.server != server()
                 || tasks.is_empty() && (self.waiting.is_empty() || self.taken.elapsed() > PATIENCE)
             {
@@ -170,7 +176,6 @@ impl Ahead<'_> {
                 Some(done) = tasks.join_next() => {
                     let (segment, found) = done.map_err(|bug| FetchError::Internal(bug.to_string()))??;
                     coming.remove(&segment);
-                    self.tell(&coming);
                     if !found {
                         // The end of what there is.
                         self.next = None;
@@ -194,15 +199,22 @@ impl Ahead<'_> {
             let starved = self.waiting.front().is_none_or(|first| coming.contains(first));
             if starved {
                 self.window = (self.window * 2).min(self.most);
+                self.at_once = (self.at_once * 2).min(self.most_at_once);
             }
         }
     }
 
-    /// A fetch that reads it half written looks again.
-    fn tell(&self, coming: &BTreeSet<Segment>) {
-        let names: String = coming.iter().map(|segment| segment.file_name(self.plan.size()) + "\n").collect();
-        let _ = self.lock.set_len(0);
-        let _ = self.lock.write_all_at(names.as_bytes(), 0);
+    /// What is coming, and what will be begun when that is there. A fetch that reads it half written looks again.
+    fn tell(&mut self, coming: &BTreeSet<Segment>) {
+        let room = self.window.min(self.room()).saturating_sub(self.waiting.len());
+        let planned = std::iter::successors(self.next, |segment| self.plan.after(*segment)).take(room);
+        let names: String =
+            coming.iter().copied().chain(planned).map(|segment| segment.file_name(self.plan.size()) + "\n").collect();
+        if names != self.told {
+            let _ = self.lock.set_len(0);
+            let _ = self.lock.write_all_at(names.as_bytes(), 0);
+            self.told = names;
+        }
     }
 
     fn path(&self, segment: Segment) -> PathBuf {

@@ -73,14 +73,15 @@ fn complete(cluster: &ClusterSeen<'_>) -> Vec<CompleteWork> {
     cluster.members.iter().filter_map(of_member).collect()
 }
 
-/// The data directory of a server that runs there is never a place to restore to; the agent checks again.
+/// The data directory of a server that runs there is never a place to restore to; the agent checks again. Whoever restores over
+/// a copy has just stopped its server, which is not known here yet: that is left to the agent.
 fn refuse_running_here(picture: &Picture, agent: &str, work: &RestoreWork) -> Result<(), Status> {
     let facts = picture.agents.get(agent).and_then(|seen| seen.observed.facts.as_ref());
     let here = facts.into_iter().flat_map(|facts| &facts.instances).find(|instance| {
         instance.data_dir.trim_end_matches('/') == work.data_dir.trim_end_matches('/')
             && instance.role != crate::fleet::InstanceRole::Down
     });
-    match here.filter(|_| !work.plan_only) {
+    match here.filter(|_| !work.plan_only && !work.delta) {
         Some(instance) => Err(Status::failed_precondition(format!(
             "a server runs in {} on {agent} (port {})\nHINT: restore into another directory, or stop the server first.",
             work.data_dir, instance.port

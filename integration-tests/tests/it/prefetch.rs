@@ -42,13 +42,15 @@ fn segments_are_fetched_ahead_of_replay_several_at_once_and_each_once() {
             }
         }
         anyhow::ensure!(fetched.len() >= SEGMENTS, "{fetched:?}");
-        let twice = fetched.values().filter(|count| **count > 1).count();
-        anyhow::ensure!(twice <= 1, "fetched more than once: {fetched:?}");
+        // At the end of recovery the server asks for its last segment again, and for one that is not there.
+        let replayed = fetched.iter().take(fetched.len() - 2);
+        let twice: Vec<_> = replayed.filter(|(_, count)| **count > 1).collect();
+        anyhow::ensure!(twice.is_empty(), "fetched more than once: {twice:?}");
         // Whatever came while one was on its way was asked for ahead.
         let at_once =
             |begun: &Instant| times.iter().filter(|at| *at >= begun && at.duration_since(*begun) < FAR).count();
         let most = times.iter().map(at_once).max().unwrap_or_default();
-        anyhow::ensure!(most >= 4, "{most} at once at most, of {}", times.len());
+        anyhow::ensure!(most >= 5, "{most} at once at most, of {}", times.len());
         // Nor is anything left of it.
         wait_for("what was fetched ahead to be removed", SEEN, || {
             Ok((!copy.data_dir.join("pg_wal/walfleet-ahead").exists()).then_some(()))
