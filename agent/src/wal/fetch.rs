@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use rustix::fs::{FallocateFlags, fallocate};
 use serde::{Deserialize, Serialize};
+use tokio::sync::Semaphore;
 use walfleet_repository::cluster_log::DomainKeys;
 use walfleet_repository::format::wal_history::Divergence;
 use walfleet_repository::ids::{ClusterName, DomainId};
@@ -302,15 +303,18 @@ impl Plan {
         Some(next).filter(|next| !self.is_behind(*next))
     }
 
-    /// Writes a whole segment as this restore needs it; `false`: the archive does not hold it.
+    /// Writes a whole segment as this restore needs it; `false`: the archive does not hold it. `opening`: so many are unpacked
+    /// at once.
     pub async fn bring(
         &self,
         archive: &WalArchive,
         segment: Segment,
         destination: PathBuf,
+        opening: &Semaphore,
     ) -> Result<bool, FetchError> {
         let Some(wal) = self.wal(segment).filter(|wal| !self.is_stray(*wal, segment)) else { return Ok(false) };
         let Some(found) = archive.fetch_segment(wal, segment, self.size).await? else { return Ok(false) };
+        let _permit = opening.acquire().await;
         let plan = self.clone();
         let written = tokio::task::spawn_blocking(move || {
             let mut at = segment.start(plan.size);
@@ -422,7 +426,7 @@ async fn bring_segment(
         return Ok(FetchOutcome::Absent);
     };
     // What does not read counts as absent, and may lie beside in pieces.
-    let damage = match plan.bring(archive, segment, destination.to_owned()).await {
+    let damage = match plan.bring(archive, segment, destination.to_owned(), &Semaphore::new(1)).await {
         Ok(true) => return Ok(FetchOutcome::Delivered),
         Ok(false) => None,
         Err(FetchError::Archive(error)) if error.is_damage() => Some(error),

@@ -9,10 +9,12 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, flock};
 use rustix::process::{Pid, test_kill_process};
+use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use walfleet_repository::postgres::Segment;
 use walfleet_repository::wal_archive::WalArchive;
@@ -24,13 +26,14 @@ use super::fetch::{AHEAD_FOLDER, FetchError, Plan, RestoreSource, open_archive};
 /// Held while one brings segments; says which are coming, a name a line.
 const LOCK: &str = "lock";
 
-/// Segments being fetched and opened at once, and kept ahead, at first; doubled whenever the server had to wait, up to what
-/// fits into [`CONTENT_BYTES`], and to what the restore was told.
+/// Segments being fetched at once, and kept ahead, at first; doubled whenever the server had to wait, up to as many sealed
+/// ones as fit into [`SEALED_BYTES`] if they do not compress, and to what the restore was told.
 const FIRST_AT_ONCE: usize = 4;
 const FIRST_WINDOW: usize = 8;
+const SEALED_BYTES: usize = 128 << 20;
 
-/// Segments that are being opened hold at most so much content, or four of them.
-const CONTENT_BYTES: usize = 128 << 20;
+/// Being opened at once: more would take the server's CPU, and not be sooner.
+const OPENING: usize = 4;
 
 /// Of the file system's free space, what lies ahead may take a tenth.
 const SHARE_OF_FREE: u64 = 10;
@@ -109,7 +112,8 @@ pub fn run(source_file: &Path, after: &str) -> Result<(), FetchError> {
             most: source.read_ahead.max(1) as usize,
             window: FIRST_WINDOW,
             at_once: FIRST_AT_ONCE,
-            most_at_once: (CONTENT_BYTES / plan.size().bytes() as usize).clamp(FIRST_AT_ONCE, 16),
+            most_at_once: (SEALED_BYTES / plan.size().bytes() as usize).clamp(FIRST_AT_ONCE, 16),
+            opening: Arc::new(Semaphore::new(OPENING)),
             told: String::new(),
             next: plan.after(after),
             waiting: VecDeque::new(),
@@ -137,6 +141,7 @@ struct Ahead<'a> {
     most: usize,
     at_once: usize,
     most_at_once: usize,
+    opening: Arc<Semaphore>,
     /// What the lock file says.
     told: String,
     /// `None`: there is no more.
@@ -160,10 +165,10 @@ impl Ahead<'_> {
                     continue;
                 }
                 coming.insert(segment);
-                let (archive, plan) = (self.archive.clone(), self.plan.clone());
+                let (archive, plan, opening) = (self.archive.clone(), self.plan.clone(), Arc::clone(&self.opening));
                 tasks.spawn(async move {
                     let destination = folder().join(segment.file_name(plan.size()));
-                    Ok((segment, plan.bring(&archive, segment, destination).await?))
+                    Ok((segment, plan.bring(&archive, segment, destination, &opening).await?))
                 });
             }
             self.tell(&coming);
