@@ -16,6 +16,7 @@ use walfleet_repository::format::wal_segment::SegmentDirectory;
 use walfleet_repository::postgres::{Lsn, Segment, SegmentSize, WalBranch};
 use walfleet_repository::wal_archive::{ArchiveError, WalArchive};
 
+use crate::tasks::on_disk;
 use crate::wal::read::read_in_place;
 use crate::wal::ship::{ShipError, Shipper};
 
@@ -160,16 +161,13 @@ impl WalWait<'_> {
         let Some(facts) = facts.filter(|facts| u64::from(facts.records_end) >= reach) else { return Ok(false) };
         let begun = self.archive.beginning_of(home, (segment, size), &facts.member).await.map_err(failed)?;
         let path = self.shipper.source().data_dir.join("pg_wal").join(segment.file_name(size));
-        let ours = tokio::task::spawn_blocking(move || read_in_place(&path)).await;
-        let reach = reach as usize;
-        match (ours.ok().and_then(Result::ok), begun) {
-            (Some(ours), Some(begun)) => match (ours.get(..reach), begun.bytes.get(..reach)) {
-                (Some(ours), Some(theirs)) if ours == theirs => Ok(true),
-                (Some(_), Some(_)) => {
-                    Err(WalWaitError::Foreign { segment: segment.file_name(size), stored_by: begun.member })
-                }
-                _ => Ok(false),
-            },
+        let ours = on_disk(move || read_in_place(&path)).await;
+        let (Ok(ours), Some(begun)) = (ours, begun) else { return Ok(false) };
+        match (ours.get(..reach as usize), begun.bytes.get(..reach as usize)) {
+            (Some(ours), Some(theirs)) if ours == theirs => Ok(true),
+            (Some(_), Some(_)) => {
+                Err(WalWaitError::Foreign { segment: segment.file_name(size), stored_by: begun.member })
+            }
             _ => Ok(false),
         }
     }

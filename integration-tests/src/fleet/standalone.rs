@@ -216,6 +216,25 @@ impl Standalone {
         builder.environment(self.place.credentials.clone()).open(&restored.data_dir)
     }
 
+    /// A standby of the server, with its tablespace in a folder of its own.
+    pub fn standby(&self, settings: &[(&str, &str)]) -> anyhow::Result<PgServer> {
+        let folder = self.scratch.join("standby.fast");
+        let mapping = format!("--tablespace-mapping={}={}", self.tablespace, folder.display());
+        let builder = PgServer::builder(&self.scratch, "standby", self.server.version()).basebackup_option(&mapping);
+        let builder = settings.iter().fold(builder, |builder, (name, value)| builder.setting(name, value));
+        builder.create_standby_of(&self.server)
+    }
+
+    /// The agent of a second member, writing with the same key. `wal` as in [`Setup`].
+    pub fn second_agent(&self, server: &PgServer, wal: Value) -> anyhow::Result<Agent> {
+        let agent = Agent::builder(&self.scratch, "host2").instance(CLUSTER, server);
+        let agent = agent.repository(&self.place, &self.key_file).postgres(server.version());
+        match wal {
+            Value::Null => agent.build(),
+            wal => agent.section("wal", wal).build(),
+        }
+    }
+
     /// A server on a restored directory, started, once it has recovered to the target and takes writes.
     pub fn recovered(&self, restored: &Restored) -> anyhow::Result<PgServer> {
         let mut server = self.server_of(restored, false)?;

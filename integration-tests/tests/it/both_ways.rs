@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
-use walfleet_integration_tests::fleet::standalone::{CLUSTER, Setup, archive_all};
+use walfleet_integration_tests::fleet::standalone::{Setup, archive_all};
 use walfleet_integration_tests::fleet::{Agent, Place, Standalone};
 use walfleet_integration_tests::output::Output;
 use walfleet_integration_tests::postgres::{PgServer, PgVersion};
@@ -28,14 +28,8 @@ fn archived_and_streamed_by_primary_and_standby_at_once_it_is_one_archive() {
         let version = PgVersion::newest()?;
         let setup = Setup { wal: json!({ "streaming": "on" }), ..Setup::default() };
         let host = Standalone::set_up(scratch, &version, Place::s3(&store), setup)?;
-        let mapping = format!("--tablespace-mapping={}={}", host.tablespace, scratch.join("standby.fast").display());
-        let standby = PgServer::builder(scratch, "standby", &version)
-            .basebackup_option(&mapping)
-            .setting("archive_mode", "always")
-            .create_standby_of(&host.server)?;
-        let second =
-            Agent::builder(scratch, "host2").instance(CLUSTER, &standby).repository(&host.place, &host.key_file);
-        let mut second = second.postgres(&version).section("wal", json!({ "streaming": "on" })).build()?;
+        let standby = host.standby(&[("archive_mode", "always")])?;
+        let mut second = host.second_agent(&standby, json!({ "streaming": "on" }))?;
         second.start()?;
         second.archive_for(&standby)?;
         host.backup()?;

@@ -2,20 +2,19 @@
 
 use std::time::Duration;
 
+use serde_json::Value;
 use walfleet_integration_tests::fleet::standalone::{CLUSTER, archive_all, streamed_all};
 use walfleet_integration_tests::fleet::{Agent, Place, Standalone};
 use walfleet_integration_tests::postgres::barrier::{Barriers, OwnRow};
 use walfleet_integration_tests::postgres::fingerprint::Fingerprint;
 use walfleet_integration_tests::postgres::load::{Load, must_balance};
 use walfleet_integration_tests::postgres::{PgServer, PgVersion, Shutdown, judge};
-use walfleet_integration_tests::scratch::{Scratch, in_scratch};
+use walfleet_integration_tests::scratch::in_scratch;
 
 use crate::split_brain::contents;
 
-/// The agent of a second member, writing with the same key.
-fn second_agent(scratch: &Scratch, host: &Standalone, server: &PgServer) -> anyhow::Result<Agent> {
-    let agent = Agent::builder(scratch, "host2").instance(CLUSTER, server).repository(&host.place, &host.key_file);
-    let mut agent = agent.postgres(server.version()).build()?;
+fn second_agent(host: &Standalone, server: &PgServer) -> anyhow::Result<Agent> {
+    let mut agent = host.second_agent(server, Value::Null)?;
     agent.start()?;
     agent.archive_for(server)?;
     Ok(agent)
@@ -27,11 +26,8 @@ fn a_standby_is_backed_up_and_promoted_and_both_sides_of_the_switch_restore() {
         let mut host = Standalone::start(scratch, &PgVersion::of(17)?, Place::folder(scratch)?)?;
         // The stop position of a standby's backup lies in a segment that only the primary finishes.
         host.server.reload_with("archive_timeout", "1s")?;
-        let mapping = format!("--tablespace-mapping={}={}", host.tablespace, scratch.join("standby.fast").display());
-        let standby = PgServer::builder(scratch, "standby", host.server.version())
-            .basebackup_option(&mapping)
-            .create_standby_of(&host.server)?;
-        let mut second = second_agent(scratch, &host, &standby)?;
+        let standby = host.standby(&[])?;
+        let mut second = second_agent(&host, &standby)?;
         let mut barriers = Barriers::install(&host.server)?;
         let load = Load::start(scratch, &host.server, &host.dataset, 2, Some(200))?;
         host.backup()?;

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use walfleet_integration_tests::fleet::standalone::{CLUSTER, Setup, archive_all};
 use walfleet_integration_tests::fleet::{Agent, Place, Standalone};
 use walfleet_integration_tests::postgres::{PgServer, PgVersion};
-use walfleet_integration_tests::scratch::{Scratch, in_scratch};
+use walfleet_integration_tests::scratch::in_scratch;
 use walfleet_integration_tests::{tree, wait_for};
 use walfleet_repository::postgres::Lsn;
 
@@ -16,19 +16,9 @@ use crate::both_ways::is_segment;
 use crate::gaps::{SEEN, lsn, mark, marks, write_segments};
 
 /// A standby with an agent of its own.
-fn second_member(
-    scratch: &Scratch,
-    host: &Standalone,
-    settings: &[(&str, &str)],
-    wal: Value,
-) -> anyhow::Result<(PgServer, Agent)> {
-    let version = host.server.version();
-    let mapping = format!("--tablespace-mapping={}={}", host.tablespace, scratch.join("standby.fast").display());
-    let builder = PgServer::builder(scratch, "standby", version).basebackup_option(&mapping);
-    let builder = settings.iter().fold(builder, |builder, (name, value)| builder.setting(name, value));
-    let standby = builder.create_standby_of(&host.server)?;
-    let agent = Agent::builder(scratch, "host2").instance(CLUSTER, &standby).repository(&host.place, &host.key_file);
-    let mut agent = agent.postgres(version).section("wal", wal).build()?;
+fn second_member(host: &Standalone, settings: &[(&str, &str)], wal: Value) -> anyhow::Result<(PgServer, Agent)> {
+    let standby = host.standby(settings)?;
+    let mut agent = host.second_agent(&standby, wal)?;
     agent.start()?;
     Ok((standby, agent))
 }
@@ -65,7 +55,7 @@ fn a_standbys_agent_steps_in_for_its_primarys_and_both_make_one_archive() {
         let place = Place::folder(scratch)?;
         let mut host = Standalone::streaming(scratch, &PgVersion::newest()?, place, wal.clone())?;
         host.backup()?;
-        let (_standby, second) = second_member(scratch, &host, &[], wal)?;
+        let (_standby, second) = second_member(&host, &[], wal)?;
         wait_for("the standby to be followed", SEEN, || {
             Ok(second.log_text().contains("its WAL is followed in the archive").then_some(()))
         })?;
@@ -97,7 +87,7 @@ fn a_standby_of_an_idle_primary_is_backed_up_at_once() {
         let place = Place::folder(scratch)?;
         let mut host = Standalone::streaming(scratch, &PgVersion::newest()?, place, wal.clone())?;
         host.backup()?;
-        let (standby, second) = second_member(scratch, &host, &[], wal)?;
+        let (standby, second) = second_member(&host, &[], wal)?;
         mark(&host.server, "in a segment that is not finished")?;
         host.streamed_all()?;
         let end = host.server.session()?.value("SELECT pg_current_wal_flush_lsn()")?;
@@ -127,7 +117,7 @@ fn an_agent_that_only_archives_and_one_that_streams_make_one_archive() {
         let setup = Setup { wal: archives, ..Setup::default() };
         let host = Standalone::set_up(scratch, &PgVersion::newest()?, Place::folder(scratch)?, setup)?;
         host.backup()?;
-        let (standby, second) = second_member(scratch, &host, &[("archive_mode", "always")], streams)?;
+        let (standby, second) = second_member(&host, &[("archive_mode", "always")], streams)?;
         second.archive_for(&standby)?;
         for round in 0..3 {
             mark(&host.server, &format!("round {round}"))?;

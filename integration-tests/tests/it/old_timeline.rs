@@ -27,14 +27,9 @@ fn fail_over(scratch: &Scratch) -> anyhow::Result<FailedOver> {
     let version = PgVersion::newest()?;
     let setup = Setup { wal: json!({ "streaming": "on" }), streams_only: true, ..Setup::default() };
     let mut host = Standalone::set_up(scratch, &version, Place::folder(scratch)?, setup)?;
-    let mapping = format!("--tablespace-mapping={}={}", host.tablespace, scratch.join("standby.fast").display());
     // With archiving on, a promotion renames the old timeline's last segment, which no recovery asks for then.
-    let standby = PgServer::builder(scratch, "standby", &version)
-        .setting("archive_mode", "on")
-        .setting("archive_command", "false")
-        .setting("wal_keep_size", "512MB")
-        .basebackup_option(&mapping)
-        .create_standby_of(&host.server)?;
+    let archiving = [("archive_mode", "on"), ("archive_command", "false"), ("wal_keep_size", "512MB")];
+    let standby = host.standby(&archiving)?;
     host.backup()?;
     mark(&host.server, "a stored")?;
     streamed_all(&host.server)?;
@@ -59,9 +54,8 @@ fn fail_over(scratch: &Scratch) -> anyhow::Result<FailedOver> {
     Ok(FailedOver { host, promoted: standby, between })
 }
 
-fn second_agent(scratch: &Scratch, FailedOver { host, promoted, .. }: &FailedOver) -> anyhow::Result<Agent> {
-    let agent = Agent::builder(scratch, "host2").instance(CLUSTER, promoted).repository(&host.place, &host.key_file);
-    let mut agent = agent.postgres(promoted.version()).section("wal", json!({ "streaming": "on" })).build()?;
+fn second_agent(FailedOver { host, promoted, .. }: &FailedOver) -> anyhow::Result<Agent> {
+    let mut agent = host.second_agent(promoted, json!({ "streaming": "on" }))?;
     agent.start()?;
     Ok(agent)
 }
@@ -88,7 +82,7 @@ fn all_is_there(failed: &FailedOver, agent: &Agent, written: &[String], end: Lsn
 fn a_promoted_server_s_first_file_has_what_is_missing_of_the_old_timeline() {
     in_scratch(|scratch| {
         let failed = fail_over(scratch)?;
-        let agent = second_agent(scratch, &failed)?;
+        let agent = second_agent(&failed)?;
         mark(&failed.promoted, "f streamed")?;
         wait_for("the stream", BROUGHT, || {
             let sql = "SELECT count(*) = 1 FROM pg_stat_replication WHERE application_name = 'walfleet'";
@@ -107,7 +101,7 @@ fn a_promoted_server_that_stopped_leaves_what_is_missing_of_the_old_timeline() {
         let written = marks(&failed.promoted)?;
         let end: Lsn = failed.promoted.session()?.value("SELECT pg_current_wal_flush_lsn()")?.parse()?;
         failed.promoted.kill_nine()?;
-        let agent = second_agent(scratch, &failed)?;
+        let agent = second_agent(&failed)?;
         wait_for("what it left", BROUGHT, || {
             let listed = agent.json(&["list", "--cluster", CLUSTER])?;
             let newest = |range: &Value| range["timeline"] == 2 && lsn(&range["to_lsn"]) >= end;
@@ -125,11 +119,7 @@ fn what_a_dead_primary_left_is_brought_after_a_failover_and_restored_by_its_time
         let version = PgVersion::newest()?;
         let setup = Setup { wal: json!({ "streaming": "on" }), streams_only: true, ..Setup::default() };
         let mut host = Standalone::set_up(scratch, &version, Place::folder(scratch)?, setup)?;
-        let mapping = format!("--tablespace-mapping={}={}", host.tablespace, scratch.join("standby.fast").display());
-        let standby = PgServer::builder(scratch, "standby", &version)
-            .setting("wal_keep_size", "512MB")
-            .basebackup_option(&mapping)
-            .create_standby_of(&host.server)?;
+        let standby = host.standby(&[("wal_keep_size", "512MB")])?;
         host.backup()?;
         mark(&host.server, "a everywhere")?;
         streamed_all(&host.server)?;
@@ -152,7 +142,7 @@ fn what_a_dead_primary_left_is_brought_after_a_failover_and_restored_by_its_time
         standby.promote()?;
         mark(&standby, "d promoted")?;
         let failed = FailedOver { host, promoted: standby, between: Lsn(0) };
-        let second = second_agent(scratch, &failed)?;
+        let second = second_agent(&failed)?;
         streamed_all(&failed.promoted)?;
         let FailedOver { mut host, promoted, .. } = failed;
         host.agent.start()?;

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use walfleet_integration_tests::fleet::standalone::{CLUSTER, Setup, streamed_all};
-use walfleet_integration_tests::fleet::{Agent, Place, Standalone};
+use walfleet_integration_tests::fleet::{Place, Standalone};
 use walfleet_integration_tests::postgres::acknowledged::Acknowledged;
 use walfleet_integration_tests::postgres::{PgServer, PgVersion};
 use walfleet_integration_tests::scratch::{Scratch, in_scratch};
@@ -137,15 +137,8 @@ fn what_the_primary_no_longer_has_is_brought_by_a_standby_that_has_it() {
         scratch.allow_log("nobody stores the WAL that this standby receives");
         // What the standby, without a slot, is behind for a moment is kept for it.
         let mut host = host(scratch, &[("max_slot_wal_keep_size", "64MB"), ("wal_keep_size", "64MB")])?;
-        let version = PgVersion::newest()?;
-        let mapping = format!("--tablespace-mapping={}={}", host.tablespace, scratch.join("standby.fast").display());
-        let standby = PgServer::builder(scratch, "standby", &version)
-            .basebackup_option(&mapping)
-            .setting("wal_keep_size", "1GB")
-            .create_standby_of(&host.server)?;
-        let second =
-            Agent::builder(scratch, "host2").instance(CLUSTER, &standby).repository(&host.place, &host.key_file);
-        let mut second = second.postgres(&version).section("wal", json!({ "streaming": "on" })).build()?;
+        let standby = host.standby(&[("wal_keep_size", "1GB")])?;
+        let mut second = host.second_agent(&standby, json!({ "streaming": "on" }))?;
         host.streamed_all()?;
         host.agent.stop()?;
         mark(&host.server, "while no agent ran")?;

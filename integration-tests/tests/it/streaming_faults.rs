@@ -10,11 +10,11 @@ use rand::seq::SliceRandom;
 use rand::{RngExt, SeedableRng};
 use serde_json::{Value, json};
 use walfleet_integration_tests::fleet::standalone::{CLUSTER, Setup};
-use walfleet_integration_tests::fleet::{Agent, Place, Standalone};
+use walfleet_integration_tests::fleet::{Place, Standalone};
 use walfleet_integration_tests::network::Line;
 use walfleet_integration_tests::os_user::os_user;
+use walfleet_integration_tests::postgres::PgVersion;
 use walfleet_integration_tests::postgres::acknowledged::{Acknowledged, Lost, Record};
-use walfleet_integration_tests::postgres::{PgServer, PgVersion};
 use walfleet_integration_tests::process::run;
 use walfleet_integration_tests::s3::fault::{Fault, Rule};
 use walfleet_integration_tests::s3::{BUCKET, S3Server};
@@ -320,13 +320,8 @@ fn a_failover_and_a_rewind_keep_one_archive_and_its_promise() {
             ..Setup::default()
         };
         let mut host = Standalone::set_up(scratch, &version, Place::folder(scratch)?, setup)?;
-        let mapping = format!("--tablespace-mapping={}={}", host.tablespace, scratch.join("standby.fast").display());
-        let mut standby = PgServer::builder(scratch, "standby", &version)
-            .basebackup_option(&mapping)
-            .create_standby_of(&host.server)?;
-        let second =
-            Agent::builder(scratch, "host2").instance(CLUSTER, &standby).repository(&host.place, &host.key_file);
-        let mut second = second.postgres(&version).section("wal", json!({ "streaming": "on" })).build()?;
+        let mut standby = host.standby(&[])?;
+        let mut second = host.second_agent(&standby, json!({ "streaming": "on" }))?;
         second.start()?;
         host.backup()?;
         let workload = Acknowledged::start(&host.server, 2, "SET synchronous_commit = on")?;

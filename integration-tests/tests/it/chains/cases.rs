@@ -12,7 +12,7 @@ use walfleet_integration_tests::process::run;
 use walfleet_integration_tests::scratch::{Scratch, in_scratch};
 use walfleet_integration_tests::wait_for;
 
-use super::{CLUSTER, must_equal_the_source, taken};
+use super::{must_equal_the_source, taken};
 
 fn host(scratch: &Scratch) -> anyhow::Result<Standalone> {
     let host = Standalone::start(scratch, &PgVersion::newest()?, Place::folder(scratch)?)?;
@@ -129,12 +129,9 @@ fn primary_and_standby_take_turns_in_one_chain() {
         let mut host = host(scratch)?;
         // The stop position of a standby's backup lies in a segment that only the primary finishes.
         host.server.reload_with("archive_timeout", "1s")?;
-        let mapping = format!("--tablespace-mapping={}={}", host.tablespace, scratch.join("standby.fast").display());
-        let standby = PgServer::builder(scratch, "standby", host.server.version()).basebackup_option(&mapping);
-        let standby = standby.create_standby_of(&host.server)?;
+        let standby = host.standby(&[])?;
         host.tablespace = standby.session()?.value("SELECT oid FROM pg_tablespace WHERE spcname = 'fast'")?;
-        let agent = Agent::builder(scratch, "host2").instance(CLUSTER, &standby);
-        let mut second = agent.repository(&host.place, &host.key_file).postgres(standby.version()).build()?;
+        let mut second = host.second_agent(&standby, Value::Null)?;
         second.start()?;
         let primary = host.server.session()?;
         for turn in 0..6 {
