@@ -4,6 +4,7 @@ use bytes::Bytes;
 use prost::Message;
 use walfleet_proto::repository::v1 as wire;
 
+use crate::checksum::crc32c_append;
 use crate::crypto::{ContentHasher, DomainKey};
 use crate::format::changed_blocks::{ChangedBlocks, ChangedBlocksError};
 use crate::format::clear::ObjectKind;
@@ -69,6 +70,8 @@ pub struct SegmentDirectory {
     pub valid_bytes: u32,
     /// Keyed hash of the valid bytes: two writers compare by it.
     pub content_id: ChunkId,
+    /// Of the valid bytes; `None`: not noted.
+    pub content_crc: Option<u32>,
     pub predecessor: Option<ChunkId>,
     pub content: Vec<FramePlace>,
     pub commit_times: Option<FramePlace>,
@@ -134,13 +137,14 @@ pub struct SegmentSealer {
     writer: SealedWriter,
     content: Vec<FramePlace>,
     hasher: ContentHasher,
+    crc: u32,
 }
 
 impl SegmentSealer {
     /// `buffer`: best as large as the object may come to be.
     pub fn begin(domain: &DomainKey, key: &str, buffer: Vec<u8>) -> Result<SegmentSealer, SegmentError> {
         let writer = SealedWriter::in_buffer(domain, ObjectKind::Segment, Some(key), buffer)?;
-        Ok(SegmentSealer { writer, content: Vec::new(), hasher: domain.content_hasher() })
+        Ok(SegmentSealer { writer, content: Vec::new(), hasher: domain.content_hasher(), crc: 0 })
     }
 
     /// Up to where content was sealed.
@@ -152,9 +156,15 @@ impl SegmentSealer {
     pub fn push(&mut self, valid: &[u8], zstd: &mut Compressor) -> Result<(), SegmentError> {
         let behind = valid.get(self.sealed()..).unwrap_or_default();
         for frame in behind.chunks_exact(CONTENT_FRAME_BYTES as usize) {
-            self.hasher.update(frame);
-            self.content.push(self.writer.push(frame, zstd)?);
+            self.push_frame(frame, zstd)?;
         }
+        Ok(())
+    }
+
+    fn push_frame(&mut self, frame: &[u8], zstd: &mut Compressor) -> Result<(), SegmentError> {
+        self.hasher.update(frame);
+        self.crc = crc32c_append(self.crc, frame);
+        self.content.push(self.writer.push(frame, zstd)?);
         Ok(())
     }
 
@@ -169,11 +179,10 @@ impl SegmentSealer {
         self.push(valid, zstd)?;
         let rest = valid.get(self.sealed()..).ok_or(SegmentError::Content)?;
         if !rest.is_empty() {
-            self.hasher.update(rest);
-            self.content.push(self.writer.push(rest, zstd)?);
+            self.push_frame(rest, zstd)?;
         }
         debug_assert_eq!(self.hasher.id(), domain.chunk_id(valid));
-        let SegmentSealer { mut writer, content, hasher } = self;
+        let SegmentSealer { mut writer, content, hasher, crc } = self;
         let facts = upload.facts;
         // The times come last, so that one small read of the object's end brings them with the directory.
         let changes = facts.changed_blocks.as_ref().map(|changes| writer.push(&changes.encode(), zstd));
@@ -186,6 +195,7 @@ impl SegmentSealer {
             segment_size: upload.segment_size,
             valid_bytes: facts.valid_bytes,
             content_id: hasher.id(),
+            content_crc: Some(crc),
             predecessor: upload.predecessor,
             content,
             commit_times,
@@ -220,6 +230,7 @@ impl SegmentDirectory {
             shipped_at_us: self.shipped_at_us,
             first_commit: self.first_commit.as_ref().map(point),
             last_commit: self.last_commit.as_ref().map(point),
+            content_crc32c: self.content_crc,
         }
     }
 
@@ -257,6 +268,7 @@ impl SegmentDirectory {
             segment_size,
             valid_bytes: d.valid_bytes,
             content_id: id(&d.content_id)?,
+            content_crc: d.content_crc32c,
             predecessor: (!d.predecessor_content_id.is_empty()).then(|| id(&d.predecessor_content_id)).transpose()?,
             content,
             commit_times: d.commit_times.as_ref().map(frame_from_wire),
@@ -270,7 +282,7 @@ impl SegmentDirectory {
 }
 
 /// Opens a whole segment object frame by frame into `sink`, and pads it with zeros to the segment's size. What was sunk counts
-/// only once this returns: the last thing it does is to compare the content with its id.
+/// only once this returns: the last thing it does is to compare the content with its checksum or id.
 pub fn unpack_segment(
     bytes: &Bytes,
     domain: &DomainKey,
@@ -281,17 +293,15 @@ pub fn unpack_segment(
     let object =
         SealedObject::open(bytes.clone(), domain, ObjectKind::Segment, Some(key)).map_err(SegmentError::from)?;
     let directory = SegmentDirectory::decode(&object.directory, wal, segment)?;
-    let (mut hasher, mut decompressor) = (domain.content_hasher(), Decompressor::new());
+    let (mut check, mut decompressor) = (ContentCheck::of(&directory, domain), Decompressor::new());
     let (mut stored, mut plain) = (Vec::new(), Vec::new());
     for frame in &directory.content {
         plain.clear();
         object.frame_into(*frame, &mut stored, &mut plain, &mut decompressor).map_err(SegmentError::from)?;
-        hasher.update(&plain);
+        check.update(&plain);
         sink(&plain)?;
     }
-    if hasher.id() != directory.content_id {
-        return Err(SegmentError::Content.into());
-    }
+    check.finish()?;
     plain.clear();
     plain.resize(CONTENT_FRAME_BYTES as usize, 0);
     let mut padding = (directory.segment_size.bytes() - directory.valid_bytes) as usize;
@@ -301,6 +311,37 @@ pub fn unpack_segment(
         padding -= zeros.len();
     }
     Ok(directory)
+}
+
+/// Compares unpacked content with what its directory says. Its frames are authenticated: what this finds is a fault of memory
+/// or of a program, the writer's or ours, for which the checksum does as well as the id and is much less work.
+enum ContentCheck {
+    Crc { found: u32, expected: u32 },
+    Id { found: ContentHasher, expected: ChunkId },
+}
+
+impl ContentCheck {
+    fn of(directory: &SegmentDirectory, domain: &DomainKey) -> ContentCheck {
+        match directory.content_crc {
+            Some(expected) => ContentCheck::Crc { found: 0, expected },
+            None => ContentCheck::Id { found: domain.content_hasher(), expected: directory.content_id },
+        }
+    }
+
+    fn update(&mut self, plain: &[u8]) {
+        match self {
+            ContentCheck::Crc { found, .. } => *found = crc32c_append(*found, plain),
+            ContentCheck::Id { found, .. } => found.update(plain),
+        }
+    }
+
+    fn finish(&self) -> Result<(), SegmentError> {
+        let is_it = match self {
+            ContentCheck::Crc { found, expected } => found == expected,
+            ContentCheck::Id { found, expected } => found.id() == *expected,
+        };
+        if is_it { Ok(()) } else { Err(SegmentError::Content) }
+    }
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -434,6 +475,58 @@ mod tests {
             assert_eq!(directory, at_once);
             let (_, opened) = open_segment(bytes, &key, "k", wal, segment).unwrap();
             assert_eq!(opened[..valid_bytes as usize], content[..valid_bytes as usize]);
+        }
+    }
+
+    /// A segment of two frames whose directory says what `change` makes of it, unpacked.
+    fn unpacked(content: &[u8], change: impl Fn(&mut SegmentDirectory)) -> Result<Vec<u8>, UnpackError> {
+        let key = DomainKey::generate().unwrap();
+        let wal = WalBranch { system_id: SystemId(9), timeline: Timeline(1), branch: Branch::ROOT };
+        let segment = Segment { timeline: Timeline(1), number: 3 };
+        let facts = SegmentFacts { valid_bytes: content.len() as u32 - 9, ..SegmentFacts::default() };
+        let upload = SegmentUpload {
+            wal,
+            segment,
+            segment_size: SegmentSize::new(content.len() as u64).unwrap(),
+            content,
+            facts: &facts,
+            predecessor: None,
+            member: "pg1",
+            shipped_at_us: 5,
+        };
+        let mut zstd = Compressor::new(3);
+        let (_, mut directory) = upload.seal(&key, "k", &mut zstd, Vec::new()).unwrap();
+        let mut writer = SealedWriter::new(&key, ObjectKind::Segment, Some("k"), 0).unwrap();
+        for frame in upload.valid().unwrap().chunks(CONTENT_FRAME_BYTES as usize) {
+            writer.push(frame, &mut zstd).unwrap();
+        }
+        change(&mut directory);
+        let bytes = writer.finish(&directory.to_wire().encode_to_vec(), &mut zstd).unwrap();
+        let mut found = Vec::new();
+        unpack_segment(&bytes, &key, "k", (wal, segment), |piece| {
+            found.extend_from_slice(piece);
+            Ok(())
+        })?;
+        Ok(found)
+    }
+
+    #[test]
+    fn what_unpacks_is_compared_with_its_checksum_or_else_with_its_id() {
+        let mut content: Vec<u8> = (0..2u32 << 20).map(|at| (at / 5 % 253) as u8).collect();
+        let valid = content.len() - 9;
+        content[valid..].fill(0);
+        type Change = fn(&mut SegmentDirectory);
+        let kept: [Change; 2] = [|_| {}, |directory| directory.content_crc = None];
+        for change in kept {
+            assert!(unpacked(&content, change).unwrap() == content);
+        }
+        let refused: [Change; 2] = [
+            |directory| directory.content_crc = directory.content_crc.map(|crc| crc ^ 1),
+            |directory| (directory.content_crc, directory.content_id) = (None, ChunkId([3; 32])),
+        ];
+        for change in refused {
+            let error = unpacked(&content, change).unwrap_err();
+            assert!(matches!(error, UnpackError::Segment(SegmentError::Content)), "{error}");
         }
     }
 
