@@ -23,6 +23,7 @@ pub struct Spare(Arc<Mutex<Kept>>);
 
 #[derive(Default)]
 struct Kept {
+    /// The smallest first.
     buffers: Vec<Vec<u8>>,
     used_at: Option<Instant>,
 }
@@ -33,20 +34,26 @@ impl Spare {
         let mut kept = self.kept();
         if (LEAST_BYTES..=MOST_BYTES).contains(&bytes) {
             kept.used_at = Some(Instant::now());
-            if let Some(fits) = kept.buffers.iter().position(|buffer| buffer.capacity() >= bytes) {
-                return kept.buffers.swap_remove(fits);
+            let fits = kept.buffers.partition_point(|buffer| buffer.capacity() < bytes);
+            if fits < kept.buffers.len() {
+                return kept.buffers.remove(fits);
             }
         }
         drop(kept);
         Vec::with_capacity(bytes)
     }
 
-    /// For the next.
+    /// For the next. Of too many the smallest goes: what fits everything is asked for again.
     pub fn give(&self, mut buffer: Vec<u8>) {
+        if !(LEAST_BYTES..=MOST_BYTES).contains(&buffer.capacity()) {
+            return;
+        }
+        buffer.clear();
         let mut kept = self.kept();
-        if (LEAST_BYTES..=MOST_BYTES).contains(&buffer.capacity()) && kept.buffers.len() < MOST {
-            buffer.clear();
-            kept.buffers.push(buffer);
+        let place = kept.buffers.partition_point(|other| other.capacity() < buffer.capacity());
+        kept.buffers.insert(place, buffer);
+        if kept.buffers.len() > MOST {
+            kept.buffers.remove(0);
         }
     }
 
@@ -119,5 +126,18 @@ mod tests {
         assert_eq!(spare.kept().buffers.len(), MOST);
         let larger = spare.take(LEAST_BYTES + 1);
         assert_eq!((larger.capacity() > LEAST_BYTES, spare.kept().buffers.len()), (true, MOST));
+    }
+
+    #[test]
+    fn small_ones_do_not_take_the_place_of_a_large_one() {
+        let spare = Spare::default();
+        let segment = spare.take(16 * LEAST_BYTES);
+        let there = segment.as_ptr() as usize;
+        for bytes in [LEAST_BYTES, 3 * LEAST_BYTES, 2 * LEAST_BYTES] {
+            spare.give(Vec::with_capacity(bytes));
+        }
+        spare.give(segment);
+        assert_eq!(spare.take(2 * LEAST_BYTES).capacity(), 3 * LEAST_BYTES, "the smallest that fits");
+        assert_eq!(spare.take(16 * LEAST_BYTES).as_ptr() as usize, there);
     }
 }
