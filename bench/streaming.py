@@ -5,7 +5,7 @@ from pathlib import Path
 
 import machine
 import timed
-from busy import Load
+from busy import SETTLE_SECONDS, Load
 from place import say
 from receiver import STREAMING, PgReceiveWal, serve, unserve
 from report import Measured
@@ -70,6 +70,8 @@ class Streaming:
             try:
                 serve(tool, self.cluster, SETTINGS)
                 self.cluster.query("VACUUM pgbench_branches, pgbench_tellers;\nCHECKPOINT")
+                # Caches, and what receives the WAL: what a start costs once is not what streaming costs.
+                Load(self.place, self.cluster).run(SETTLE_SECONDS)
                 each = 1e6 / Load(self.place, self.cluster).run(seconds)
                 with Load(self.place, self.cluster) as load:
                     load.start(rate)

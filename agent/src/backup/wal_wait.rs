@@ -2,7 +2,7 @@
 //!
 //! On a primary the end of the backup has closed its last segment, so whatever the archiver has not brought yet is
 //! shipped from here. On a standby the last segment is closed by the primary, in its own time: where its pieces reach the end
-//! of the backup, they do.
+//! of the backup, they do, and where nobody brings any, what the standby itself has of it is stored as one.
 //!
 //! That an object has the right name proves nothing: a server that was rolled back, or its twin, may have written it. So
 //! the segment is compared with what lies in this server's own `pg_wal`. Where Postgres has recycled it since, the next
@@ -17,11 +17,15 @@ use walfleet_repository::postgres::{Lsn, Segment, SegmentSize, WalBranch};
 use walfleet_repository::wal_archive::{ArchiveError, WalArchive};
 
 use crate::tasks::on_disk;
+use crate::wal::fill;
 use crate::wal::read::read_in_place;
 use crate::wal::ship::{ShipError, Shipper};
 
 /// How long Postgres's own archiver is given before its work is done for it.
 const GRACE: Duration = Duration::from_secs(2);
+
+/// How long whoever streams is given to bring an unfinished segment's beginning before a standby's own is stored.
+const BROUGHT_WITHIN: Duration = Duration::from_secs(10);
 
 /// Between two looks: as long as has been waited for, since the archiver mostly takes some ten milliseconds.
 const FIRST_POLL: Duration = Duration::from_millis(10);
@@ -102,7 +106,7 @@ impl WalWait<'_> {
         cancel: &CancellationToken,
     ) -> Result<(), WalWaitError> {
         let name = segment.file_name(self.segment_size);
-        let mut foreign = None;
+        let (mut foreign, mut own) = (None, None);
         loop {
             let waited = began.elapsed();
             let compare = |source| WalWaitError::Compare { segment: name.clone(), source: Arc::new(source) };
@@ -119,6 +123,13 @@ impl WalWait<'_> {
                     let ends_here = !is_primary && segment.number == last;
                     if ends_here && self.lies_in_pieces(home, segment, stop).await? {
                         return Ok(());
+                    }
+                    if ends_here
+                        && waited >= BROUGHT_WITHIN
+                        && own.is_none_or(|at: Instant| at.elapsed() >= BROUGHT_WITHIN)
+                    {
+                        self.store_own_beginning(segment).await;
+                        own = Some(Instant::now());
                     }
                 }
                 Err(source) => return Err(WalWaitError::Archive { segment: name, source }),
@@ -148,6 +159,18 @@ impl WalWait<'_> {
                 () = cancel.cancelled() => return Err(WalWaitError::Cancelled),
                 () = tokio::time::sleep(between_polls(waited)) => {}
             }
+        }
+    }
+
+    /// Of a standby, whose last segment's end is the primary's to write. What fails is tried again.
+    async fn store_own_beginning(&self, segment: Segment) {
+        let name = segment.file_name(self.segment_size);
+        match fill::beginning(self.shipper, segment).await {
+            Ok(Some(to)) => {
+                tracing::info!(segment = name, %to, "the segment is not finished; what this standby has of it is stored")
+            }
+            Ok(None) => {}
+            Err(error) => tracing::info!(segment = name, "what this standby has of it is not stored: {error}"),
         }
     }
 

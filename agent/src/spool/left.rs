@@ -53,6 +53,8 @@ struct Settled {
     end: Option<Lsn>,
     /// What did not read, by file.
     damaged: Vec<(PathBuf, Damaged)>,
+    /// What keeps some of them from being forgotten: the first of it.
+    unsettled: Option<LeftError>,
 }
 
 /// Looks after what is left, for as long as the agent runs. Each owner by itself: one whose repository does not answer keeps no
@@ -92,20 +94,24 @@ pub async fn store_left(spool: Arc<Spool>, stop: CancellationToken) {
 /// Says what became of it; whether all is well.
 fn note(reported: &mut BTreeMap<Owner, String>, owner: &Owner, settled: Result<Settled, LeftError>) -> bool {
     let Owner { cluster, member } = owner;
-    match settled {
-        Ok(Settled { stored, end, damaged }) => {
+    let settled = settled.unwrap_or_else(|error| Settled { unsettled: Some(error), ..Settled::default() });
+    if settled.stored > 0 {
+        let end = settled.end.map(|end| end.to_string()).unwrap_or_default();
+        tracing::info!(%cluster, agent = member, pieces = settled.stored, end,
+            "WAL that an agent had left in this spool, and the repository lacked, is stored");
+    }
+    let problem = settled.unsettled.as_ref().map(|error| chain(error));
+    let was_said = problem.is_some() && reported.get(owner) == problem.as_ref();
+    if !was_said {
+        settled.damaged.iter().for_each(|(path, damaged)| tell_damage(owner, path, damaged));
+    }
+    match problem {
+        None => {
             reported.remove(owner);
-            damaged.iter().for_each(|(path, damaged)| tell_damage(owner, path, damaged));
-            if stored > 0 {
-                let end = end.map(|end| end.to_string()).unwrap_or_default();
-                tracing::info!(%cluster, agent = member, pieces = stored, end,
-                    "WAL that an agent had left in this spool, and the repository lacked, is stored");
-            }
             true
         }
-        Err(error) => {
-            let problem = chain(&error);
-            if reported.get(owner) != Some(&problem) {
+        Some(problem) => {
+            if !was_said {
                 tracing::warn!(%cluster, agent = member, "WAL left in this spool is not stored yet: {problem}");
                 reported.insert(owner.clone(), problem);
             }
@@ -125,10 +131,10 @@ fn tell_damage(Owner { cluster, member }: &Owner, path: &Path, Damaged { bytes, 
 
 async fn settle(spools: &Arc<Spools>, owner: &Owner, paths: Vec<PathBuf>) -> Result<Settled, LeftError> {
     let (reading, whose) = (Arc::clone(spools), owner.clone());
-    let (location, pieces, damaged, paths, unread) = on_disk(move || -> Result<_, SpoolError> {
-        let (mut pieces, mut damaged, mut unread) = (Vec::new(), Vec::new(), None);
-        for path in &paths {
-            let found = match files::read(path) {
+    let (location, pieces, damaged, read, unread) = on_disk(move || -> Result<_, SpoolError> {
+        let (mut pieces, mut damaged, mut read, mut unread) = (Vec::new(), Vec::new(), Vec::new(), None);
+        for path in paths {
+            let found = match files::read(&path) {
                 Ok(found) => found,
                 // Its writer came back for it and has let go of it since.
                 Err(SpoolError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => continue,
@@ -138,35 +144,34 @@ async fn settle(spools: &Arc<Spools>, owner: &Owner, paths: Vec<PathBuf>) -> Res
                 }
             };
             if !found.damaged.is_empty() {
-                reading.note_damage(path);
+                reading.note_damage(&path);
             }
             pieces.extend(found.pieces);
             damaged.extend(found.damaged.into_iter().map(|damaged| (path.clone(), damaged)));
+            read.push(path);
         }
-        Ok((reading.location(&whose)?, pieces, damaged, paths, unread))
+        Ok((reading.location(&whose)?, pieces, damaged, read, unread))
     })
     .await?;
+    let continuity = if damaged.is_empty() && unread.is_none() { Continuity::Unbroken } else { Continuity::Holed };
     let mut settled = Settled { damaged, ..Settled::default() };
-    // The first of what keeps a part of it from being stored; the rest is all the same.
-    let mut unsettled = unread.map(LeftError::from);
-    let continuity =
-        if settled.damaged.is_empty() && unsettled.is_none() { Continuity::Unbroken } else { Continuity::Holed };
     if !pieces.is_empty() {
         let repository = RepositoryAccess::from(location.ok_or(LeftError::NoLocation)?).open().await?;
         let tails = KeylessTails::new(repository.store().clone(), owner.cluster.clone());
         for (place, pieces) in by_place(pieces) {
             match store_missing(&tails, place, &owner.member, (pieces, continuity), &mut settled).await {
-                Err(error @ LeftError::Damaged(_)) => unsettled = unsettled.or(Some(error)),
+                // The rest is stored all the same.
+                Err(error @ LeftError::Damaged(_)) => settled.unsettled = settled.unsettled.or(Some(error)),
                 stored => stored?,
             }
         }
     }
-    if let Some(unsettled) = unsettled {
-        return Err(unsettled);
+    if settled.unsettled.is_none() {
+        // Only now that the repository has it all.
+        let forgetting = Arc::clone(spools);
+        on_disk(move || read.iter().try_for_each(|path| forgetting.forget(path))).await?;
+        settled.unsettled = unread.map(LeftError::from);
     }
-    // Only now that the repository has it all.
-    let forgetting = Arc::clone(spools);
-    on_disk(move || paths.iter().try_for_each(|path| forgetting.forget(path))).await?;
     Ok(settled)
 }
 
@@ -203,4 +208,69 @@ fn by_place(pieces: Vec<Found>) -> BTreeMap<TailPlace, Vec<Found>> {
         places.entry(piece.place).or_default().push(piece);
     }
     places
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use bytes::Bytes;
+    use walfleet_repository::key_file::{KeyFile, KeyKind};
+    use walfleet_repository::open::{Repository, RepositorySpec};
+    use walfleet_repository::postgres::{Branch, Segment, SegmentSize, SystemId, Timeline, WalBranch};
+    use walfleet_repository::signature::Signer;
+
+    use super::*;
+    use crate::spool::SpooledPiece;
+    use crate::spool::files::SpoolLog;
+
+    async fn repository(folder: &Path) -> RepositoryAccess {
+        fs::create_dir(folder).unwrap();
+        let recovery = KeyFile::generate(KeyKind::Recovery).unwrap();
+        let root = Signer::from_seed(&recovery.signing_seed);
+        let spec = RepositorySpec { root_public_key: root.public_key(), recovery_recipient: recovery.recipient.id() };
+        let url = format!("file://{}", folder.display());
+        let location = RepositoryAccess { name: "main".into(), url, options: BTreeMap::new(), root: None };
+        Repository::init(location.store().unwrap(), spec).await.unwrap();
+        location
+    }
+
+    fn piece(from: u32) -> Arc<SpooledPiece> {
+        let wal = WalBranch { system_id: SystemId(5), timeline: Timeline(3), branch: Branch([7; 8]) };
+        let segment = Segment { timeline: Timeline(3), number: 9 };
+        let place = TailPlace { wal, segment, size: SegmentSize::DEFAULT };
+        Arc::new(SpooledPiece { place, from, to: from + 10, sealed: Bytes::from(vec![from as u8; 50]) })
+    }
+
+    #[tokio::test]
+    async fn a_file_that_does_not_read_keeps_no_other_and_hides_no_damage() {
+        let folder = tempfile::tempdir().unwrap();
+        let repository = repository(&folder.path().join("repository")).await;
+        let owner = Owner { cluster: "orders".parse().unwrap(), member: "db1".into() };
+        let root = folder.path().join("spool");
+        let spools = Spools::open(root.clone(), 1 << 30).unwrap();
+        for from in [0, 10] {
+            let mut log = SpoolLog::begin(&spools, &owner, &repository).unwrap();
+            log.append(&[(1, piece(from)), (2, piece(from + 20))]).unwrap();
+        }
+        drop(spools);
+        let files = root.join("orders/from-db1");
+        let mut paths: Vec<_> = fs::read_dir(&files).unwrap().map(|entry| entry.unwrap().path()).collect();
+        paths.retain(|path| path.extension().is_some_and(|extension| extension == "pieces"));
+        paths.sort();
+        let mut torn = fs::read(&paths[0]).unwrap();
+        torn[20] ^= 1;
+        fs::write(&paths[0], torn).unwrap();
+        // Reading it is an error of the file system's, whoever asks.
+        let unreadable = files.join("0-0.pieces");
+        fs::create_dir(&unreadable).unwrap();
+        paths.push(unreadable.clone());
+
+        let spools = Spools::open(root, 1 << 30).unwrap();
+        let settled = settle(&spools, &owner, paths).await.unwrap();
+        assert_eq!((settled.stored, settled.damaged.len()), (3, 1), "all but the damaged one");
+        assert!(matches!(settled.unsettled, Some(LeftError::Spool(_))), "{:?}", settled.unsettled);
+        let left: Vec<_> = spools.left_for(Duration::ZERO).into_values().flatten().collect();
+        assert_eq!(left, [unreadable]);
+    }
 }

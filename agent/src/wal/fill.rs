@@ -109,7 +109,6 @@ pub async fn leftover(shipper: &Arc<Shipper>, timeline: Timeline) -> Result<Opti
         }
         // Another system's file may lie among them.
         let Some(content) = read(shipper, segment).await? else { continue };
-        let valid = content.facts.valid_bytes;
         if content.suspicion.is_none() {
             // It was not finished when it was compared: the server has been started, and what is behind this may be finished,
             // too, before it is known whose branch it belongs to.
@@ -127,18 +126,7 @@ pub async fn leftover(shipper: &Arc<Shipper>, timeline: Timeline) -> Result<Opti
             end = Some(segment.end(size));
             continue;
         }
-        if valid > 0 {
-            let begun = content.bytes.get(..valid as usize).unwrap_or_default();
-            shipper.branches().apart_from_others(base, (wal, segment), begun).await?;
-            let wal = shipper.home(segment).await?;
-            let known = source.archive.beginning_facts(wal, segment, size).await.map_err(archive_error)?;
-            let is_whole = source.archive.has_segment(wal, segment, size).await.map_err(archive_error)?;
-            if !is_whole && known.is_none_or(|known| known.records_end < valid) {
-                let tail = whole_beginning(shipper, wal, segment, content);
-                shipper.branches().store_tail(base, &tail).await?;
-                end = segment.start(size).checked_add(valid.into());
-            }
-        }
+        end = store_beginning(shipper, base, segment, content).await?.or(end);
         // Behind it lie names of segments yet to be written.
         break;
     }
@@ -147,6 +135,42 @@ pub async fn leftover(shipper: &Arc<Shipper>, timeline: Timeline) -> Result<Opti
     }
     shipper.note_backlog(0);
     Ok(end)
+}
+
+/// Stores the beginning of a segment that nobody has finished from `pg_wal`, up to the end of its last whole record, unless as
+/// much of it is there; returns that position if it is stored now.
+pub async fn beginning(shipper: &Arc<Shipper>, segment: Segment) -> Result<Option<Lsn>, Arc<ShipError>> {
+    let base = shipper.branch(segment.timeline).await?;
+    match read(shipper, segment).await? {
+        Some(content) => store_beginning(shipper, base, segment, content).await,
+        None => Ok(None),
+    }
+}
+
+async fn store_beginning(
+    shipper: &Arc<Shipper>,
+    base: WalBranch,
+    segment: Segment,
+    content: SegmentContent,
+) -> Result<Option<Lsn>, Arc<ShipError>> {
+    let (archive, size) = (&shipper.source().archive, shipper.source().segment_size);
+    let archive_error = |error: ArchiveError| Arc::new(ShipError::from(error));
+    let valid = content.facts.valid_bytes;
+    if valid == 0 {
+        return Ok(None);
+    }
+    let wal = shipper.home(segment).await?;
+    let begun = content.bytes.get(..valid as usize).unwrap_or_default();
+    shipper.branches().apart_from_others(base, (wal, segment), begun).await?;
+    let wal = shipper.home(segment).await?;
+    let known = archive.beginning_facts(wal, segment, size).await.map_err(archive_error)?;
+    let is_whole = archive.has_segment(wal, segment, size).await.map_err(archive_error)?;
+    if is_whole || known.is_some_and(|known| known.records_end >= valid) {
+        return Ok(None);
+    }
+    let tail = whole_beginning(shipper, wal, segment, content);
+    shipper.branches().store_tail(base, &tail).await?;
+    Ok(segment.start(size).checked_add(valid.into()))
 }
 
 /// What lies here of a segment, beside what the archive has of it whole.

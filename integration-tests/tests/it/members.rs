@@ -25,7 +25,14 @@ fn second_member(host: &Standalone, settings: &[(&str, &str)], wal: Value) -> an
 
 /// Waits until everything that the server has written is said to be recoverable, without a gap.
 fn wait_until_recoverable(agent: &Agent, server: &PgServer) -> anyhow::Result<()> {
-    let end: Lsn = server.session()?.value("SELECT pg_current_wal_flush_lsn()")?.parse()?;
+    wait_until_recoverable_to(agent, end_of(server)?)
+}
+
+fn end_of(server: &PgServer) -> anyhow::Result<Lsn> {
+    Ok(server.session()?.value("SELECT pg_current_wal_flush_lsn()")?.parse()?)
+}
+
+fn wait_until_recoverable_to(agent: &Agent, end: Lsn) -> anyhow::Result<()> {
     wait_for(&format!("{end} to be recoverable"), SEEN, || {
         let listed = agent.json(&["list", "--cluster", CLUSTER])?;
         let ranges = listed["recovery"][0]["ranges"].as_array().cloned().unwrap_or_default();
@@ -82,14 +89,27 @@ fn a_standbys_agent_steps_in_for_its_primarys_and_both_make_one_archive() {
 /// Nobody finishes the segment in which such a backup ends.
 #[test]
 fn a_standby_of_an_idle_primary_is_backed_up_at_once() {
+    backed_up_while_the_primary_is_idle("on");
+}
+
+/// And nobody brings its beginning, but the standby itself.
+#[test]
+fn a_standby_of_an_idle_primary_that_only_archives_is_backed_up_soon() {
+    backed_up_while_the_primary_is_idle("off");
+}
+
+fn backed_up_while_the_primary_is_idle(streaming: &str) {
     in_scratch(|scratch| {
-        let wal = json!({ "streaming": "on" });
-        let place = Place::folder(scratch)?;
-        let mut host = Standalone::streaming(scratch, &PgVersion::newest()?, place, wal.clone())?;
+        let wal = json!({ "streaming": streaming });
+        let streams = streaming == "on";
+        let setup = Setup { wal: wal.clone(), streams_only: streams, ..Setup::default() };
+        let mut host = Standalone::set_up(scratch, &PgVersion::newest()?, Place::folder(scratch)?, setup)?;
         host.backup()?;
         let (standby, second) = second_member(&host, &[], wal)?;
         mark(&host.server, "in a segment that is not finished")?;
-        host.streamed_all()?;
+        if streams {
+            host.streamed_all()?;
+        }
         let end = host.server.session()?.value("SELECT pg_current_wal_flush_lsn()")?;
         wait_for("the standby to have replayed it", SEEN, || {
             let sql = format!("SELECT pg_last_wal_replay_lsn() >= '{end}'");
@@ -103,6 +123,17 @@ fn a_standby_of_an_idle_primary_is_backed_up_at_once() {
         let copy = host.restore("copy", &["--latest", "--backup", id])?;
         let copy = host.recovered(&copy)?;
         anyhow::ensure!(marks(&copy)? == marks(&host.server)?, "{:?}", marks(&copy)?);
+        drop(copy);
+        // The primary goes on in the segment of which the standby's has a beginning.
+        mark(&host.server, "behind it")?;
+        let end = end_of(&host.server)?;
+        match streams {
+            true => host.streamed_all()?,
+            false => drop(archive_all(&host.server)?),
+        }
+        wait_until_recoverable_to(&second, end)?;
+        let found = segments(&scratch.join("repository"))?;
+        anyhow::ensure!(found.values().all(|count| *count == 1), "{found:?}");
         Ok(())
     });
 }

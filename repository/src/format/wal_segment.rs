@@ -317,14 +317,14 @@ pub fn unpack_segment(
 /// or of a program, the writer's or ours, for which the checksum does as well as the id and is much less work.
 enum ContentCheck {
     Crc { found: u32, expected: u32 },
-    Id { found: ContentHasher, expected: ChunkId },
+    Id { found: Box<ContentHasher>, expected: ChunkId },
 }
 
 impl ContentCheck {
     fn of(directory: &SegmentDirectory, domain: &DomainKey) -> ContentCheck {
         match directory.content_crc {
             Some(expected) => ContentCheck::Crc { found: 0, expected },
-            None => ContentCheck::Id { found: domain.content_hasher(), expected: directory.content_id },
+            None => ContentCheck::Id { found: Box::new(domain.content_hasher()), expected: directory.content_id },
         }
     }
 
