@@ -17,7 +17,7 @@ use walfleet_repository::postgres::{Lsn, Segment, SegmentSize, WalBranch};
 use walfleet_repository::wal_archive::{ArchiveError, WalArchive};
 
 use crate::tasks::on_disk;
-use crate::wal::fill;
+use crate::wal::fill::{self, InPieces};
 use crate::wal::read::read_in_place;
 use crate::wal::ship::{ShipError, Shipper};
 
@@ -128,7 +128,11 @@ impl WalWait<'_> {
                         && waited >= BROUGHT_WITHIN
                         && own.is_none_or(|at: Instant| at.elapsed() >= BROUGHT_WITHIN)
                     {
-                        self.store_own_beginning(segment).await;
+                        tokio::select! {
+                            () = cancel.cancelled() => return Err(WalWaitError::Cancelled),
+                            () = tokio::time::sleep(self.deadline.saturating_sub(waited)) => {}
+                            () = self.store_own_beginning(segment) => {}
+                        }
                         own = Some(Instant::now());
                     }
                 }
@@ -177,21 +181,16 @@ impl WalWait<'_> {
     /// Whether the pieces of a segment that nobody has finished reach a position, and are of this server's WAL.
     async fn lies_in_pieces(&self, home: WalBranch, segment: Segment, to: Lsn) -> Result<bool, WalWaitError> {
         let size = self.segment_size;
-        let failed = |source| WalWaitError::Archive { segment: segment.file_name(size), source };
+        let name = segment.file_name(size);
         let reach = to.0.saturating_sub(segment.start(size).0);
-        let strays = self.archive.strays(home).await.map_err(failed)?;
-        let facts = self.archive.beginning_facts_without(home, segment, size, &strays).await.map_err(failed)?;
-        let Some(facts) = facts.filter(|facts| u64::from(facts.records_end) >= reach) else { return Ok(false) };
-        let begun = self.archive.beginning_of(home, (segment, size), &facts.member).await.map_err(failed)?;
-        let path = self.shipper.source().data_dir.join("pg_wal").join(segment.file_name(size));
-        let ours = on_disk(move || read_in_place(&path)).await;
-        let (Ok(ours), Some(begun)) = (ours, begun) else { return Ok(false) };
-        match (ours.get(..reach as usize), begun.bytes.get(..reach as usize)) {
-            (Some(ours), Some(theirs)) if ours == theirs => Ok(true),
-            (Some(_), Some(_)) => {
-                Err(WalWaitError::Foreign { segment: segment.file_name(size), stored_by: begun.member })
-            }
-            _ => Ok(false),
+        let path = self.shipper.source().data_dir.join("pg_wal").join(&name);
+        let Ok(ours) = on_disk(move || read_in_place(&path)).await else { return Ok(false) };
+        let Some(ours) = ours.get(..reach as usize) else { return Ok(false) };
+        match fill::in_pieces(&self.archive, home, (segment, size), ours).await {
+            Ok(InPieces::Same) => Ok(true),
+            Ok(InPieces::Short) => Ok(false),
+            Ok(InPieces::Other(stored_by)) => Err(WalWaitError::Foreign { segment: name, stored_by }),
+            Err(source) => Err(WalWaitError::Archive { segment: name, source }),
         }
     }
 

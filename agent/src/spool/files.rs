@@ -133,6 +133,11 @@ impl Spools {
         self.held_bytes.load(Ordering::Relaxed)
     }
 
+    /// What more they hold.
+    pub fn room(&self) -> u64 {
+        self.most_bytes.saturating_sub(self.held_bytes())
+    }
+
     fn left(&self) -> std::sync::MutexGuard<'_, BTreeMap<PathBuf, LeftFile>> {
         self.left.lock().unwrap_or_else(PoisonError::into_inner)
     }

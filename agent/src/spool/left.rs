@@ -55,6 +55,8 @@ struct Settled {
     damaged: Vec<(PathBuf, Damaged)>,
     /// What keeps some of them from being forgotten: the first of it.
     unsettled: Option<LeftError>,
+    /// Those that read are removed, and nobody will find the damage in them again.
+    is_forgotten: bool,
 }
 
 /// Looks after what is left, for as long as the agent runs. Each owner by itself: one whose repository does not answer keeps no
@@ -102,7 +104,7 @@ fn note(reported: &mut BTreeMap<Owner, String>, owner: &Owner, settled: Result<S
     }
     let problem = settled.unsettled.as_ref().map(|error| chain(error));
     let was_said = problem.is_some() && reported.get(owner) == problem.as_ref();
-    if !was_said {
+    if settled.is_forgotten || !was_said {
         settled.damaged.iter().for_each(|(path, damaged)| tell_damage(owner, path, damaged));
     }
     match problem {
@@ -136,8 +138,11 @@ async fn settle(spools: &Arc<Spools>, owner: &Owner, paths: Vec<PathBuf>) -> Res
         for path in paths {
             let found = match files::read(&path) {
                 Ok(found) => found,
-                // Its writer came back for it and has let go of it since.
-                Err(SpoolError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => continue,
+                // Its writer came back for it and has let go of it since, or somebody removed it.
+                Err(SpoolError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+                    read.push(path);
+                    continue;
+                }
                 Err(error) => {
                     unread = unread.or(Some(error));
                     continue;
@@ -169,8 +174,13 @@ async fn settle(spools: &Arc<Spools>, owner: &Owner, paths: Vec<PathBuf>) -> Res
     if settled.unsettled.is_none() {
         // Only now that the repository has it all.
         let forgetting = Arc::clone(spools);
-        on_disk(move || read.iter().try_for_each(|path| forgetting.forget(path))).await?;
-        settled.unsettled = unread.map(LeftError::from);
+        let forgotten = on_disk(move || {
+            let failed: Vec<SpoolError> = read.iter().filter_map(|path| forgetting.forget(path).err()).collect();
+            failed.into_iter().next()
+        });
+        let failed = forgotten.await;
+        settled.is_forgotten = failed.is_none();
+        settled.unsettled = failed.or(unread).map(LeftError::from);
     }
     Ok(settled)
 }

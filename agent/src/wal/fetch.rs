@@ -33,6 +33,9 @@ pub const SOURCE_FILE: &str = "pg_wal/walfleet-restore.json";
 /// delivering one is a rename.
 pub const AHEAD_FOLDER: &str = "pg_wal/walfleet-ahead";
 
+/// In the name of a file that is being written, before the number of the process that does.
+pub(super) const PARTIAL: &str = ".walfleet-";
+
 /// One call may take this long before recovery is stopped rather than left hanging.
 const DEADLINE: Duration = Duration::from_secs(600);
 
@@ -453,7 +456,7 @@ fn write_whole(destination: &Path, content: &[u8]) -> Result<(), FetchError> {
 
 fn write_by(destination: &Path, write: impl FnOnce(&mut File) -> Result<(), FetchError>) -> Result<(), FetchError> {
     let mut partial = destination.as_os_str().to_owned();
-    partial.push(format!(".walfleet-{}", std::process::id()));
+    partial.push(format!("{PARTIAL}{}", std::process::id()));
     let partial = PathBuf::from(partial);
     let fail = |source| FetchError::Write { path: destination.to_owned(), source };
     let written = File::create(&partial)

@@ -11,10 +11,11 @@ use bytes::Bytes;
 use jiff::Timestamp;
 use walfleet_repository::layout::TailName;
 use walfleet_repository::postgres::{Lsn, Segment, SegmentSize, Timeline, WalBranch};
-use walfleet_repository::wal_archive::{ArchiveError, OwnedTail};
+use walfleet_repository::wal_archive::{ArchiveError, OwnedTail, WalArchive};
 
 use super::read::{SegmentContent, WalReadError, read_segment};
 use super::ship::{ShipError, Shipper, predecessor_carry};
+use crate::tasks;
 
 /// WAL that is missing in the archive: `[from, to)` of a branch.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -138,13 +139,18 @@ pub async fn leftover(shipper: &Arc<Shipper>, timeline: Timeline) -> Result<Opti
 }
 
 /// Stores the beginning of a segment that nobody has finished from `pg_wal`, up to the end of its last whole record, unless as
-/// much of it is there; returns that position if it is stored now.
+/// much of it is there; returns that position if it is stored now. Where the shipper runs: a backup that asks runs on threads
+/// that may have to wait. Dropping it leaves it running.
 pub async fn beginning(shipper: &Arc<Shipper>, segment: Segment) -> Result<Option<Lsn>, Arc<ShipError>> {
-    let base = shipper.branch(segment.timeline).await?;
-    match read(shipper, segment).await? {
-        Some(content) => store_beginning(shipper, base, segment, content).await,
-        None => Ok(None),
-    }
+    let stores = Arc::clone(shipper);
+    let stored = shipper.runtime().spawn(async move {
+        let base = stores.branch(segment.timeline).await?;
+        match read(&stores, segment).await? {
+            Some(content) => store_beginning(&stores, base, segment, content).await,
+            None => Ok(None),
+        }
+    });
+    tasks::settled(stored).await
 }
 
 async fn store_beginning(
@@ -163,14 +169,44 @@ async fn store_beginning(
     let begun = content.bytes.get(..valid as usize).unwrap_or_default();
     shipper.branches().apart_from_others(base, (wal, segment), begun).await?;
     let wal = shipper.home(segment).await?;
-    let known = archive.beginning_facts(wal, segment, size).await.map_err(archive_error)?;
-    let is_whole = archive.has_segment(wal, segment, size).await.map_err(archive_error)?;
-    if is_whole || known.is_some_and(|known| known.records_end >= valid) {
+    let is_there = archive.has_segment(wal, segment, size).await.map_err(archive_error)?
+        || in_pieces(archive, wal, (segment, size), begun).await.map_err(archive_error)? == InPieces::Same;
+    if is_there {
         return Ok(None);
     }
     let tail = whole_beginning(shipper, wal, segment, content);
     shipper.branches().store_tail(base, &tail).await?;
     Ok(segment.start(size).checked_add(valid.into()))
+}
+
+/// What the pieces of a segment hold, beside what lies here of it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum InPieces {
+    /// They do not go so far, or do not read.
+    Short,
+    Same,
+    /// Other bytes, of this member.
+    Other(String),
+}
+
+/// Compares the pieces that are the branch's own with a beginning of the segment.
+pub async fn in_pieces(
+    archive: &WalArchive,
+    wal: WalBranch,
+    (segment, size): (Segment, SegmentSize),
+    ours: &[u8],
+) -> Result<InPieces, ArchiveError> {
+    let strays = archive.strays(wal).await?;
+    let facts = archive.beginning_facts_without(wal, segment, size, &strays).await?;
+    let Some(facts) = facts.filter(|facts| facts.records_end as usize >= ours.len()) else {
+        return Ok(InPieces::Short);
+    };
+    let begun = archive.beginning_of(wal, (segment, size), &facts.member).await?;
+    Ok(match begun.as_ref().and_then(|begun| begun.bytes.get(..ours.len())) {
+        Some(theirs) if theirs == ours => InPieces::Same,
+        Some(_) => InPieces::Other(facts.member),
+        None => InPieces::Short,
+    })
 }
 
 /// What lies here of a segment, beside what the archive has of it whole.

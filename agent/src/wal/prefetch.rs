@@ -21,7 +21,7 @@ use walfleet_repository::wal_archive::WalArchive;
 
 use crate::postgres::instance::Postmaster;
 
-use super::fetch::{AHEAD_FOLDER, FetchError, Plan, RestoreSource, open_archive};
+use super::fetch::{AHEAD_FOLDER, FetchError, PARTIAL, Plan, RestoreSource, open_archive};
 
 /// Held while one brings segments; says which are coming, a name a line.
 const LOCK: &str = "lock";
@@ -75,6 +75,15 @@ pub fn start(source: &Path, after: &str) {
     let _ = command.spawn();
 }
 
+/// What one that ended had begun to write. Only who has the lock writes here.
+fn remove_halves() {
+    for entry in std::fs::read_dir(folder()).into_iter().flatten().flatten() {
+        if entry.file_name().to_string_lossy().contains(PARTIAL) {
+            let _ = std::fs::remove_file(entry.path());
+        }
+    }
+}
+
 /// Waits while somebody brings this segment; whether it came.
 pub fn wait_for(name: &str) -> bool {
     let (begun, waiting) = (Instant::now(), folder().join(name));
@@ -98,6 +107,7 @@ pub fn run(source_file: &Path, after: &str) -> Result<(), FetchError> {
     if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
         return Ok(());
     }
+    remove_halves();
     let (source, plan) = RestoreSource::read(source_file)?;
     let after = plan.segment(after)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()

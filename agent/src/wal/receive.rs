@@ -62,6 +62,8 @@ pub const APPLICATION_NAME: &str = "walfleet";
 
 /// How soon a lost connection is tried again at the latest.
 const LONGEST_WAIT: Duration = Duration::from_secs(15);
+/// A session that ran for so long did not fail at its beginning.
+const LASTED: Duration = Duration::from_secs(10);
 
 /// The same while the server is away: it is on this host, asking costs nothing, and when it is back nothing is streamed
 /// before it is seen.
@@ -149,9 +151,12 @@ impl ReceiveError {
         }
     }
 
+    /// Whether the repository did not answer, or refused: what commits wait for must not wait for either to be mended.
     fn is_of_the_store(&self) -> bool {
         match self {
-            ReceiveError::Archive(error) | ReceiveError::Ship(ShipError::Archive(error)) => error.is_retryable(),
+            ReceiveError::Archive(error) | ReceiveError::Ship(ShipError::Archive(error)) => {
+                matches!(error, ArchiveError::Store(_)) && !error.is_not_found()
+            }
             _ => false,
         }
     }
@@ -305,10 +310,14 @@ impl Receiver {
         let mut patience = UNANSWERED;
         let mut leftover = Leftover::default();
         while !stop.is_cancelled() {
+            let begun = Instant::now();
             let ended = self.session(&mut patience, &stop).await;
             if !matches!(self.status().borrow().phase, StreamPhase::Waiting(_)) {
-                backoff.reset();
                 leftover = Leftover::default();
+                // One that fails as soon as it has begun would be begun four times a second.
+                if begun.elapsed() >= LASTED {
+                    backoff.reset();
+                }
             }
             let mut longest = LONGEST_WAIT;
             if let Err(error) = ended {

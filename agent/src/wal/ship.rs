@@ -205,6 +205,10 @@ impl Shipper {
         &self.source
     }
 
+    pub fn runtime(&self) -> &Handle {
+        &self.runtime
+    }
+
     /// Where this server's WAL goes, whoever stores it.
     pub fn branches(&self) -> &Arc<Branches> {
         &self.branches

@@ -508,6 +508,48 @@ fn commits_go_on_while_the_store_is_away_whatever_is_started_anew() {
     });
 }
 
+/// Only what is to be stored is refused, then everything: a session begins where the slot stands, or none can.
+#[test]
+fn commits_go_on_while_a_store_that_answers_takes_nothing_whatever_is_started_anew() {
+    in_scratch(|scratch| {
+        scratch.allow_log("WARN");
+        let s3 = S3Server::start(&scratch.dir("s3")?)?;
+        let wal = json!({ "streaming": "on", "synchronous": "spool" });
+        let mut pair = Pair::start(scratch, Place::s3(&s3), wal)?;
+        pair.server.session()?.execute(BULK_TABLE)?;
+        let workload = Acknowledged::start(&pair.server, 4, REMOTE_WRITE)?;
+        pair.wait_for_commits()?;
+        let noted = pair.agent.state_dir().join("wal-places").join(CLUSTER);
+        wait_for("the agent to note where WAL goes", STORED_LIMIT, || Ok(noted.exists().then_some(())))?;
+        s3.spoil(Rule::new(Fault::Status(503)).method("PUT"));
+        let session = pair.server.session()?;
+        session.execute(REMOTE_WRITE)?;
+        for _ in 0..4 {
+            session.execute(BULK)?;
+        }
+        drop(session);
+        let (written, flushed) = pair.positions()?;
+        assert!(written.0 - flushed.0 > 48 << 20, "written {written}, flushed {flushed}");
+        pair.agent.kill_nine()?;
+        pair.agent.start()?;
+        pair.wait_for_commits()?;
+
+        // Whoever the agent is to the store, it is so no more.
+        s3.spoil(Rule::new(Fault::Status(403)));
+        pair.server.kill_nine()?;
+        pair.server.start()?;
+        pair.wait_for_commits()?;
+
+        s3.heal();
+        let (written, _) = pair.positions()?;
+        wait_for("the repository to have what was written", STORED_LIMIT, || {
+            Ok(pair.positions().is_ok_and(|(_, flushed)| flushed >= written).then_some(()))
+        })?;
+        pair.destroy_and_lose_nothing(workload, None)?;
+        Ok(())
+    });
+}
+
 /// `make proof`. Stores that answer at once, slowly, and hardly; hosts that end at every phase of what an agent does.
 #[test]
 #[ignore = "it takes minutes"]

@@ -203,14 +203,18 @@ impl WalArchive {
     /// What other members than this one have of a segment: of each one's pieces the newest that ends at `upto` at the most,
     /// and the same beginning of the whole segment, if another brought that.
     ///
-    /// Two requests, where nobody has any; and one for each other member, of whose pieces none is read twice.
+    /// Two requests, where nobody has any; where others have, one for each, of whose pieces none is read twice, and those for who left
+    /// the branch.
     pub async fn others_marks(
         &self,
         wal: WalBranch,
         place: (Segment, SegmentSize),
         (member, upto): (&str, u32),
     ) -> Result<Vec<Mark>, ArchiveError> {
-        let names = self.tails(wal, place.0, place.1).await?;
+        let mut names = self.tails(wal, place.0, place.1).await?;
+        if names.iter().any(|name| name.member != member) {
+            self.strays(wal).await?.sift(place.0, place.1, &mut names);
+        }
         let others: BTreeSet<&str> =
             names.iter().map(|name| name.member.as_str()).filter(|who| *who != member).collect();
         let mut marks = Vec::new();

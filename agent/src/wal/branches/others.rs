@@ -3,6 +3,7 @@
 
 use walfleet_repository::ids::ChunkId;
 use walfleet_repository::postgres::{Segment, WalBranch};
+use walfleet_repository::wal_archive::Mark;
 
 use super::{Branches, Refusal};
 use crate::tasks::on_disk;
@@ -39,23 +40,24 @@ impl Branches {
         let upto = u32::try_from(ours.len()).unwrap_or(u32::MAX);
         let marks = archive.others_marks(wal, (segment, size), (&self.source.member, upto)).await?;
         let id = |end: u32| archive.id_of(ours.get(..end as usize).unwrap_or_default());
-        let Some(other) = marks.into_iter().find(|mark| id(mark.end) != mark.content) else { return Ok(()) };
+        let (same, differ): (Vec<Mark>, Vec<Mark>) = marks.into_iter().partition(|mark| id(mark.end) == mark.content);
+        let Some(other) = differ.into_iter().next() else { return Ok(()) };
         match archive.has_segment(wal, segment, size).await? {
             // The name is taken.
             true => self.leave(base, (wal, segment), id(upto), other.member).await,
-            false => self.yield_to(base, (wal, segment), id(upto), other.member).await,
+            false => self.yield_to(base, (wal, segment), id(upto), (other.member, &same)).await,
         }
     }
 
     /// Leaves a branch in which another member stores another beginning of the same segment, unless it is the other who is to
-    /// leave: who brought what lies before stays, and where that is a third's, whose name comes first. `content`: of what this
-    /// server has of the segment.
+    /// leave: who brought what lies before stays, and who has the same bytes as that one; otherwise whose name comes first.
+    /// `content`: of what this server has of the segment; `same`: who has that, too.
     pub async fn yield_to(
         &self,
         base: WalBranch,
         (wal, segment): (WalBranch, Segment),
         content: ChunkId,
-        stored_by: String,
+        (stored_by, same): (String, &[Mark]),
     ) -> Result<(), ShipError> {
         let size = self.source.segment_size;
         let before = match segment.number.checked_sub(1) {
@@ -66,6 +68,7 @@ impl Branches {
         let stays = match before {
             Some(before) if before.member == self.source.member => true,
             Some(before) if before.member == stored_by => false,
+            Some(before) if same.iter().any(|mark| mark.member == before.member) => true,
             _ => self.source.member < stored_by,
         };
         if stays { Ok(()) } else { self.leave(base, (wal, segment), content, stored_by).await }

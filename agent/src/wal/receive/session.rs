@@ -278,10 +278,12 @@ impl<'a> Session<'a> {
             return;
         }
         let differs = |mark: &&Mark| self.open.id_up_to(mark.end).is_some_and(|ours| ours != mark.content);
-        if let Some(other) = marks.iter().find(differs)
+        let (differ, same): (Vec<&Mark>, Vec<&Mark>) = marks.iter().partition(differs);
+        if let Some(other) = differ.first()
             && let Some(ours) = self.open.id_up_to(self.open.received())
         {
-            self.uploads.differ((wal, segment), ours, other.member.clone());
+            let same = same.into_iter().cloned().collect();
+            self.uploads.differ((wal, segment), ours, (other.member.clone(), same));
         }
     }
 

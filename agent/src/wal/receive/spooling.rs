@@ -19,6 +19,9 @@ const ON_THEIR_WAY: u64 = 2;
 /// Nothing more is received while so much waits for this host's disk.
 const UNWRITTEN_BYTES: u64 = 32 << 20;
 
+/// Of the room in this host's spool, the part that what a session begins behind with may take.
+const SHARE_OF_ROOM: u64 = 2;
+
 /// What a commit waits for now.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
 pub enum WaitsFor {
@@ -75,8 +78,8 @@ pub struct SpoolWaiting {
     spools: Arc<Spools>,
     spooler: Spooler,
     without_peer: WithoutPeer,
-    /// The server's end was near. What lies far behind when a session begins no commit waits for: it goes to the repository
-    /// alone. From then on all goes to the spools, or what they lack would be waited for until the repository has it.
+    /// The server's end was near, or all up to it fits into the spools. More than that goes to the repository alone when a session
+    /// begins. From then on all goes to the spools, or what they lack would be waited for until the repository has it.
     has_begun: bool,
     /// As it was last looked at.
     spooled: Spooled,
@@ -96,15 +99,17 @@ impl SpoolWaiting {
         spooling: Spooling,
         archive: WalArchive,
         without_peer: WithoutPeer,
-        from: Lsn,
+        (from, end): (Lsn, Lsn),
     ) -> SpoolWaiting {
+        // Commits wait for what is behind to be somewhere, and the spools take it sooner than the repository, if that takes it.
+        let fits = end.saturating_sub(from) <= spool.spools.room() / SHARE_OF_ROOM;
         let spooler = Spooler::start(spool, spooling, archive);
         SpoolWaiting {
             spools: Arc::clone(&spool.spools),
             spooled: spooler.state(),
             spooler,
             without_peer,
-            has_begun: false,
+            has_begun: fits,
             pieces: VecDeque::new(),
             first: 1,
             counted: 0,

@@ -220,10 +220,15 @@ impl Uploads {
     }
 
     /// Another member has another beginning of a segment: one of the two leaves the branch.
-    pub fn differ(&mut self, (wal, segment): (WalBranch, Segment), content: ChunkId, stored_by: String) {
+    pub fn differ(
+        &mut self,
+        (wal, segment): (WalBranch, Segment),
+        content: ChunkId,
+        (stored_by, same): (String, Vec<Mark>),
+    ) {
         let (branches, base) = (Arc::clone(&self.branches), self.base);
         self.tasks.spawn(async move {
-            if let Err(error) = branches.yield_to(base, (wal, segment), content, stored_by.clone()).await {
+            if let Err(error) = branches.yield_to(base, (wal, segment), content, (stored_by.clone(), &same)).await {
                 tracing::warn!("{stored_by} stores other WAL than this server writes, and whose branch it is was not found out: {error}");
             }
             Ok(Ended::Aside)

@@ -48,7 +48,7 @@ impl<'a> Session<'a> {
             receiver,
             uploads: Uploads::new(&receiver.shipper, wal),
             durable: Frontier::new(from),
-            spooled: Self::spools(receiver, &source, from),
+            spooled: Self::spools(receiver, &source, (from, end)),
             sealed: Frontier::new(from),
             floor,
             open: OpenSegment::begin(place, &source.archive, carry.ok().flatten(), known)?
@@ -71,11 +71,11 @@ impl<'a> Session<'a> {
         })
     }
 
-    fn spools(receiver: &Receiver, source: &ShipSource, from: Lsn) -> Option<SpoolWaiting> {
+    fn spools(receiver: &Receiver, source: &ShipSource, way: (Lsn, Lsn)) -> Option<SpoolWaiting> {
         let (Synchronous::Spool(without_peer), Some(spool)) = (receiver.options.synchronous, &receiver.spool) else {
             return None;
         };
-        Some(SpoolWaiting::begin(spool, receiver.spooling(), source.archive_of_pieces(), without_peer, from))
+        Some(SpoolWaiting::begin(spool, receiver.spooling(), source.archive_of_pieces(), without_peer, way))
     }
 }
 
