@@ -135,6 +135,8 @@ pub enum ReceiveError {
     History { timeline: Timeline, problem: String },
     #[error("the repository does not answer, and until it does commits wait: {why}")]
     Unknown { why: &'static str },
+    #[error("{why} ({store})")]
+    NoBridge { why: Box<ReceiveError>, store: Box<ReceiveError> },
     #[error("the server stops and the repository does not answer: its end is not held up for it")]
     GaveWay,
     #[error("the slot {slot} reserves no WAL\nHINT: drop it, and it is made anew.")]
@@ -421,7 +423,12 @@ impl Receiver {
                     return bridge.run(stop).await;
                 }
                 // Commits wait for the repository, and this is why.
-                Err(error) => self.status().send_modify(|status| status.wait(chain(&error))),
+                Err(error) => {
+                    self.status().send_modify(|status| status.wait(chain(&error)));
+                    if let Some(Err(store)) = ended {
+                        return Err(ReceiveError::NoBridge { why: Box::new(error), store: Box::new(store) });
+                    }
+                }
             }
         }
         match ended {
@@ -483,7 +490,7 @@ impl Receiver {
                 checkpoint_lsn: control.checkpoint_lsn,
                 cluster: kept.cluster.clone(),
             };
-            if let Err(error) = known_place::write(&state_dir, &cluster, &place) {
+            if let Err(error) = known_place::write(&state_dir, &cluster, place) {
                 tracing::warn!("while the repository is away, commits will wait if this agent is restarted: {error}");
             }
             if branches.partings() != partings {

@@ -42,6 +42,16 @@ impl KnownPlace {
         Some(WalBranch { system_id: SystemId(self.system_id), timeline, branch: Branch(self.branch) })
     }
 
+    fn is_same_way(&self, other: &KnownPlace) -> bool {
+        *self
+            == KnownPlace {
+                first: self.first,
+                checkpoint_lsn: self.checkpoint_lsn,
+                cluster: self.cluster.clone(),
+                ..other.clone()
+            }
+    }
+
     /// Whether a segment goes there.
     pub fn has(&self, segment: Segment) -> bool {
         segment.timeline.0 == self.timeline && segment.number >= self.first
@@ -57,14 +67,19 @@ pub fn read(state_dir: &Path, cluster: &ClusterName) -> Result<Option<KnownPlace
     durable::read(&file(state_dir, cluster), KIND)
 }
 
-/// Blocking.
-pub fn write(state_dir: &Path, cluster: &ClusterName, place: &KnownPlace) -> Result<(), DurableError> {
+/// Blocking. What was noted of the same way from an earlier segment on still holds: a slot stands further back after a crash of its
+/// server, which saves it at checkpoints (src/backend/replication/slot.c).
+pub fn write(state_dir: &Path, cluster: &ClusterName, mut place: KnownPlace) -> Result<(), DurableError> {
     let path = file(state_dir, cluster);
-    if durable::read(&path, KIND).ok().flatten().as_ref() == Some(place) {
+    let known: Option<KnownPlace> = durable::read(&path, KIND).ok().flatten();
+    if let Some(known) = known.as_ref().filter(|known| known.is_same_way(&place)) {
+        place.first = place.first.min(known.first);
+    }
+    if known.as_ref() == Some(&place) {
         return Ok(());
     }
     durable::make_folder(&state_dir.join("wal-places"))?;
-    durable::write(&path, KIND, place)
+    durable::write(&path, KIND, &place)
 }
 
 /// It is not known any more. Blocking.
