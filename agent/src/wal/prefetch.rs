@@ -26,6 +26,9 @@ use super::fetch::{AHEAD_FOLDER, FetchError, PARTIAL, Plan, RestoreSource, open_
 /// Held while one brings segments; says which are coming, a name a line.
 const LOCK: &str = "lock";
 
+/// What it says until that is known.
+const PLANNING: &str = "?\n";
+
 /// Segments being fetched at once, and kept ahead, at first; doubled whenever the server had to wait, up to as many sealed
 /// ones as fit into [`SEALED_BYTES`] if they do not compress, and to what the restore was told.
 const FIRST_AT_ONCE: usize = 4;
@@ -75,6 +78,12 @@ pub fn start(source: &Path, after: &str) {
     let _ = command.spawn();
 }
 
+/// In the lock file, which never says nothing meanwhile.
+fn say(lock: &File, names: &str) {
+    let _ = lock.write_all_at(names.as_bytes(), 0);
+    let _ = lock.set_len(names.len() as u64);
+}
+
 /// What one that ended had begun to write. Only who has the lock writes here.
 fn remove_halves() {
     for entry in std::fs::read_dir(folder()).into_iter().flatten().flatten() {
@@ -90,7 +99,8 @@ pub fn wait_for(name: &str) -> bool {
     loop {
         // In this order: whoever brought it may have ended since.
         let running = is_running();
-        let coming = std::fs::read_to_string(lock_path()).is_ok_and(|names| names.lines().any(|coming| coming == name));
+        let coming = std::fs::read_to_string(lock_path())
+            .is_ok_and(|names| names == PLANNING || names.lines().any(|coming| coming == name));
         if waiting.exists() {
             return true;
         }
@@ -107,6 +117,8 @@ pub fn run(source_file: &Path, after: &str) -> Result<(), FetchError> {
     if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
         return Ok(());
     }
+    let told = PLANNING.to_owned();
+    say(&lock, &told);
     remove_halves();
     let (source, plan) = RestoreSource::read(source_file)?;
     let after = plan.segment(after)?;
@@ -124,7 +136,7 @@ pub fn run(source_file: &Path, after: &str) -> Result<(), FetchError> {
             at_once: FIRST_AT_ONCE,
             most_at_once: (SEALED_BYTES / plan.size().bytes() as usize).clamp(FIRST_AT_ONCE, 16),
             opening: Arc::new(Semaphore::new(OPENING)),
-            told: String::new(),
+            told,
             next: plan.after(after),
             waiting: VecDeque::new(),
             taken: Instant::now(),
@@ -226,8 +238,7 @@ impl Ahead<'_> {
         let names: String =
             coming.iter().copied().chain(planned).map(|segment| segment.file_name(self.plan.size()) + "\n").collect();
         if names != self.told {
-            let _ = self.lock.set_len(0);
-            let _ = self.lock.write_all_at(names.as_bytes(), 0);
+            say(self.lock, &names);
             self.told = names;
         }
     }
