@@ -106,7 +106,7 @@ impl WalWait<'_> {
         cancel: &CancellationToken,
     ) -> Result<(), WalWaitError> {
         let name = segment.file_name(self.segment_size);
-        let (mut foreign, mut own) = (None, None);
+        let (mut foreign, mut store_own_at) = (None, began + BROUGHT_WITHIN);
         loop {
             let waited = began.elapsed();
             let compare = |source| WalWaitError::Compare { segment: name.clone(), source: Arc::new(source) };
@@ -124,16 +124,13 @@ impl WalWait<'_> {
                     if ends_here && self.lies_in_pieces(home, segment, stop).await? {
                         return Ok(());
                     }
-                    if ends_here
-                        && waited >= BROUGHT_WITHIN
-                        && own.is_none_or(|at: Instant| at.elapsed() >= BROUGHT_WITHIN)
-                    {
+                    if ends_here && Instant::now() >= store_own_at {
                         tokio::select! {
                             () = cancel.cancelled() => return Err(WalWaitError::Cancelled),
                             () = tokio::time::sleep(self.deadline.saturating_sub(waited)) => {}
                             () = self.store_own_beginning(segment) => {}
                         }
-                        own = Some(Instant::now());
+                        store_own_at = Instant::now() + BROUGHT_WITHIN;
                     }
                 }
                 Err(source) => return Err(WalWaitError::Archive { segment: name, source }),

@@ -175,8 +175,8 @@ async fn settle(spools: &Arc<Spools>, owner: &Owner, paths: Vec<PathBuf>) -> Res
         // Only now that the repository has it all.
         let forgetting = Arc::clone(spools);
         let forgotten = on_disk(move || {
-            let failed: Vec<SpoolError> = read.iter().filter_map(|path| forgetting.forget(path).err()).collect();
-            failed.into_iter().next()
+            // Each is tried, whatever becomes of those before.
+            read.iter().fold(None, |failed, path| failed.or(forgetting.forget(path).err()))
         });
         let failed = forgotten.await;
         settled.is_forgotten = failed.is_none();

@@ -422,13 +422,13 @@ impl Receiver {
                     *patience = (*patience * 2).min(LONGEST_UNANSWERED);
                     return bridge.run(stop).await;
                 }
-                // Commits wait for the repository, and this is why.
-                Err(error) => {
-                    self.status().send_modify(|status| status.wait(chain(&error)));
-                    if let Some(Err(store)) = ended {
-                        return Err(ReceiveError::NoBridge { why: Box::new(error), store: Box::new(store) });
+                Err(why) => match ended {
+                    Some(Err(store)) => {
+                        return Err(ReceiveError::NoBridge { why: Box::new(why), store: Box::new(store) });
                     }
-                }
+                    // Commits wait for the repository, and this is why.
+                    _ => self.status().send_modify(|status| status.wait(chain(&why))),
+                },
             }
         }
         match ended {

@@ -1,32 +1,24 @@
 //! Commits that wait for two hosts' spools: nothing acknowledged is lost with a host, whatever the store does meanwhile, and
 //! a peer that is away is told of and costs no commit.
 
-use std::net::Ipv4Addr;
 use std::time::{Duration, Instant};
 
-use serde_json::{Value, json};
-use walfleet_integration_tests::fleet::standalone::CLUSTER;
-use walfleet_integration_tests::fleet::whole::REPOSITORY;
-use walfleet_integration_tests::fleet::{Agent, Controller, Fleet, Place};
+use serde_json::json;
+use walfleet_integration_tests::fleet::{Agent, Place};
 use walfleet_integration_tests::network::Line;
-use walfleet_integration_tests::output::Output;
-use walfleet_integration_tests::ports::free_port;
-use walfleet_integration_tests::postgres::acknowledged::{Acknowledged, Lost, Record};
-use walfleet_integration_tests::postgres::{PgServer, PgVersion};
+use walfleet_integration_tests::postgres::acknowledged::Acknowledged;
 use walfleet_integration_tests::process::run;
 use walfleet_integration_tests::s3::S3Server;
 use walfleet_integration_tests::s3::fault::{Fault, Rule};
 use walfleet_integration_tests::scratch::{Scratch, in_scratch};
-use walfleet_integration_tests::{binaries, os_user, tree, wait_for};
+use walfleet_integration_tests::{tree, wait_for};
 use walfleet_repository::postgres::Lsn;
 
 use crate::full_disks::SmallDisk;
 
-/// The peer waits ten seconds, and then stores what it has.
-const STORED_LIMIT: Duration = Duration::from_secs(60);
+mod pair;
 
-/// A peer is missed after two seconds, and one that is back is found a second later.
-const COMMITS_LIMIT: Duration = Duration::from_secs(15);
+use pair::{Pair, STORED_LIMIT};
 
 /// As a client of the workload sets it.
 const REMOTE_WRITE: &str = "SET synchronous_commit = remote_write";
@@ -39,182 +31,6 @@ const BULK: &str = "INSERT INTO bulk SELECT (SELECT string_agg(sha512((g || ' ' 
 
 const AWAY: &str = "commits do not wait for two spools for now";
 const BACK: &str = "commits wait for two spools again";
-
-/// A server whose commits wait for the spools of its own agent and of the agent `keeper`.
-struct Pair {
-    /// Dropped before the controller and the server, so that it does not complain of their end.
-    agent: Agent,
-    keeper: Agent,
-    server: PgServer,
-    fleet: Fleet,
-    scratch: Scratch,
-    place: Place,
-}
-
-impl Pair {
-    fn start(scratch: &Scratch, place: Place, wal: Value) -> anyhow::Result<Pair> {
-        Pair::start_on((None, 1024), scratch, place, wal)
-    }
-
-    /// The keeper at the other end of a line, if there is one, with a spool of so many MiB.
-    fn start_on(
-        (line, spool_mib): (Option<&Line>, u32),
-        scratch: &Scratch,
-        place: Place,
-        wal: Value,
-    ) -> anyhow::Result<Pair> {
-        let (near, far) = line.map_or((Ipv4Addr::LOCALHOST, Ipv4Addr::LOCALHOST), |line| (line.near(), line.far()));
-        let mut controller = Controller::init_at(scratch, near)?;
-        controller.environment(place.credentials.clone());
-        let fleet = Fleet::with(scratch, controller)?;
-        let version = PgVersion::newest()?;
-        let server = PgServer::builder(scratch, "primary", &version).create()?;
-        let agent = fleet.agent("db1").instance(CLUSTER, &server).environment(place.credentials.clone());
-        let mut agent = agent.postgres(&version).build()?;
-        let listen = format!("{far}:{}", free_port());
-        let keeper = fleet.agent("keeper").environment(place.credentials.clone());
-        let keeper = line.into_iter().fold(keeper, |keeper, line| keeper.inside(line.namespace()));
-        let mut keeper =
-            keeper.section("spool", json!({ "listen": listen, "advertise": listen, "size_mib": spool_mib })).build()?;
-        fleet.join(&mut agent, &[])?;
-        fleet.join(&mut keeper, &[])?;
-        // The agent may hear of its cluster before the keeper of the repository has made that.
-        scratch.allow_log("holds no repository");
-        let pair = Pair { fleet, scratch: scratch.clone(), place, server, agent, keeper };
-        pair.policy(wal)?;
-        pair.wait_until("spools")?;
-        let job = pair.fleet.backup(CLUSTER)?;
-        anyhow::ensure!(job["state"] == "succeeded", "{job}");
-        pair.server.reload_with("synchronous_standby_names", "walfleet")?;
-        Ok(pair)
-    }
-
-    /// Declares the repository, and how WAL is shipped.
-    fn policy(&self, wal: Value) -> anyhow::Result<()> {
-        let repository = json!({
-            "apiVersion": "walfleet/v1", "kind": "Repository", "name": REPOSITORY,
-            "spec": { "url": self.place.url, "options": self.place.options },
-        });
-        let backup = json!({ "fast_checkpoint": true });
-        let policy = json!({
-            "apiVersion": "walfleet/v1", "kind": "Policy", "name": "everything",
-            "spec": { "selector": "", "repository": REPOSITORY, "wal": wal, "backup": backup },
-        });
-        self.fleet.apply(&format!("{repository}\n---\n{policy}\n"))
-    }
-
-    /// Waits until the controller shows what commits wait for.
-    fn wait_until(&self, waits_for: &str) -> anyhow::Result<Value> {
-        self.fleet.wait_for_cluster(CLUSTER, &format!("commits that wait for {waits_for}"), |cluster| {
-            let members = cluster["members"].as_array().into_iter().flatten();
-            let mut spools = members.map(|member| &member["instance"]["archive"]["stream"]["spool"]);
-            spools.any(|spool| spool["waits_for"] == waits_for)
-        })
-    }
-
-    /// Waits until the controller says so of the cluster.
-    fn wait_for_reason(&self, said: &str) -> anyhow::Result<Value> {
-        self.fleet.wait_for_cluster(CLUSTER, &format!("\"{said}\""), |cluster| {
-            cluster["reason"].as_str().is_some_and(|reason| reason.contains(said))
-        })
-    }
-
-    fn commits(&self) -> anyhow::Result<i64> {
-        self.server.session()?.number("SELECT count(*) FROM acknowledged")
-    }
-
-    /// Waits until commits return again.
-    fn wait_for_commits(&self) -> anyhow::Result<()> {
-        let before = self.commits()?;
-        wait_for("commits to return", COMMITS_LIMIT, || Ok((self.commits()? > before + 50).then_some(())))
-    }
-
-    /// Waits until the server's agent has said something so often.
-    fn wait_for_log(&self, text: &str, times: usize) -> anyhow::Result<()> {
-        let what = format!("the agent to say \"{text}\" {times} times");
-        wait_for(&what, STORED_LIMIT, || Ok((self.agent.log_text().matches(text).count() >= times).then_some(())))
-    }
-
-    /// Holds that no commit returns.
-    fn must_wait(&self) -> anyhow::Result<()> {
-        let before = self.commits()?;
-        std::thread::sleep(Duration::from_secs(2));
-        let after = self.commits()?;
-        anyhow::ensure!(before == after, "{} commits returned that must wait", after - before);
-        Ok(())
-    }
-
-    /// As the server has heard it: where what was received is written, and where it is flushed.
-    fn positions(&self) -> anyhow::Result<(Lsn, Lsn)> {
-        let column = "SELECT unnest(ARRAY[write_lsn, flush_lsn]) FROM pg_stat_replication";
-        let reported = self.server.session()?.column(&format!("{column} WHERE application_name = 'walfleet'"))?;
-        let [written, flushed] = &reported[..] else { anyhow::bail!("the agent does not stream: {reported:?}") };
-        Ok((written.parse()?, flushed.parse()?))
-    }
-
-    /// The host is destroyed, and the repository alone restores all that the workload had been told.
-    /// `spoilt`: the store, which is well again then. So many commits there were.
-    fn destroy_and_lose_nothing(&mut self, workload: Acknowledged, spoilt: Option<&S3Server>) -> anyhow::Result<usize> {
-        let disaster = self.destroy()?;
-        self.lose_nothing(workload, disaster, spoilt)
-    }
-
-    /// The same of a host that is destroyed already.
-    fn lose_nothing(
-        &self,
-        workload: Acknowledged,
-        disaster: Instant,
-        spoilt: Option<&S3Server>,
-    ) -> anyhow::Result<usize> {
-        let record = workload.end()?;
-        if let Some(store) = spoilt {
-            store.heal();
-        }
-        self.wait_until_stored()?;
-        let lost = self.lost(&record, disaster)?;
-        assert_eq!(lost.commits, 0, "{lost:?} of {}", record.commits());
-        Ok(record.commits())
-    }
-
-    /// Server, disk and agent, with its spool, are gone at once.
-    fn destroy(&mut self) -> anyhow::Result<Instant> {
-        let disaster = Instant::now();
-        self.server.kill_nine()?;
-        self.agent.kill_nine()?;
-        std::fs::remove_dir_all(self.server.data_dir())?;
-        std::fs::remove_dir_all(self.agent.state_dir())?;
-        Ok(disaster)
-    }
-
-    /// In the keeper's spool.
-    fn kept_bytes(&self) -> anyhow::Result<u64> {
-        let files = tree::all(&self.keeper.state_dir().join("spool"))?;
-        Ok(files.iter().filter(|(_, meta)| meta.is_file()).map(|(_, meta)| meta.len()).sum())
-    }
-
-    /// Waits until the repository has all that the keeper has kept.
-    fn wait_until_stored(&self) -> anyhow::Result<()> {
-        wait_for("the keeper to store what it has", STORED_LIMIT, || {
-            let files = tree::all(&self.keeper.state_dir().join("spool"))?;
-            Ok((!files.iter().any(|(path, _)| path.extension().is_some_and(|ext| ext == "pieces"))).then_some(()))
-        })
-    }
-
-    /// What a restore with nothing but the repository and the recovery key lacks.
-    fn lost(&self, record: &Record, disaster: Instant) -> anyhow::Result<Lost> {
-        let restored = self.scratch.join("restored");
-        let mut command = os_user::os_user().command(binaries::program(binaries::AGENT)?);
-        command.arg("restore").args(self.place.flags(&self.fleet.controller.recovery_key()));
-        command.args(["--cluster", CLUSTER, "--latest", "--data-dir"]).arg(&restored);
-        command.envs(self.place.credentials.iter().map(|(name, value)| (name, value)));
-        Output::of(command, Duration::from_secs(180))?.ok()?;
-        let builder = PgServer::builder(&self.scratch, "copy", self.server.version());
-        let mut server = builder.environment(self.place.credentials.clone()).open(&restored)?;
-        server.start()?;
-        server.wait_until_writable()?;
-        record.lost(&server.session()?, disaster)
-    }
-}
 
 #[test]
 fn commits_that_wait_for_two_spools_survive_the_host_whatever_the_store_does() {
@@ -476,11 +292,9 @@ fn commits_go_on_while_the_store_is_away_whatever_is_started_anew() {
         let mut pair = Pair::start(scratch, Place::s3(&s3), wal)?;
         let workload = Acknowledged::start(&pair.server, 4, REMOTE_WRITE)?;
         pair.wait_for_commits()?;
-        let noted = pair.agent.state_dir().join("wal-places").join(CLUSTER);
-        wait_for("the agent to note where WAL goes", STORED_LIMIT, || Ok(noted.exists().then_some(())))?;
+        pair.wait_until_noted()?;
         s3.spoil(Rule::new(Fault::Cut));
-        pair.agent.kill_nine()?;
-        pair.agent.start()?;
+        pair.start_agent_anew()?;
         pair.wait_for_commits()?;
         let (written, flushed) = pair.positions()?;
         assert!(written > flushed, "only the repository lets the slot go on: {written}, {flushed}");
@@ -488,20 +302,15 @@ fn commits_go_on_while_the_store_is_away_whatever_is_started_anew() {
         let stream = &cluster["members"][0]["instance"]["archive"]["stream"];
         assert!(stream["store_error"].as_str().is_some_and(|found| found.contains("does not answer")), "{stream}");
         // Also the server, by a crash.
-        pair.server.kill_nine()?;
-        pair.server.start()?;
+        pair.start_server_anew()?;
         pair.wait_for_commits()?;
 
         s3.heal();
-        let (written, _) = pair.positions()?;
-        wait_for("the repository to have what was written", STORED_LIMIT, || {
-            Ok(pair.positions().is_ok_and(|(_, flushed)| flushed >= written).then_some(()))
-        })?;
+        pair.wait_until_flushed()?;
         pair.wait_for_commits()?;
         s3.spoil(Rule::new(Fault::Cut));
         std::thread::sleep(Duration::from_secs(1));
-        pair.agent.kill_nine()?;
-        pair.agent.start()?;
+        pair.start_agent_anew()?;
         pair.wait_for_commits()?;
         pair.destroy_and_lose_nothing(workload, Some(&s3))?;
         Ok(())
@@ -519,8 +328,7 @@ fn commits_go_on_while_a_store_that_answers_takes_nothing_whatever_is_started_an
         pair.server.session()?.execute(BULK_TABLE)?;
         let workload = Acknowledged::start(&pair.server, 4, REMOTE_WRITE)?;
         pair.wait_for_commits()?;
-        let noted = pair.agent.state_dir().join("wal-places").join(CLUSTER);
-        wait_for("the agent to note where WAL goes", STORED_LIMIT, || Ok(noted.exists().then_some(())))?;
+        pair.wait_until_noted()?;
         s3.spoil(Rule::new(Fault::Status(503)).method("PUT"));
         let session = pair.server.session()?;
         session.execute(REMOTE_WRITE)?;
@@ -530,21 +338,16 @@ fn commits_go_on_while_a_store_that_answers_takes_nothing_whatever_is_started_an
         drop(session);
         let (written, flushed) = pair.positions()?;
         assert!(written.0 - flushed.0 > 48 << 20, "written {written}, flushed {flushed}");
-        pair.agent.kill_nine()?;
-        pair.agent.start()?;
+        pair.start_agent_anew()?;
         pair.wait_for_commits()?;
 
         // Whoever the agent is to the store, it is so no more.
         s3.spoil(Rule::new(Fault::Status(403)));
-        pair.server.kill_nine()?;
-        pair.server.start()?;
+        pair.start_server_anew()?;
         pair.wait_for_commits()?;
 
         s3.heal();
-        let (written, _) = pair.positions()?;
-        wait_for("the repository to have what was written", STORED_LIMIT, || {
-            Ok(pair.positions().is_ok_and(|(_, flushed)| flushed >= written).then_some(()))
-        })?;
+        pair.wait_until_flushed()?;
         pair.destroy_and_lose_nothing(workload, None)?;
         Ok(())
     });

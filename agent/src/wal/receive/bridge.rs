@@ -99,8 +99,8 @@ impl<'a> Bridge<'a> {
         let begun = Place { wal, segment, size, member: source.member.clone() };
         let open = OpenSegment::begin(begun, &source.archive, carry.ok().flatten(), None)?;
         let pieces = source.archive_of_pieces();
-        let mut spooled = SpoolWaiting::begin(spool, receiver.spooling(), pieces, without_peer, (from, from));
-        spooled.note_near();
+        // It is behind with nothing: all goes to the spools.
+        let spooled = SpoolWaiting::begin(spool, receiver.spooling(), pieces, without_peer, (from, from));
         Ok(Bridge { receiver, source, floor, open, spooled, server_end: Lsn::INVALID })
     }
 
