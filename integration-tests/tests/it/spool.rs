@@ -166,6 +166,7 @@ fn a_peer_that_is_frozen_or_cut_off_holds_commits_up_only_where_the_policy_says_
         pair.wait_for_commits()?;
         let cluster = pair.wait_until("alone")?;
         assert!(cluster["reason"].as_str().is_some_and(|reason| reason.contains("are lost with it")), "{cluster}");
+        pair.wait_for_log(AWAY, 1)?;
         pair.keeper.thaw();
         pair.wait_for_log(BACK, 1)?;
         pair.wait_for_commits()?;

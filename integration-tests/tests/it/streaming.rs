@@ -114,6 +114,8 @@ fn a_segment_that_vanished_from_the_archive_is_brought_again_by_whoever_has_it()
     in_scratch(|scratch| {
         let place = Place::folder(scratch)?;
         let host = Standalone::streaming(scratch, &PgVersion::newest()?, place, json!({ "streaming": "on" }))?;
+        // The server is who has it, however soon its next checkpoint.
+        host.server.reload_with("wal_keep_size", "1GB")?;
         host.backup()?;
         let session = host.server.session()?;
         let name = session.value("SELECT pg_walfile_name(pg_current_wal_lsn())")?;
