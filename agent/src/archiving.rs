@@ -46,6 +46,8 @@ pub struct Shipping {
     pub archived: ShipStatus,
     pub streamed: StreamStatus,
     pub shipping: ShippingSpec,
+    /// Whose WAL it is; `None`: nothing was made ready to ship it.
+    pub system_id: Option<SystemId>,
     /// To the store, since the agent or its keys changed.
     pub requests: u64,
     /// How often a branch was left.
@@ -126,6 +128,7 @@ impl Archiving {
                 archived: slot.shipper.status().borrow().clone(),
                 streamed: slot.shipper.stream().borrow().clone(),
                 shipping: slot.cluster.shipping,
+                system_id: Some(slot.identity.system_id),
                 requests: slot.shipper.source().archive.store().counters().requests(),
                 partings: slot.shipper.branches().partings(),
             };
@@ -179,10 +182,7 @@ impl Archiving {
 
     /// Stores what of this the host still has, in the background; at once if it is not already at it.
     pub fn fill(&self, cluster: &ClusterName, missing: Vec<Missing>) {
-        let slots: Vec<_> = self.slots.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect();
-        let of_cluster = |slot: &Slot| (slot.cluster.name == *cluster).then(|| Arc::clone(&slot.shipper));
-        let shippers = slots.iter().filter_map(|slot| slot.try_lock().ok()?.as_ref().and_then(of_cluster));
-        for shipper in shippers {
+        for shipper in self.shippers(cluster) {
             let (permit, missing) = (Arc::clone(&self.filling), missing.clone());
             tokio::spawn(async move {
                 let Ok(_permit) = permit.try_acquire() else { return };
@@ -193,6 +193,19 @@ impl Archiving {
                 }
             });
         }
+    }
+
+    /// What was stored of a cluster's WAL is not in the repository any more: whoever receives it looks what is there, and goes on
+    /// from that.
+    pub fn begin_anew(&self, cluster: &ClusterName) {
+        self.shippers(cluster).iter().for_each(|shipper| shipper.ask_to_begin_anew());
+    }
+
+    /// Those that are ready.
+    fn shippers(&self, cluster: &ClusterName) -> Vec<Arc<Shipper>> {
+        let slots: Vec<_> = self.slots.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect();
+        let of_cluster = |slot: &Slot| (slot.cluster.name == *cluster).then(|| Arc::clone(&slot.shipper));
+        slots.iter().filter_map(|slot| slot.try_lock().ok()?.as_ref().and_then(of_cluster)).collect()
     }
 
     /// With what an instance's WAL is received. An error: the repository does not answer, or something else is in the way.

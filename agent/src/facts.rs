@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use serde::{Serialize, Serializer};
 use walfleet_repository::ids::ClusterName;
 use walfleet_repository::postgres::{Branch, Lsn, Timeline};
@@ -19,6 +19,9 @@ pub mod repository;
 mod server;
 mod trend;
 mod unstreamed;
+
+/// A stream is a second behind.
+const TRAILING: SignedDuration = SignedDuration::from_secs(10);
 
 #[derive(Clone, PartialEq, Debug)]
 pub struct Facts {
@@ -101,7 +104,7 @@ pub struct StreamFacts {
     pub spool: Option<SpoolStatus>,
 }
 
-/// Of WAL shipping.
+/// Of WAL shipping, and of looks at what is there.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
 pub struct LastHour {
     pub requests: u64,
@@ -197,32 +200,41 @@ impl Facts {
     }
 
     /// Whether something changed that the controller should not wait for: positions, sizes and counts that move all
-    /// the time do not count.
+    /// the time do not count, unless the repository trails.
     pub fn differs_materially(&self, other: &Facts) -> bool {
-        let steady = |facts: &Facts| -> Vec<InstanceFacts> {
-            facts
-                .instances
-                .iter()
-                .map(|instance| InstanceFacts {
-                    current_lsn: None,
-                    cluster_bytes: 0,
-                    windows: instance.windows.iter().map(RecoveryWindow::outline).collect(),
-                    archive: ArchiveFacts {
-                        archive_command_set: instance.archive.archive_command_set,
-                        failed_count: instance.archive.failed_count,
-                        last_error: instance.archive.last_error.clone(),
-                        stream: StreamFacts {
-                            phase: instance.archive.stream.phase.clone(),
-                            spool: instance.archive.stream.spool.as_ref().map(SpoolStatus::outline),
-                            ..StreamFacts::default()
-                        },
-                        ..ArchiveFacts::default()
-                    },
-                    ..instance.clone()
-                })
-                .collect()
+        let steady = |facts: &Facts| -> Vec<(InstanceFacts, Option<Timestamp>)> {
+            let trailing = |instance: &InstanceFacts| instance.archive.trails(facts.at).then_some(facts.at);
+            facts.instances.iter().map(|instance| (instance.steady(), trailing(instance))).collect()
         };
         steady(self) != steady(other)
+    }
+}
+
+impl InstanceFacts {
+    /// Without what moves all the time.
+    fn steady(&self) -> InstanceFacts {
+        let stream = StreamFacts {
+            phase: self.archive.stream.phase.clone(),
+            spool: self.archive.stream.spool.as_ref().map(SpoolStatus::outline),
+            ..StreamFacts::default()
+        };
+        let archive = ArchiveFacts {
+            archive_command_set: self.archive.archive_command_set,
+            failed_count: self.archive.failed_count,
+            last_error: self.archive.last_error.clone(),
+            stream,
+            ..ArchiveFacts::default()
+        };
+        let windows = self.windows.iter().map(RecoveryWindow::outline).collect();
+        InstanceFacts { current_lsn: None, cluster_bytes: 0, windows, archive, ..self.clone() }
+    }
+}
+
+impl ArchiveFacts {
+    /// Whether what the server has committed is not brought by its stream as it should be.
+    fn trails(&self, at: Timestamp) -> bool {
+        let is_all_there = self.quiet_from.is_some() && self.quiet_from <= self.durable_lsn;
+        !is_all_there && self.stream.complete_until.is_some_and(|until| at.duration_since(until) > TRAILING)
     }
 }
 
@@ -263,6 +275,20 @@ pub(crate) mod tests {
         assert!(before.differs_materially(&facts(&|instance| instance.role = InstanceRole::Primary)));
         assert!(before.differs_materially(&facts(&|instance| instance.archive.failed_count = 1)));
         assert!(before.differs_materially(&Facts::none()));
+
+        // A stream that stands still.
+        let trailing = |seconds: i64, quiet_from: Option<Lsn>| {
+            let mut trailing = facts(&|instance| {
+                instance.archive.stream.complete_until = Some(Timestamp::UNIX_EPOCH);
+                (instance.archive.quiet_from, instance.archive.durable_lsn) = (quiet_from, Some(Lsn(7)));
+            });
+            trailing.at = Timestamp::UNIX_EPOCH + SignedDuration::from_secs(seconds);
+            trailing
+        };
+        assert!(!trailing(1, None).differs_materially(&trailing(9, None)));
+        assert!(trailing(9, None).differs_materially(&trailing(11, None)));
+        assert!(trailing(11, None).differs_materially(&trailing(21, None)), "every look is told of");
+        assert!(!trailing(11, Some(Lsn(7))).differs_materially(&trailing(21, Some(Lsn(7)))), "it only idles");
 
         let window = |reaches: u64, gaps: Vec<WalGap>| RecoveryWindow {
             repository: "main".into(),

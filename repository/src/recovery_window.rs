@@ -21,7 +21,7 @@ use crate::format::reference::ReferencePart;
 use crate::format::wal_history::Divergence;
 use crate::ids::BackupId;
 use crate::layout::GapNoteName;
-use crate::postgres::{Branch, Lsn, Segment, SegmentSize, SystemId, TimelineHistory, WalBranch};
+use crate::postgres::{Branch, Lsn, Segment, SegmentSize, SystemId, Timeline, TimelineHistory, WalBranch};
 
 pub use branch_name::{BranchName, BranchNameError};
 pub use choose::{Choice, NotRecoverable, Pick, StopAt, TargetPoint, TimelineChoice, choose_backup, ways};
@@ -88,6 +88,8 @@ pub struct SegmentFacts {
     pub commits: SegmentCommits,
     /// Not finished when its newest piece was stored: no WAL behind it can be reached.
     pub is_begun: bool,
+    /// Where its newest piece ends, where there are only pieces.
+    pub pieces_end: Option<Lsn>,
     /// The server's clock when it had no more WAL than this, microseconds since the Unix epoch.
     pub complete_at_us: Option<i64>,
     /// Its writer's clock, if that was read.
@@ -273,6 +275,19 @@ impl BranchWal {
 impl WalCatalog {
     pub fn is_diverged(&self, wal: &WalBranch) -> bool {
         self.branches.get(wal).is_some_and(|branch| branch.divergence.is_some())
+    }
+
+    /// Where the WAL of a timeline ends, of whichever of its branches goes farthest, and which that is; `None`: it has none, or
+    /// nobody looked at its system.
+    pub fn reaches(&self, system_id: SystemId, timeline: Timeline) -> Option<(Lsn, WalBranch)> {
+        let of_timeline =
+            self.branches.iter().filter(|(wal, _)| wal.system_id == system_id && wal.timeline == timeline);
+        let ends = of_timeline.filter_map(|(wal, branch)| {
+            let (number, last) = branch.segments.last_key_value()?;
+            let whole = Lsn(number.saturating_add(1).saturating_mul(branch.segment_size.bytes().into()));
+            Some((last.pieces_end.unwrap_or(whole), *wal))
+        });
+        ends.max()
     }
 
     /// Whether nobody knows from where a branch goes on: what says so is missing, or does not read.

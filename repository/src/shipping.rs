@@ -77,7 +77,7 @@ impl ShippingSpec {
         }
         let cents = (self.pieces_a_month() * CENTS_A_MILLION + 500_000) / 1_000_000;
         let price = if cents < 100 { format!("{cents} cents") } else { format!("{} dollars", (cents + 50) / 100) };
-        let price = format!("at most {price} of requests a month at 5 dollars a million");
+        let price = format!("at most {price} a month for pieces, at 5 dollars a million requests");
         let interval = self.piece_interval.unwrap_or_default();
         match self.synchronous.unwrap_or_default() {
             Synchronous::Off => format!("pieces every {interval} ({price})"),
@@ -304,7 +304,7 @@ mod tests {
         // At 5 dollars a million requests that store.
         assert_eq!(ShippingSpec::NONE.pieces_a_month() * 5 / 1_000_000, 12);
         assert_eq!(spec("1m").pieces_a_month(), 43_200);
-        let price = "of requests a month at 5 dollars a million";
+        let price = "a month for pieces, at 5 dollars a million requests";
         assert_eq!(ShippingSpec::NONE.in_words(), format!("pieces every 1s (at most 13 dollars {price})"));
         assert_eq!(spec("1m").in_words(), format!("pieces every 1m (at most 22 cents {price})"));
         let waits = ShippingSpec { synchronous: Some(Synchronous::Repository), ..ShippingSpec::NONE };

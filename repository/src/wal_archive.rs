@@ -22,7 +22,7 @@ use object_store::path::Path;
 
 use crate::crypto::ContentHasher;
 use crate::format::clear::ObjectKind;
-use crate::format::sealed::{Compressor, Effort, Header, SealedError};
+use crate::format::sealed::{Compressor, Effort, Header, SMALLEST, SealedError};
 use crate::format::wal_segment::{self, SegmentDirectory, SegmentError, SegmentSealer};
 use crate::format::wal_tail::TailDirectory;
 use crate::ids::{ChunkId, ClusterName};
@@ -105,6 +105,8 @@ pub struct BranchListing {
     /// What is known of gaps in it.
     pub notes: Vec<GapNoteName>,
     pub levels: Vec<WalLevelName>,
+    /// Objects under a segment's name that are too small to be one: it is not among them.
+    pub cut_short: Vec<Path>,
 }
 
 /// The archive of one cluster. Cheap to clone.
@@ -395,6 +397,7 @@ impl WalArchive {
             let listing = branches.entry(wal).or_default();
             listing.stored_bytes += object.size;
             match found {
+                WalObject::Segment(_) if object.size < SMALLEST => listing.cut_short.push(object.key),
                 WalObject::Segment(segment) => {
                     listing.segments.push(segment);
                     listing.segment_bytes += object.size;

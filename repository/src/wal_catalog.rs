@@ -50,6 +50,8 @@ async fn read_systems(
         for (wal, mut listing) in archive.list(*system_id, *size).await? {
             catalog.notes.append(&mut listing.notes);
             levels.append(&mut listing.levels);
+            let cut_short = listing.cut_short.iter().map(|key| format!("{key} is too small to be a segment"));
+            catalog.damaged.extend(cut_short);
             let branch = read_branch(archive, &mut catalog.damaged, (wal, listing), *size).await?;
             catalog.branches.insert(wal, branch);
         }
@@ -148,6 +150,7 @@ fn facts_of_begun(segment: Segment, size: SegmentSize, begun: &BeginningFacts) -
             last_us: last.at_us,
         }),
         is_begun: begun.end < size.bytes(),
+        pieces_end: segment.start(size).checked_add(u64::from(begun.end)),
         complete_at_us: begun.complete_at_us,
         shipped_at_us: Some(begun.shipped_at_us),
     }

@@ -12,7 +12,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use walfleet_repository::ids::ClusterName;
 
-use super::pace::{Found, Pace, Signs};
+use super::pace::{Found, Pace, Signs, Stored};
 use super::repository::{ClusterWatch, RepositoryView, nothing};
 use super::server::{Look, Seen, Versions, assemble, look, strangers};
 use super::trend::{Sample, Trend};
@@ -30,6 +30,9 @@ const SERVERS: Duration = Duration::from_secs(10);
 
 /// Between two looks at what this host knows by itself, to see whether a repository is to be looked at.
 const PACE: Duration = Duration::from_secs(5);
+
+/// Between two times that receiving begins anew since what was stored is gone: what is there may not let it be mended.
+const ANEW: Duration = Duration::from_secs(300);
 
 /// For one repository's answers.
 const REPOSITORY_DEADLINE: Duration = Duration::from_secs(120);
@@ -81,15 +84,20 @@ impl Collector {
         let (mut access, mut ends) = (self.access.clone(), self.jobs.ends());
         let mut watches = Watches::new();
         let mut paces = Paces::new();
+        let mut begun_anew: HashMap<ClusterName, Instant> = HashMap::new();
         let mut are_all_due = true;
         loop {
             let present = access.borrow_and_update().clone();
             if let Some(present) = present {
                 let due = self.due(&present, &paces, are_all_due);
                 for (cluster, pace) in look_at_clusters(present, due, &mut watches, &paces, views).await {
-                    let missing = missing(views, &cluster);
+                    let (missing, has_lost_end) = missing(views, &cluster);
                     if !missing.is_empty() {
                         self.archiving.fill(&cluster, missing);
+                    }
+                    if has_lost_end && begun_anew.get(&cluster).is_none_or(|at| at.elapsed() >= ANEW) {
+                        self.archiving.begin_anew(&cluster);
+                        begun_anew.insert(cluster.clone(), Instant::now());
                     }
                     paces.insert(cluster, pace);
                 }
@@ -144,13 +152,15 @@ impl Collector {
             let view = views.remove(cluster);
             let Look { server, kept, files, major } = look;
             let ready_bytes = files.ready_bytes;
+            let looked = view.as_ref().map_or(0, |view| view.requests_ever);
             let seen = Seen { server, files, major, shipping: shipping.get(cluster), view };
             let mut facts = assemble(cluster, instance, seen);
             facts.problems.extend(break_problem(&self.config, cluster));
             let standing = (self.archiving.streams_nothing(cluster), facts.archive.stream.phase.is_well());
             facts.problems.extend(kept.as_ref().and_then(|kept| unstreamed::kept_for_nothing(kept, slot, standing)));
             let kept_bytes = (ready_bytes, kept.map_or(0, |kept| kept.bytes));
-            note_trend(trends.entry(cluster.clone()).or_default(), &mut facts, kept_bytes, shipping.get(cluster));
+            let trend = trends.entry(cluster.clone()).or_default();
+            note_trend(trend, &mut facts, kept_bytes, (shipping.get(cluster), looked));
             instances.push(facts);
         }
         let owned = members.into_values().map(|instance| instance.data_dir).collect();
@@ -171,7 +181,7 @@ fn note_trend(
     trend: &mut Trend,
     facts: &mut InstanceFacts,
     (ready_bytes, slot_bytes): (u64, u64),
-    shipping: Option<&Shipping>,
+    (shipping, looked): (Option<&Shipping>, u64),
 ) {
     trend.note(Sample {
         at: Timestamp::now(),
@@ -181,7 +191,7 @@ fn note_trend(
         slot_bytes,
         pg_wal_bytes: facts.archive.pg_wal_bytes,
         ready_bytes,
-        requests: shipping.map_or(0, |shipping| shipping.requests),
+        requests: shipping.map_or(0, |shipping| shipping.requests) + looked,
         stored_bytes: shipping.map_or(0, Shipping::stored_bytes),
     });
     facts.archive.last_hour = trend.last_hour();
@@ -209,9 +219,9 @@ type Watches = HashMap<ClusterName, ClusterWatch>;
 /// When each is looked at next.
 type Paces = HashMap<ClusterName, Pace>;
 
-fn missing(views: &Views, cluster: &ClusterName) -> Vec<Missing> {
+fn missing(views: &Views, cluster: &ClusterName) -> (Vec<Missing>, bool) {
     let views = views.lock().unwrap_or_else(PoisonError::into_inner);
-    views.get(cluster).map(|view| view.missing.clone()).unwrap_or_default()
+    views.get(cluster).map(|view| (view.missing.clone(), view.has_lost_end)).unwrap_or_default()
 }
 
 /// Looks at these clusters, all at once.
@@ -228,7 +238,10 @@ async fn look_at_clusters(
         .map(|(cluster, signs)| {
             let watch = watches.remove(&cluster.name);
             let access = Arc::clone(&access);
-            async move { (look_at_cluster(access, cluster, watch).await, signs) }
+            async move {
+                let looked = look_at_cluster(access, cluster, (watch, signs.stored())).await;
+                (looked, signs)
+            }
         })
         .collect();
     let mut looked_at = Vec::new();
@@ -241,7 +254,8 @@ async fn look_at_clusters(
         let came_to = match looked {
             Ok(view) => {
                 let came_to = (Found::between(former, &view), view.requests);
-                *former = view;
+                let requests_ever = former.requests_ever + view.requests;
+                *former = RepositoryView { requests_ever, ..view };
                 came_to
             }
             // What was last seen stays, with its own time beside it.
@@ -258,14 +272,18 @@ async fn look_at_clusters(
 
 type ClusterLook = (ClusterName, Option<ClusterWatch>, Result<RepositoryView, String>);
 
-async fn look_at_cluster(access: Arc<Access>, cluster: ClusterAccess, watch: Option<ClusterWatch>) -> ClusterLook {
+async fn look_at_cluster(
+    access: Arc<Access>,
+    cluster: ClusterAccess,
+    (watch, stored): (Option<ClusterWatch>, &[Stored]),
+) -> ClusterLook {
     let looking = async {
         let watch = match watch {
             Some(watch) => Some(watch),
             None => ClusterWatch::open(&access, &cluster).await?,
         };
         let Some(mut watch) = watch else { return Ok((None, nothing(&cluster))) };
-        let view = watch.look().await?;
+        let view = watch.look(stored).await?;
         Ok::<_, AccessError>((Some(watch), view))
     };
     let name = cluster.name.clone();

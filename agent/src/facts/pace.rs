@@ -8,7 +8,7 @@
 use std::time::Duration;
 
 use tokio::time::Instant;
-use walfleet_repository::postgres::Timeline;
+use walfleet_repository::postgres::{Lsn, SystemId, Timeline};
 
 use super::repository::RepositoryView;
 use crate::archiving::Shipping;
@@ -41,17 +41,33 @@ pub struct Signs {
     phase: &'static str,
     partings: u64,
     is_streamed: bool,
+    /// What was stored then, by this host's account.
+    stored: Vec<Stored>,
+}
+
+/// WAL of a timeline up to a position.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Stored {
+    pub system_id: SystemId,
+    pub timeline: Timeline,
+    pub end: Lsn,
 }
 
 impl Signs {
     pub fn of(shipping: &Shipping) -> Signs {
+        let stored = |(timeline, end)| Some(Stored { system_id: shipping.system_id?, timeline, end });
         Signs {
+            stored: shipping.durable().filter_map(stored).collect(),
             requests: shipping.requests,
             timeline: shipping.streamed.timeline,
             phase: shipping.streamed.phase.word(),
             partings: shipping.partings,
             is_streamed: shipping.streamed.phase.is_well(),
         }
+    }
+
+    pub fn stored(&self) -> &[Stored] {
+        &self.stored
     }
 
     /// Requests since then; fewer than before: they are counted anew.

@@ -20,6 +20,7 @@ use walfleet_repository::wal_archive::WalArchive;
 use walfleet_repository::wal_catalog;
 
 use super::gaps::GapLooks;
+use super::pace::Stored;
 use super::{RecoveryRange, RecoveryWindow};
 use crate::access::{Access, AccessError, ClusterAccess};
 use crate::identity::connect::chain;
@@ -41,8 +42,12 @@ pub struct RepositoryView {
     pub problem: Option<String>,
     /// Requests that this look cost.
     pub requests: u64,
+    /// And all looks so far.
+    pub requests_ever: u64,
     /// WAL that should be there and is not.
     pub missing: Vec<Missing>,
+    /// Of it, what this host had stored and lies behind all that is there: nobody will store it unasked.
+    pub has_lost_end: bool,
 }
 
 /// A cluster's place in its repository, looked at again and again.
@@ -72,8 +77,9 @@ impl ClusterWatch {
         }))
     }
 
-    /// Reads what is new, and works out what can be recovered. One bad object does not hide the rest.
-    pub async fn look(&mut self) -> Result<RepositoryView, AccessError> {
+    /// Reads what is new, and works out what can be recovered. One bad object does not hide the rest. `stored`: what this host had
+    /// stored before.
+    pub async fn look(&mut self, stored: &[Stored]) -> Result<RepositoryView, AccessError> {
         let requests_before = self.requests();
         self.log.refresh().await.map_err(RepositoryError::from)?;
         let mut problems = self.read_references().await;
@@ -112,6 +118,13 @@ impl ClusterWatch {
                 // What cannot be replayed is there.
                 let lacking = known.gaps.iter().filter(|known| catalog.unlogged_at(&known.gap).is_none());
                 view.missing = lacking.map(missing).collect();
+                let lost: Vec<Missing> = stored.iter().filter_map(|stored| lost_end(&catalog, stored)).collect();
+                problems.extend(lost.iter().map(|lost| {
+                    let (timeline, from, to) = (lost.wal.timeline.0, lost.from, lost.to);
+                    format!("WAL of timeline {timeline} was stored up to {to}, and what is left of it ends at {from}")
+                }));
+                view.has_lost_end = !lost.is_empty();
+                view.missing.extend(lost);
                 let (gaps, filled) = self.gaps.facts(&self.archive, &catalog, known).await;
                 view.windows = vec![RecoveryWindow { gaps, filled, ..window(&self.repository_name, as_of, windows) }];
             }
@@ -164,10 +177,16 @@ impl ClusterWatch {
     }
 }
 
+/// What was stored and is behind all that is there now.
+fn lost_end(catalog: &WalCatalog, stored: &Stored) -> Option<Missing> {
+    let (from, wal) = catalog.reaches(stored.system_id, stored.timeline)?;
+    (from < stored.end).then_some(Missing { wal, from, to: stored.end })
+}
+
 /// What lies there of a cluster, at once.
 pub async fn view(access: &Access, cluster: &ClusterAccess) -> Result<RepositoryView, AccessError> {
     match ClusterWatch::open(access, cluster).await? {
-        Some(mut watch) => watch.look().await,
+        Some(mut watch) => watch.look(&[]).await,
         None => Ok(nothing(cluster)),
     }
 }

@@ -6,9 +6,10 @@ use walfleet_repository::shipping::{Streaming, Synchronous};
 
 use crate::archiving::Shipping;
 use crate::postgres::server::{KeptWal, ServerFacts, ServerRole};
+use crate::wal::receive::BESIDE_AFTER;
 
 /// Longer than a server's restart, or a connection's, and shorter than anybody would wait for a commit.
-const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = BESIDE_AFTER;
 
 /// Less is kept for every server that is away for a while.
 const MUCH: u64 = 1 << 30;
@@ -32,7 +33,7 @@ pub fn problem(server: &ServerFacts, shipping: &Shipping, now: Instant) -> Optio
     } else if spec.streaming == Some(Streaming::On) || is_synchronous {
         ""
     } else if server.role == ServerRole::Primary && !archives {
-        ", and nothing else ships it"
+        ", and until it is it is read from pg_wal now and then"
     } else {
         return None;
     };
@@ -82,7 +83,7 @@ mod tests {
         let waited_for = told(&|spec, _| spec.synchronous = Some(Synchronous::Repository), 40).expect("commits wait");
         assert!(waited_for.contains("do not return: no pg_hba.conf entry"), "{waited_for}");
         let alone = |_: &mut ShippingSpec, server: &mut ServerFacts| server.archive.mode = "off".to_owned();
-        assert!(told(&alone, 40).expect("nothing else ships").contains("and nothing else ships it"));
+        assert!(told(&alone, 40).expect("nothing else ships").contains("read from pg_wal now and then"));
         let standby = |spec: &mut ShippingSpec, server: &mut ServerFacts| {
             alone(spec, server);
             server.role = ServerRole::Standby;

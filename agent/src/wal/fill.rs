@@ -85,16 +85,34 @@ async fn is_same_history(shipper: &Arc<Shipper>, missing: Missing) -> Result<boo
     Ok(same)
 }
 
-/// Stores what a server that does not run has in `pg_wal` and the archive lacks, up to the end of its last whole record;
-/// returns that position. Nothing of it is lost if the server never starts again.
-pub async fn leftover(shipper: &Arc<Shipper>, timeline: Timeline) -> Result<Option<Lsn>, Arc<ShipError>> {
+/// What of a timeline in `pg_wal` is looked at.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Scope {
+    Everything,
+    /// The newest that is archived, and what lies behind it.
+    Newest,
+}
+
+/// Stores what a server has in `pg_wal` and the archive lacks, up to the end of its last whole record; returns that position. Of one
+/// that does not run nothing is lost then if it never starts again.
+pub async fn leftover(shipper: &Arc<Shipper>, timeline: Timeline, scope: Scope) -> Result<Option<Lsn>, Arc<ShipError>> {
     let source = shipper.source();
     let size = source.segment_size;
     let base = shipper.branch(timeline).await?;
     let archive_error = |error: ArchiveError| Arc::new(ShipError::from(error));
     let listed = source.archive.list(source.system_id, size).await.map_err(archive_error)?;
     let data_dir = source.data_dir.clone();
-    let found = tokio::task::spawn_blocking(move || segments(&data_dir, timeline, size)).await.unwrap_or_default();
+    let mut found = tokio::task::spawn_blocking(move || segments(&data_dir, timeline, size)).await.unwrap_or_default();
+    if scope == Scope::Newest {
+        let mut newest = 0;
+        for (place, segment) in found.iter().enumerate() {
+            let listing = listed.get(&shipper.home(*segment).await?);
+            if listing.is_some_and(|listing| listing.segments.binary_search(segment).is_ok()) {
+                newest = place;
+            }
+        }
+        found.drain(..newest);
+    }
     let mut end = None;
     let mut storing = VecDeque::new();
     shipper.note_backlog(found.len());

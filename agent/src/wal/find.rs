@@ -19,10 +19,10 @@ use std::time::Duration;
 use jiff::Timestamp;
 use tokio_util::sync::CancellationToken;
 use walfleet_repository::cluster::{ClusterError, OpenCluster};
-use walfleet_repository::postgres::{Lsn, WalBranch};
+use walfleet_repository::postgres::{Lsn, Segment, WalBranch};
 use walfleet_repository::recovery_window::lineage::Lineage;
 use walfleet_repository::recovery_window::{
-    BackupFacts, BranchName, NotRecoverable, Pick, TargetPoint, TimelineChoice, WalCatalog, choose_backup, ways,
+    BackupFacts, BranchName, NotRecoverable, Pick, TargetPoint, TimelineChoice, WalCatalog, WalGap, choose_backup, ways,
 };
 use walfleet_repository::wal_archive::{ArchiveError, WalArchive};
 use walfleet_repository::wal_catalog;
@@ -131,7 +131,16 @@ pub async fn find(
     for way in &ways {
         let segments = way.segments(&catalog, 0);
         let found = around(&archive, &mut catalog, &segments, interval).await?;
-        let search = Search { archive: &archive, way, segments: &segments, found: &found, interval, progress, cancel };
+        let search = Search {
+            archive: &archive,
+            way,
+            catalog: &catalog,
+            segments: &segments,
+            found: &found,
+            interval,
+            progress,
+            cancel,
+        };
         let (selection, read) = search.run(&request, &mut report.notes).await?;
         report.add_searched(way, &segments, read);
         let held = Held { way, facts: &facts, catalog: &catalog };
@@ -154,6 +163,7 @@ fn interval(request: &FindRequest) -> Result<Interval, FindError> {
 struct Search<'a> {
     archive: &'a WalArchive,
     way: &'a Lineage,
+    catalog: &'a WalCatalog,
     segments: &'a [(WalBranch, u64)],
     found: &'a Around,
     interval: Interval,
@@ -179,18 +189,19 @@ impl Search<'_> {
             ));
         }
         let fresh = || Selection::new(self.interval, request.limit, request.show);
-        let (mut selection, mut read) = self.read_from(fresh(), &wanted, LOOK_BACK).await?;
+        let (mut selection, mut read, mut unread) = self.read_from(fresh(), &wanted, LOOK_BACK).await?;
         let far = usize::try_from(FAR_LOOK_BACK_BYTES / segment_bytes).unwrap_or(0).max(LOOK_BACK);
         if selection.misses_a_beginning() && self.back(wanted.start, far) < read.start {
-            (selection, read) = self.read_from(fresh(), &wanted, far).await?;
+            (selection, read, unread) = self.read_from(fresh(), &wanted, far).await?;
         }
-        notes.extend(self.gaps(&read));
+        let searched = self.searched(&read);
+        notes.extend(unknown(self.way, self.catalog, &searched, &unread));
         // The neighbours of an idle stretch lie apart, and only their commits are wanted.
         for (beside, is_known) in
             [(self.found.before, selection.before.is_some()), (self.found.after, selection.after.is_some())]
         {
             if let Some(place) = beside.filter(|_| !is_known) {
-                let (neighbour, _) = self.read_from(fresh(), &(place..place + 1), 0).await?;
+                let (neighbour, ..) = self.read_from(fresh(), &(place..place + 1), 0).await?;
                 selection.take_neighbours(&neighbour);
             }
         }
@@ -227,26 +238,49 @@ impl Search<'_> {
         selection: Selection,
         wanted: &Range<usize>,
         look_back: usize,
-    ) -> Result<(Selection, Range<usize>), FindError> {
+    ) -> Result<(Selection, Range<usize>, Vec<Segment>), FindError> {
         let read = self.back(wanted.start, look_back)..wanted.end;
         let segments = self.segments.get(read.clone()).unwrap_or_default();
         let reader = Reader { archive: self.archive, size: self.way.size, progress: self.progress };
         tokio::select! {
             // It only reads.
             () = self.cancel.cancelled() => Err(FindError::Cancelled),
-            selection = reader.read(segments, selection) => Ok((selection?, read)),
+            found = reader.read(segments, selection) => {
+                let (selection, unread) = found?;
+                Ok((selection, read, unread))
+            }
         }
     }
 
-    fn gaps(&self, read: &Range<usize>) -> Vec<String> {
-        let missing = |place: usize| {
-            let before = self.segments.get(place.checked_sub(1)?)?.1.saturating_add(1);
-            let number = self.segments.get(place)?.1;
-            (before < number).then(|| (self.way.start(before), self.way.start(number)))
-        };
-        let gaps = (read.start + 1..read.end).filter_map(missing);
-        gaps.map(|(from, to)| format!("WAL from {from} to {to} is missing: what committed there is unknown")).collect()
+    /// What the answer speaks of: what was read, and what lies between it and the commits on either side.
+    fn searched(&self, read: &Range<usize>) -> Range<Lsn> {
+        let first = self.found.before.unwrap_or(read.start).min(read.start);
+        let last = self.found.after.unwrap_or(read.end).max(read.end.saturating_sub(1));
+        let number = |place: usize| self.segments.get(place).map(|(_, number)| *number);
+        let start = number(first).map_or(Lsn::INVALID, |number| self.way.start(number));
+        let end = number(last).or(self.segments.last().map(|(_, number)| *number));
+        start..end.map_or(Lsn::INVALID, |number| self.way.start(number.saturating_add(1)))
     }
+}
+
+/// What may have committed there and cannot be known, in words.
+fn unknown(way: &Lineage, catalog: &WalCatalog, searched: &Range<Lsn>, unread: &[Segment]) -> Vec<String> {
+    let gaps = way.gaps(&way.runs(catalog), searched.start.segment_number(way.size));
+    // What only cannot be replayed was read.
+    let is_missing =
+        |gap: &&WalGap| catalog.unlogged_at(gap).is_none() && gap.to > searched.start && gap.from < searched.end;
+    let missing: Vec<&WalGap> = gaps.iter().filter(is_missing).collect();
+    let is_named = |segment: &Segment| {
+        let start = segment.start(way.size);
+        missing.iter().any(|gap| gap.from <= start && start < gap.to)
+    };
+    let unread = unread.iter().filter(|segment| !is_named(segment)).map(|segment| {
+        format!("segment {} does not read: what committed in it is not known", segment.file_name(way.size))
+    });
+    let missing = missing
+        .iter()
+        .map(|gap| format!("WAL from {} to {} is missing: what committed there is not known", gap.from, gap.to));
+    missing.chain(unread).collect()
 }
 
 /// At most so many places of a range, around one in it.
@@ -320,8 +354,8 @@ impl From<select::Neighbour> for CommitPoint {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use walfleet_repository::postgres::{Branch, Segment, SegmentSize, SystemId, Timeline, TimelineHistory};
-    use walfleet_repository::recovery_window::BranchWal;
+    use walfleet_repository::postgres::{Branch, SegmentSize, SystemId, Timeline, TimelineHistory};
+    use walfleet_repository::recovery_window::{BranchWal, SegmentFacts};
 
     const SIZE: SegmentSize = SegmentSize::DEFAULT;
 
@@ -387,6 +421,30 @@ mod tests {
         assert_eq!(older, "--to-lsn 0/2000028 --exclusive --backup bk_a");
         let newer = restore(other, 0x200_0028, &backups(&[one, other]), &apart).unwrap();
         assert_eq!(newer, "--to-lsn 0/2000028 --exclusive");
+    }
+
+    #[test]
+    fn wal_that_is_missing_where_was_looked_is_told_of() {
+        let one = root(1);
+        let mut holed = catalog(&[one]);
+        let branch = holed.branches.get_mut(&one).expect("the branch");
+        let last = branch.segments.remove(&4).expect("a segment");
+        branch.segments.insert(8, last);
+        let begun = SegmentFacts { records_end: Some(Lsn(0x380_0000)), is_begun: true, ..SegmentFacts::default() };
+        branch.segments.insert(3, begun);
+        let way = Lineage::to(one, &holed).expect("a way");
+        let told = |from: u64, to: u64, unread: &[u64]| {
+            let segment = |number: &u64| Segment { timeline: one.timeline, number: *number };
+            let unread: Vec<Segment> = unread.iter().map(segment).collect();
+            unknown(&way, &holed, &(way.start(from)..way.start(to)), &unread).join("; ")
+        };
+        assert_eq!(told(1, 3, &[]), "");
+        let rest = "WAL from 0/3800000 to 0/4000000 is missing: what committed there is not known";
+        let hole = "WAL from 0/4000000 to 0/8000000 is missing: what committed there is not known";
+        assert_eq!(told(1, 4, &[]), rest, "of the segment that was begun");
+        assert_eq!(told(3, 9, &[5]), format!("{rest}; {hole}"));
+        let unread = "segment 000000010000000000000002 does not read: what committed in it is not known";
+        assert_eq!(told(1, 3, &[2]), unread);
     }
 
     #[test]

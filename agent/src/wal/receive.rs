@@ -53,6 +53,7 @@ use crate::wal::ship::{ShipError, Shipper};
 use bridge::Bridge;
 use follow::{Follow, Followed};
 use known_place::{Kept, KnownPlace};
+pub use leftover::BESIDE_AFTER;
 use leftover::Leftover;
 use session::{Role, Session};
 pub use spooling::{SpoolStatus, WaitsFor};
@@ -141,6 +142,12 @@ pub enum ReceiveError {
     GaveWay,
     #[error("the slot {slot} reserves no WAL\nHINT: drop it, and it is made anew.")]
     NothingReserved { slot: String },
+    #[error("replication slot {slot} keeps no WAL any more; it is made anew")]
+    SlotGone { slot: String },
+    #[error(
+        "a slot of the name {slot} is there, and it is one for logical decoding\nHINT: give the agent's another name: wal.slot in its configuration."
+    )]
+    LogicalSlot { slot: String },
 }
 
 impl ReceiveError {
@@ -310,12 +317,12 @@ impl Receiver {
         let mut backoff = Backoff::default();
         let mut reported = String::new();
         let mut patience = UNANSWERED;
-        let mut leftover = Leftover::default();
+        let (mut leftover, mut beside) = (Leftover::default(), Leftover::default());
         while !stop.is_cancelled() {
             let begun = Instant::now();
             let ended = self.session(&mut patience, &stop).await;
             if !matches!(self.status().borrow().phase, StreamPhase::Waiting(_)) {
-                leftover = Leftover::default();
+                (leftover, beside) = (Leftover::default(), Leftover::default());
                 // One that fails as soon as it has begun would be begun four times a second.
                 if begun.elapsed() >= LASTED {
                     backoff.reset();
@@ -336,6 +343,16 @@ impl Receiver {
                 }
                 reported.clone_from(&problem);
                 self.status().send_modify(|status| status.wait(problem));
+                if self.may_read_beside(&error) {
+                    if beside.is_due(Instant::now()) {
+                        tokio::select! {
+                            () = self.store_beside() => beside.tried(false, Instant::now()),
+                            () = stop.cancelled() => {}
+                        }
+                    }
+                } else {
+                    beside = Leftover::default();
+                }
                 match error.is_of_a_server_that_is_away() {
                     true if !leftover.is_due(Instant::now()) => {}
                     true => tokio::select! {

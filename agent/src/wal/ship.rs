@@ -156,6 +156,8 @@ pub struct Shipper {
     stream: watch::Sender<StreamStatus>,
     /// Postgres has asked for a timeline's history: it was promoted.
     promoted: Notify,
+    /// What was stored is there no more.
+    anew: Notify,
     /// The one it was made on: a backup that asks runs on threads that may have to wait.
     runtime: Handle,
 }
@@ -193,6 +195,7 @@ impl Shipper {
             status,
             stream: watch::Sender::default(),
             promoted: Notify::new(),
+            anew: Notify::new(),
             runtime: Handle::current(),
         })
     }
@@ -222,6 +225,16 @@ impl Shipper {
     /// Returns when Postgres has asked for a timeline's history to be archived since it was last waited for.
     pub async fn promoted(&self) {
         self.promoted.notified().await;
+    }
+
+    /// Whoever receives this server's WAL is to look anew what the repository has of it.
+    pub fn ask_to_begin_anew(&self) {
+        self.anew.notify_one();
+    }
+
+    /// Returns when that was asked for. Safe to drop.
+    pub async fn asked_to_begin_anew(&self) {
+        self.anew.notified().await;
     }
 
     /// Returns once the file is durable in the repository. Dropping it leaves the upload running.

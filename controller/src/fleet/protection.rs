@@ -226,8 +226,13 @@ fn silent_primary(now: Timestamp, cluster: &ClusterSeen<'_>, stale_after: Span) 
     let mut primaries = cluster.members.iter().filter(|member| member.instance.role == InstanceRole::Primary);
     let age = |member: &MemberSeen<'_>| now.duration_since(member.received_at);
     let newest = primaries.by_ref().min_by_key(|member| age(member))?;
-    (age(newest) > seconds(stale_after))
-        .then(|| format!("{}: the primary's agent was last heard {} ago", newest.agent, in_words(age(newest))))
+    let heard = || format!("{}: the primary's agent was last heard {} ago", newest.agent, in_words(age(newest)));
+    if age(newest) > seconds(stale_after) {
+        return Some(heard());
+    }
+    let promised = cluster.policy.and_then(|policy| policy.objectives.rpo);
+    let rpo = promised.filter(|rpo| !newest.connected && age(newest) > seconds(*rpo))?;
+    Some(format!("{} and is not connected: the repository may trail by more than {rpo}, which is promised", heard()))
 }
 
 /// Said in time for a person to act.

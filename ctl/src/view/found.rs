@@ -113,7 +113,7 @@ impl Found {
     pub fn draw(&self, cluster: &str, page: &mut Page) {
         let interval = format!("between {} and {}", precise(self.from), precise(self.to));
         if self.transactions.is_empty() {
-            page.line(format!("Nothing of {cluster} committed {interval}."));
+            page.line(format!("No commit of {cluster} is stored {interval}."));
         } else {
             let mut table = Table::new(&[
                 "COMMITTED",

@@ -115,9 +115,14 @@ impl Record {
 
     /// Holds a restored server against it. Numbers must be there without a hole: recovery ends at one place in the WAL.
     pub fn lost(&self, session: &Session, disaster: Instant) -> anyhow::Result<Lost> {
+        self.lost_in(session, "acknowledged", disaster)
+    }
+
+    /// The same where the table was renamed since.
+    pub fn lost_in(&self, session: &Session, table: &str, disaster: Instant) -> anyhow::Result<Lost> {
         let mut lost = Lost::default();
         for (client, acknowledged) in self.clients.iter().enumerate() {
-            let sql = format!("SELECT count(*), coalesce(max(number), 0) FROM acknowledged WHERE client = {client}");
+            let sql = format!("SELECT count(*), coalesce(max(number), 0) FROM {table} WHERE client = {client}");
             let row = session.rows(&sql)?.pop().context("one row")?;
             let number = |column: usize| row.get(column).cloned().flatten().and_then(|text| text.parse::<usize>().ok());
             let (count, last) = (number(0).context("a count")?, number(1).context("a number")?);

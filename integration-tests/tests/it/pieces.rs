@@ -156,3 +156,49 @@ fn objects_of_wal_that_do_not_read_are_named_and_cost_only_themselves() {
         Ok(())
     });
 }
+
+/// As by a rule of the bucket, or a disk. The server writes nothing, so nothing would bring it by itself.
+#[test]
+fn what_vanishes_from_the_end_of_the_archive_is_told_of_and_stored_again() {
+    in_scratch(|scratch| {
+        scratch.allow_log("not in the repository any more");
+        scratch.allow_log("WAL that the repository lacks lies here");
+        let (place, wal) = (Place::folder(scratch)?, json!({ "streaming": "on" }));
+        let mut host = Standalone::streaming(scratch, &PgVersion::newest()?, place, wal)?;
+        host.server.reload_with("wal_keep_size", "1GB")?;
+        host.backup()?;
+        let session = host.server.session()?;
+        session.execute("CREATE TABLE written (n int); INSERT INTO written SELECT generate_series(1, 1000)")?;
+        session.execute("SELECT pg_switch_wal()")?;
+        let last = session.value("SELECT pg_walfile_name(pg_current_wal_insert_lsn())")?;
+        session.execute("INSERT INTO written SELECT generate_series(1, 1000); SELECT pg_switch_wal()")?;
+        session.execute("INSERT INTO written SELECT generate_series(1, 1000)")?;
+        host.streamed_all()?;
+        let end: Lsn = session.value("SELECT pg_current_wal_flush_lsn()")?.parse()?;
+        drop(session);
+        let repository = scratch.join("repository");
+        let found = |what: &str| -> anyhow::Result<Vec<PathBuf>> {
+            let all = tree::all(&repository)?.into_iter().filter(|(_, meta)| meta.is_file());
+            Ok(all.map(|(path, _)| path).filter(|path| path.to_string_lossy().contains(what)).collect())
+        };
+        let whole = wait_for("the last whole segment", SOON, || {
+            Ok(found(&last)?.into_iter().find(|path| path.to_string_lossy().contains("/wal/")))
+        })?;
+        std::fs::remove_file(&whole)?;
+        for piece in found("/tails/")? {
+            std::fs::remove_file(piece)?;
+        }
+        // It is looked half a minute after the agent began.
+        let patience = Duration::from_secs(90);
+        wait_for("all of it to be stored again", patience, || {
+            let listed = host.agent.json(&["list", "--cluster", CLUSTER])?;
+            let reaches = listed["recovery"][0]["ranges"][0]["to_lsn"].as_str().unwrap_or_default().parse::<Lsn>();
+            Ok(reaches.is_ok_and(|reaches| reaches >= end).then_some(()))
+        })?;
+        host.server.kill_nine()?;
+        host.agent.kill_nine()?;
+        let restored = host.restore("restored", &["--latest"])?;
+        assert_eq!(host.recovered(&restored)?.session()?.number("SELECT count(*) FROM written")?, 3000);
+        Ok(())
+    });
+}

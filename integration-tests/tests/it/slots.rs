@@ -9,6 +9,7 @@ use walfleet_integration_tests::postgres::acknowledged::Acknowledged;
 use walfleet_integration_tests::postgres::{PgServer, PgVersion};
 use walfleet_integration_tests::scratch::{Scratch, in_scratch};
 use walfleet_integration_tests::wait_for;
+use walfleet_repository::postgres::Lsn;
 
 use crate::gaps::{SEEN, lsn, mark, marks, restored, streaming_fleet, write_segments};
 
@@ -201,6 +202,49 @@ fn an_agent_frozen_for_minutes_under_load_catches_up_and_no_alarm_stays() {
         let copy = restored(scratch, &fleet, &version, "copy", &["--latest"])?;
         let lost = record.lost(&copy.session()?, Instant::now())?;
         anyhow::ensure!(lost.commits == 0 && record.commits() > 1000, "{lost:?} of {}", record.commits());
+        Ok(())
+    });
+}
+
+/// A standby that is followed moves its slot on itself: nobody's connection would end with it.
+#[test]
+fn a_following_standbys_slot_that_is_gone_is_made_anew() {
+    in_scratch(|scratch| {
+        scratch.allow_log("keeps no WAL any more");
+        scratch.allow_log("it is made anew");
+        let host = host(scratch, &[])?;
+        let standby = host.standby(&[])?;
+        let mut second = host.second_agent(&standby, json!({ "streaming": "on" }))?;
+        second.start()?;
+        wait_for_slot(&standby, "restart_lsn IS NOT NULL")?;
+        standby.session()?.execute("SELECT pg_drop_replication_slot('walfleet')")?;
+        wait_for_slot(&standby, "restart_lsn IS NOT NULL")
+    });
+}
+
+/// Nothing can be received, and nothing is archived: no connection for replication is left.
+#[test]
+fn what_cannot_be_streamed_is_read_from_the_servers_files() {
+    in_scratch(|scratch| {
+        scratch.allow_log("WAL is not streamed");
+        let settings = vec![("max_wal_senders".to_owned(), "0".to_owned())];
+        let wal = json!({ "streaming": "on" });
+        let setup = Setup { settings, wal, streams_only: true, ..Setup::default() };
+        let mut host = Standalone::set_up(scratch, &PgVersion::newest()?, Place::folder(scratch)?, setup)?;
+        host.backup()?;
+        mark(&host.server, "in a finished segment")?;
+        write_segments(&host.server, 2)?;
+        mark(&host.server, "in one that is being written")?;
+        let end: Lsn = host.server.session()?.value("SELECT pg_current_wal_flush_lsn()")?.parse()?;
+        let written = marks(&host.server)?;
+        wait_for("what is there to be stored", Duration::from_secs(150), || {
+            let reaches = listed(&host)?["ranges"][0]["to_lsn"].as_str().unwrap_or_default().parse::<Lsn>();
+            Ok(reaches.is_ok_and(|reaches| reaches >= end).then_some(()))
+        })?;
+        host.server.kill_nine()?;
+        host.agent.kill_nine()?;
+        let copy = host.restore("copy", &["--latest"])?;
+        assert_eq!(marks(&host.recovered(&copy)?)?, written);
         Ok(())
     });
 }

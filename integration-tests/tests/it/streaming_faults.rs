@@ -326,9 +326,11 @@ fn a_failover_and_a_rewind_keep_one_archive_and_its_promise() {
         host.backup()?;
         let workload = Acknowledged::start(&host.server, 2, "SET synchronous_commit = on")?;
         std::thread::sleep(Duration::from_secs(2));
+        let first_disaster = Instant::now();
         host.server.kill_nine()?;
-        workload.end()?;
+        let before_failover = workload.end()?;
         standby.promote()?;
+        standby.session()?.execute("ALTER TABLE acknowledged RENAME TO before_failover")?;
         let workload = Acknowledged::start(&standby, 2, "SET synchronous_commit = on")?;
         std::thread::sleep(Duration::from_secs(1));
 
@@ -358,6 +360,8 @@ fn a_failover_and_a_rewind_keep_one_archive_and_its_promise() {
         let lost = record.lost(&server.session()?, disaster)?;
         assert!(record.commits() > 100, "only {} commits", record.commits());
         assert!(lost.time <= A_SECOND_OR_SO, "{lost:?} of {}", record.commits());
+        let lost = before_failover.lost_in(&server.session()?, "before_failover", first_disaster)?;
+        assert!(before_failover.commits() > 100 && lost.time <= A_SECOND_OR_SO, "before the failover: {lost:?}");
         let timeline = server.session()?.value("SELECT left(pg_walfile_name(pg_current_wal_lsn()), 8)")?;
         assert_eq!(timeline, "00000003", "the promotion's timeline, and the restore's own");
         Ok(())

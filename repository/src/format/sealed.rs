@@ -22,6 +22,8 @@ use crate::ids::DomainId;
 
 pub const HEADER_LEN: usize = 96;
 pub const TRAILER_LEN: usize = 24;
+/// No sealed object is smaller: a directory has at least its tag.
+pub const SMALLEST: u64 = (HEADER_LEN + TAG_LEN + TRAILER_LEN) as u64;
 pub const FORMAT_VERSION: u16 = 1;
 
 const MAGIC: &[u8; 8] = b"WALFSEAL";

@@ -1,3 +1,4 @@
+mod reaches;
 mod unknown_origin;
 mod unlogged;
 

@@ -55,7 +55,7 @@ fn table(found: &Found<'_>) -> String {
     let report = found.report;
     let mut text = String::new();
     if report.transactions.is_empty() {
-        text += &format!("nothing committed between {} and {}\n", precise(report.from), precise(report.to));
+        text += &format!("no commit is stored between {} and {}\n", precise(report.from), precise(report.to));
     } else {
         let rows: Vec<Vec<String>> = report
             .transactions

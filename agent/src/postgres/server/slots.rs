@@ -67,6 +67,15 @@ impl Server {
         Ok(Some(SlotState { restart_lsn, wal_status, safe_wal_size, is_active, lost_because }))
     }
 
+    /// Whether a slot of that name is there, and is one for logical decoding.
+    pub async fn has_logical_slot(&self, name: &str) -> Result<bool, ServerError> {
+        const OPERATION: &str = "look at the replication slot";
+        const SQL: &str = "SELECT count(*) FROM pg_replication_slots WHERE slot_name = $1 AND slot_type = 'logical'";
+        let row = self.client.query_one(SQL, &[&name]).await;
+        let row = row.map_err(|source| ServerError::of_query(OPERATION, &self.target, source))?;
+        Ok(get::<i64>(&row, 0, OPERATION)? > 0)
+    }
+
     /// What a physical slot keeps; `None`: there is none of that name, or it keeps nothing.
     pub async fn kept_wal(&self, name: &str) -> Result<Option<KeptWal>, ServerError> {
         const OPERATION: &str = "ask what the replication slot keeps";

@@ -311,7 +311,7 @@ async fn what_a_stopped_twin_left_takes_no_name_of_the_one_that_lives() {
     twins.one.ship(&one, twins.one.before(twins.parted)).await;
     let begun = twins.one.piece(&one, twins.parted, 50_000).await;
     one.branches().store_tail(base(&one), &begun).await.unwrap();
-    crate::wal::fill::leftover(&other, Timeline::FIRST).await.unwrap();
+    crate::wal::fill::leftover(&other, Timeline::FIRST, crate::wal::fill::Scope::Everything).await.unwrap();
     twins.one.ship(&one, twins.one.behind(twins.parted)).await;
     let catalog = catalog(&one).await;
     must_not_be_mixed(&catalog, &[&one, &other]).await;

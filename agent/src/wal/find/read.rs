@@ -25,9 +25,12 @@ struct State {
     carry: Option<Carry>,
 }
 
+/// The commits, and the segments that do not read or are gone.
+type Read = (Selection, Vec<Segment>);
+
 impl Reader<'_> {
     /// Offers every commit of the segments. One that is listed and gone is passed over, as missing WAL is.
-    pub async fn read(&self, segments: &[(WalBranch, u64)], selection: Selection) -> Result<Selection, FindError> {
+    pub async fn read(&self, segments: &[(WalBranch, u64)], selection: Selection) -> Result<Read, FindError> {
         let (archive, size) = (self.archive.clone(), self.size);
         let segment_bytes = size.bytes() as usize;
         self.progress.enter("read", (segments.len() as u64).saturating_mul(segment_bytes as u64));
@@ -41,8 +44,12 @@ impl Reader<'_> {
         // One is being decoded beside those that come.
         let mut brought = futures::stream::iter(reads).buffered((HELD_BYTES / segment_bytes).clamp(1, 4));
         let mut state = State { transactions: Transactions::default(), selection, carry: None };
+        let mut unread = Vec::new();
         while let Some((wal, segment, content)) = brought.next().await {
-            let Some(bytes) = content? else { continue };
+            let Some(bytes) = content? else {
+                unread.push(segment);
+                continue;
+            };
             let place = SegmentPlace {
                 start: segment.start(size),
                 size,
@@ -55,7 +62,7 @@ impl Reader<'_> {
             self.progress.add(segment_bytes as u64);
         }
         state.selection.has_overflowed |= state.transactions.has_overflowed();
-        Ok(state.selection)
+        Ok((state.selection, unread))
     }
 }
 

@@ -87,9 +87,12 @@ impl<'a> Follow<'a> {
         let server = Server::connect(reach).await?;
         let mut connection = Replication::connect(reach, APPLICATION_NAME).await?;
         let identity = connection.identify_system().await?;
+        let source = receiver.shipper.source();
+        if identity.system_id != source.system_id {
+            return Err(ReceiveError::OtherSystem { found: identity.system_id, expected: source.system_id });
+        }
         let held = slot::hold(receiver, &server, &mut connection).await?;
         let timeline = timeline_of(&mut connection, &identity, held).await?;
-        let source = receiver.shipper.source();
         let wal = branch(&mut connection, receiver, timeline).await?;
         drop((server, connection));
         let cursor = Segment { timeline, number: held.segment_number(source.segment_size) };
@@ -142,8 +145,12 @@ impl<'a> Follow<'a> {
                 Err(diverged) => return Ok(Some(diverged)),
             };
         }
+        let slot = &self.receiver.options.slot;
+        if !slot::keeps(&server, slot).await? {
+            return Err(ReceiveError::SlotGone { slot: slot.clone() });
+        }
         if self.cursor != before {
-            server.advance_slot(&self.receiver.options.slot, self.cursor.start(size)).await?;
+            server.advance_slot(slot, self.cursor.start(size)).await?;
             // Whoever stores this tells of what is missing before, too.
             self.receiver.breaks.end()?;
         }

@@ -1,12 +1,14 @@
-//! What a server that stopped left in `pg_wal`: stored once each time, and tried again while the store does not take it.
+//! WAL that is read from `pg_wal` since it cannot be streamed: what a server that stopped left there, stored once each time and tried
+//! again while the store does not take it; and what a primary writes that runs and from which nothing can be received.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
-use super::Receiver;
+use super::{ReceiveError, Receiver};
+use crate::postgres::control::{ClusterState, ControlFile};
 use crate::postgres::instance;
 use crate::tasks::on_disk;
-use crate::wal::fill;
+use crate::wal::fill::{self, Scope};
 use crate::wal::ship::ShipError;
 
 /// Between two looks whether a server that had stopped runs again, while what it left is stored.
@@ -34,7 +36,39 @@ impl Leftover {
     }
 }
 
+/// How long nothing can be received from a server that runs before its files are read.
+pub const BESIDE_AFTER: Duration = Duration::from_secs(30);
+
 impl Receiver {
+    /// Whether what a server that runs writes is to be read from its files. Not where another server answers, or where the
+    /// repository takes nothing anyway.
+    pub(super) fn may_read_beside(&self, error: &ReceiveError) -> bool {
+        let is_in_vain = error.is_of_the_store() || matches!(error, ReceiveError::OtherSystem { .. });
+        let since = self.status().borrow().waiting_since;
+        !is_in_vain && since.is_some_and(|since| since.elapsed() >= BESIDE_AFTER)
+    }
+
+    /// Of a primary that runs, what lies behind the newest archived segment.
+    pub(super) async fn store_beside(&self) {
+        let data_dir = self.instance.data_dir.clone();
+        let looked = tokio::task::spawn_blocking(move || {
+            let runs = instance::inspect(&data_dir).is_ok_and(|found| found.runs());
+            let control = ControlFile::read(&data_dir).ok().filter(|_| runs)?;
+            // A standby's primary has an agent of its own.
+            (control.state == ClusterState::InProduction).then_some(control.timeline)
+        });
+        let Ok(Some(timeline)) = looked.await else { return };
+        match fill::leftover(&self.shipper, timeline, Scope::Newest).await {
+            Ok(Some(end)) => {
+                tracing::info!(timeline = timeline.0, %end, "WAL that is not streamed is stored from pg_wal")
+            }
+            Ok(None) => {}
+            Err(error) => {
+                tracing::info!(timeline = timeline.0, "WAL that is not streamed is not stored from pg_wal: {error}");
+            }
+        }
+    }
+
     /// Returns once the server runs.
     pub(super) async fn runs_again(&self) {
         loop {
@@ -58,7 +92,7 @@ impl Receiver {
         let mut is_stored = !timelines.is_empty();
         // The newest hangs on the ones before.
         for timeline in timelines {
-            match fill::leftover(&self.shipper, timeline).await {
+            match fill::leftover(&self.shipper, timeline, Scope::Everything).await {
                 Ok(Some(end)) => {
                     tracing::info!(timeline = timeline.0, %end, "what a stopped server had left in pg_wal is stored");
                 }

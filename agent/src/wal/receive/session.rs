@@ -140,6 +140,10 @@ impl<'a> Session<'a> {
                     let _ = tokio::time::timeout(LAST_WORDS, self.until_stored(&mut stream)).await;
                     return Ok(End::Stopped);
                 }
+                () = self.receiver.shipper.asked_to_begin_anew() => {
+                    tracing::warn!("what was stored of this server's WAL is not in the repository any more; it is looked anew what is there");
+                    return Ok(End::Stopped);
+                }
                 stored = self.uploads.next() => {
                     if self.confirm(&stored.map_err(ReceiveError::Part)?) {
                         report_at = Instant::now();

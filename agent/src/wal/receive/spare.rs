@@ -7,8 +7,9 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
-/// Kept at most, besides what is in use.
-const MOST: usize = 2;
+/// Kept at most, besides what is in use: one of any size, or several that are no larger together than this, which is one for a segment of the
+/// usual size and one for a piece of it.
+const KEPT_BYTES: usize = 20 << 20;
 
 /// Smaller memory comes from what the allocator holds anyway, larger would be held for too few.
 const LEAST_BYTES: usize = 1 << 20;
@@ -52,7 +53,7 @@ impl Spare {
         let mut kept = self.kept();
         let place = kept.buffers.partition_point(|other| other.capacity() < buffer.capacity());
         kept.buffers.insert(place, buffer);
-        if kept.buffers.len() > MOST {
+        while kept.buffers.len() > 1 && kept.buffers.iter().map(Vec::capacity).sum::<usize>() > KEPT_BYTES {
             kept.buffers.remove(0);
         }
     }
@@ -118,14 +119,16 @@ mod tests {
         assert!(again.capacity() < LEAST_BYTES, "too small to be worth it");
         let again = spare.take(LEAST_BYTES);
         assert_eq!((place(&again), again.len()), (there, 0));
-        for buffer in
-            [again, vec![0; 9], vec![0; LEAST_BYTES], vec![0; LEAST_BYTES], Vec::with_capacity(MOST_BYTES + 1)]
-        {
+        let many = (0..30).map(|_| Vec::with_capacity(LEAST_BYTES));
+        for buffer in many.chain([again, vec![0; 9], Vec::with_capacity(MOST_BYTES + 1)]) {
             spare.give(buffer);
         }
-        assert_eq!(spare.kept().buffers.len(), MOST);
+        assert_eq!(spare.kept().buffers.len(), KEPT_BYTES / LEAST_BYTES);
         let larger = spare.take(LEAST_BYTES + 1);
-        assert_eq!((larger.capacity() > LEAST_BYTES, spare.kept().buffers.len()), (true, MOST));
+        assert!(larger.capacity() > LEAST_BYTES);
+        assert_eq!(spare.kept().buffers.len(), KEPT_BYTES / LEAST_BYTES, "none of them fits");
+        spare.give(Vec::with_capacity(2 * KEPT_BYTES));
+        assert_eq!(spare.kept().buffers.len(), 1, "one of any size");
     }
 
     #[test]

@@ -26,9 +26,9 @@ use crate::wal::ship::{ShipError, Shipper};
 /// Before a part is tried again, after the store's own attempts.
 const AGAIN: Duration = Duration::from_secs(1);
 
-/// Contents of finished segments held at once until they are sealed, and sealed ones until they are stored; one always may be.
-const PLAIN_BYTES: u64 = 32 << 20;
-const SEALED_BYTES: u64 = 32 << 20;
+/// Contents of finished segments held at once until they are sealed, and sealed ones until they are stored, together; one more
+/// always may be.
+const HELD_BYTES: u64 = 32 << 20;
 
 /// What was done.
 #[derive(Debug)]
@@ -114,7 +114,7 @@ impl Uploads {
     }
 
     fn has_room(&self, parallel: usize) -> bool {
-        self.segments < parallel && self.plain_bytes < PLAIN_BYTES && self.sealed_bytes < SEALED_BYTES
+        self.segments < parallel && self.plain_bytes + self.sealed_bytes < HELD_BYTES
     }
 
     /// Whether another finished segment may come, `parallel` being on their way at most. They go in their order.
@@ -130,7 +130,7 @@ impl Uploads {
     /// Begins with those that were put off, once little is held of those before them: the shipper holds some of its own.
     pub fn catch_up(&mut self, parallel: usize) {
         while self.has_room(parallel)
-            && self.plain_bytes + self.sealed_bytes < SEALED_BYTES / 2
+            && self.plain_bytes + self.sealed_bytes < HELD_BYTES / 2
             && let Some(segment) = self.owed.pop_front()
         {
             self.shipper.note_backlog(self.owed.len());

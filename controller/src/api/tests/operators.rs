@@ -52,8 +52,7 @@ async fn viewers_may_look_at_what_would_change_and_only_admins_change_it() {
     let reply = world.resources("vera").await.apply(request.clone()).await.expect("it is only looked at").into_inner();
     let told: Vec<&String> = reply.changes.iter().flat_map(|change| &change.consequences).collect();
     assert!(told.iter().any(|line| line.contains("orders: next backup moves from none to ")), "{told:?}");
-    let price =
-        "moves from pieces every 1s (at most 13 dollars of requests a month at 5 dollars a million) to pieces every 1m";
+    let price = "moves from pieces every 1s (at most 13 dollars a month for pieces, at 5 dollars a million requests) to pieces every 1m";
     assert!(told.iter().any(|line| line.contains(price)), "{told:?}");
     assert!(told.iter().any(|line| line.contains("orders: spare may restore it from now on")), "{told:?}");
     request.dry_run = false;

@@ -252,6 +252,16 @@ fn silence_of_those_who_know_is_no_peace() {
         let assessment = assess_members(vec![seen(&primary, 0, connected)], objectives, at(90));
         assert_eq!(assessment.state, state, "{objectives} {connected}: {assessment:?}");
     }
+    // A standby's agent is connected, which says nothing of what the primary has written since.
+    for (connected, objectives, state) in [
+        (false, "rpo: 60s", Protection::AtRisk),
+        (true, "rpo: 60s", Protection::Protected),
+        (false, "rpo: 5m", Protection::Protected),
+    ] {
+        let members = vec![seen(&primary, 0, connected), seen(&standby, 85, true)];
+        let assessment = assess_members(members, objectives, at(90));
+        assert_eq!(assessment.state, state, "{objectives} {connected}: {assessment:?}");
+    }
     // The primary's agent is gone, and so is what it would say of how far its server is.
     let members = vec![seen(&primary, 0, false), seen(&standby, 500, true)];
     let assessment = assess_members(members, "", at(500));
