@@ -27,6 +27,7 @@ class Sizes:
     scale: int  # of pgbench: 100,000 accounts each, about 15 MB
     documents: int  # rows of about 1.4 kB of text and jsonb
     samples: int
+    wal_samples: int  # of what takes seconds, and differs by more from one time to the next
     more_samples: int  # at most so many again if a sample was disturbed by foreign load
     patience_seconds: float  # to wait for a quiet machine before each sample
     further_samples: int  # of the peers that are shown for information, and of object stores
@@ -38,9 +39,9 @@ class Sizes:
     destructions: int  # of a host
 
 
-FULL = Sizes(scale=250, documents=700_000, samples=3, more_samples=3, patience_seconds=180, further_samples=2,
+FULL = Sizes(scale=250, documents=700_000, samples=3, wal_samples=7, more_samples=3, patience_seconds=180, further_samples=2,
              segments=200, calls=40, replayed=66, pairs=10, seconds=15, destructions=50)
-QUICK = Sizes(scale=40, documents=70_000, samples=2, more_samples=0, patience_seconds=6, further_samples=1,
+QUICK = Sizes(scale=40, documents=70_000, samples=2, wal_samples=2, more_samples=0, patience_seconds=6, further_samples=1,
               segments=40, calls=12, replayed=12, pairs=2, seconds=6, destructions=5)
 
 # Nothing that is run here takes nearly so long: what does hangs.

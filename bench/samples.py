@@ -49,12 +49,13 @@ class Samples:
     def alternate(self, row: str, tools: list, once) -> dict[str, list[Sample]]:
         """One warm-up and then samples of each tool in turn, until enough are undisturbed or it was tried enough."""
         sizes = self.place.sizes
+        enough = sizes.wal_samples if self.area == "wal" else sizes.samples
         taken: dict[str, list[Sample]] = {tool.name: [] for tool in tools}
         able = list(tools)
-        for round_number in range(1 + sizes.samples + sizes.more_samples):
+        for round_number in range(1 + enough + sizes.more_samples):
             for tool in [tool for tool in (tools if round_number % 2 else tools[::-1]) if tool in able]:
                 samples = taken[tool.name]
-                if sum(sample.clean for sample in samples) >= sizes.samples:
+                if sum(sample.clean for sample in samples) >= enough:
                     continue
                 able.remove(tool)
                 with self.attempt(f"{self.area}.{row} of {tool.title}"):

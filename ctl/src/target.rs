@@ -91,17 +91,38 @@ pub struct TargetArgs {
     pub action: Option<Action>,
 }
 
+/// A timeline by its number, and of several with one number by its branch, or the beginning of its name.
+#[derive(Clone, PartialEq, Eq, Default, Debug)]
+pub struct NumberedTimeline {
+    /// 0: whichever.
+    pub number: u32,
+    /// Empty: whichever.
+    pub branch: String,
+}
+
+impl NumberedTimeline {
+    fn parse(text: &str) -> Option<NumberedTimeline> {
+        let (number, branch) = match text.split_once('-') {
+            // Eight bytes of the history's hash, in hexadecimal.
+            Some((number, branch)) if (1..=16).contains(&branch.len()) => (number, branch),
+            Some(_) => return None,
+            None => (text, ""),
+        };
+        let is_hexadecimal = branch.bytes().all(|byte| byte.is_ascii_hexdigit());
+        let is_decimal = number.bytes().all(|byte| byte.is_ascii_digit());
+        let number = number.parse().ok().filter(|number| *number > 0 && is_decimal && is_hexadecimal)?;
+        Some(NumberedTimeline { number, branch: branch.to_ascii_lowercase() })
+    }
+}
+
+/// For clap.
+pub fn parse_numbered(text: &str) -> Result<NumberedTimeline, String> {
+    NumberedTimeline::parse(text)
+        .ok_or_else(|| "it is a number from 1, or a number and a branch such as 5-9f3c".to_owned())
+}
+
 fn parse_timeline(text: &str) -> Result<String, String> {
-    let number = |text: &str| {
-        text.bytes().all(|byte| byte.is_ascii_digit()) && text.parse::<u32>().is_ok_and(|number| number > 0)
-    };
-    // Eight bytes of the history's hash, in hexadecimal.
-    let digits = |text: &str| (1..=16).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_hexdigit());
-    let good = match text.split_once('-') {
-        Some((timeline, branch)) => number(timeline) && digits(branch),
-        None => matches!(text, "latest" | "current") || number(text),
-    };
-    if good {
+    if matches!(text, "latest" | "current") || NumberedTimeline::parse(text).is_some() {
         Ok(text.to_ascii_lowercase())
     } else {
         Err("it is a number from 1, a number and a branch such as 5-9f3c, latest or current".to_owned())

@@ -5,11 +5,13 @@
 //! is stored whole; what is received of an unfinished one goes up in pieces on a timer while there is traffic
 //! ([`open_segment`]). One [`session`] is one connection; [`Receiver`] makes them, one after the other, for ever.
 //!
-//! Where streaming cannot go on, `archive_command` and the other members still can, and the status says so.
+//! Where streaming cannot go on, `archive_command` and the other members still can, a primary's files are read instead
+//! ([`leftover`]), and the status says so.
 
 mod bridge;
 mod clock;
 mod complete;
+mod error;
 mod follow;
 mod frontier;
 mod give_way;
@@ -21,42 +23,38 @@ mod session;
 mod slot;
 mod spare;
 mod spooling;
+mod status;
 mod timelines;
 mod uploads;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use jiff::Timestamp;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
-use walfleet_repository::gap_notes::GapNotesError;
 use walfleet_repository::ids::ClusterName;
-use walfleet_repository::postgres::{Lsn, Segment, SegmentSize, SystemId, Timeline, WalBranch};
+use walfleet_repository::postgres::{Segment, WalBranch};
 use walfleet_repository::shipping::WithoutPeer;
-use walfleet_repository::wal_archive::ArchiveError;
 
 use crate::access::InstanceAccess;
-use crate::access::instance::ReachError;
-use crate::durable::DurableError;
 use crate::identity::connect::chain;
 use crate::link::backoff::Backoff;
 use crate::postgres::control::ControlFile;
-use crate::postgres::replication::ReplicationError;
-use crate::postgres::server::{Server, ServerError};
-use crate::postgres::wal_record::WalError;
+use crate::postgres::server::Server;
 use crate::spool::Spool;
 use crate::spool::files::Owner;
 use crate::spool::spooler::Spooling;
 use crate::wal::breaks::Breaks;
-use crate::wal::ship::{ShipError, Shipper};
+use crate::wal::ship::Shipper;
 use bridge::Bridge;
+pub use error::ReceiveError;
 use follow::{Follow, Followed};
 use known_place::{Kept, KnownPlace};
 pub use leftover::BESIDE_AFTER;
 use leftover::Leftover;
 use session::{Role, Session};
 pub use spooling::{SpoolStatus, WaitsFor};
+pub use status::{StreamPhase, StreamStatus};
 
 /// In pg_stat_replication, and what synchronous_standby_names matches.
 pub const APPLICATION_NAME: &str = "walfleet";
@@ -104,191 +102,6 @@ pub struct ReceiveOptions {
     pub synchronous: Synchronous,
     /// Finished segments on their way at once, at most.
     pub parallel: usize,
-}
-
-#[derive(Debug, thiserror::Error)]
-pub enum ReceiveError {
-    #[error(transparent)]
-    Reach(#[from] ReachError),
-    #[error(transparent)]
-    Replication(#[from] ReplicationError),
-    #[error(transparent)]
-    Server(#[from] ServerError),
-    #[error(transparent)]
-    Archive(#[from] ArchiveError),
-    #[error(transparent)]
-    Ship(#[from] ShipError),
-    #[error(transparent)]
-    Rescue(Arc<ShipError>),
-    #[error(transparent)]
-    Part(Arc<ShipError>),
-    #[error(transparent)]
-    Break(#[from] DurableError),
-    #[error(transparent)]
-    Notes(#[from] GapNotesError),
-    #[error("the server's WAL does not read: {0}")]
-    Wal(#[from] WalError),
-    #[error(
-        "the server is system {found}, the data directory is of system {expected}\nHINT: the instance's connection leads to another server."
-    )]
-    OtherSystem { found: SystemId, expected: SystemId },
-    #[error("the history of timeline {timeline} does not read: {problem}")]
-    History { timeline: Timeline, problem: String },
-    #[error("the repository does not answer, and until it does commits wait: {why}")]
-    Unknown { why: &'static str },
-    #[error("{why} ({store})")]
-    NoBridge { why: Box<ReceiveError>, store: Box<ReceiveError> },
-    #[error("the server stops and the repository does not answer: its end is not held up for it")]
-    GaveWay,
-    #[error("the slot {slot} reserves no WAL\nHINT: drop it, and it is made anew.")]
-    NothingReserved { slot: String },
-    #[error("replication slot {slot} keeps no WAL any more; it is made anew")]
-    SlotGone { slot: String },
-    #[error(
-        "a slot of the name {slot} is there, and it is one for logical decoding\nHINT: give the agent's another name: wal.slot in its configuration."
-    )]
-    LogicalSlot { slot: String },
-}
-
-impl ReceiveError {
-    /// Servers come and go; what that means for the cluster is judged elsewhere.
-    fn is_of_a_server_that_is_away(&self) -> bool {
-        match self {
-            ReceiveError::Reach(_) | ReceiveError::Server(_) | ReceiveError::GaveWay => true,
-            ReceiveError::Replication(error) => error.is_transient(),
-            _ => false,
-        }
-    }
-
-    /// Whether the repository did not answer, or refused: what commits wait for must not wait for either to be mended.
-    fn is_of_the_store(&self) -> bool {
-        match self {
-            ReceiveError::Archive(error) | ReceiveError::Ship(ShipError::Archive(error)) => {
-                matches!(error, ArchiveError::Store(_)) && !error.is_not_found()
-            }
-            _ => false,
-        }
-    }
-}
-
-/// What streaming is doing.
-#[derive(Clone, PartialEq, Eq, Debug, Default)]
-pub enum StreamPhase {
-    /// Not asked for, or not begun.
-    #[default]
-    Off,
-    Streaming,
-    /// A standby: its primary's agent streams, and the archive is watched.
-    Following,
-    /// Why not; it is tried again.
-    Waiting(String),
-}
-
-impl StreamPhase {
-    /// Whether WAL gets where it belongs by it.
-    pub fn is_well(&self) -> bool {
-        matches!(self, StreamPhase::Streaming | StreamPhase::Following)
-    }
-
-    pub fn word(&self) -> &'static str {
-        match self {
-            StreamPhase::Off => "off",
-            StreamPhase::Streaming => "streaming",
-            StreamPhase::Following => "following",
-            StreamPhase::Waiting(_) => "waiting",
-        }
-    }
-
-    pub fn problem(&self) -> Option<&str> {
-        match self {
-            StreamPhase::Waiting(problem) => Some(problem),
-            _ => None,
-        }
-    }
-}
-
-/// What has been received and stored, for facts and metrics.
-#[derive(Clone, PartialEq, Eq, Debug, Default)]
-pub struct StreamStatus {
-    pub phase: StreamPhase,
-    /// Since when it waits, if it does.
-    pub waiting_since: Option<Instant>,
-    pub timeline: Option<Timeline>,
-    /// From here on everything up to the next two was received by this process.
-    pub from: Lsn,
-    /// The repository has everything before it in whole segments.
-    pub sealed: Lsn,
-    /// The repository has everything before it.
-    pub durable: Lsn,
-    pub received: Lsn,
-    /// The end of the server's WAL, as it said last.
-    pub server_end: Lsn,
-    pub durable_at: Option<Timestamp>,
-    /// By the server's clock: everything committed before is durable.
-    pub complete_until: Option<Timestamp>,
-    pub pieces: u64,
-    pub segments: u64,
-    pub already_there: u64,
-    pub stored_bytes: u64,
-    pub failures: u64,
-    /// Of the store, while it fails.
-    pub last_error: Option<String>,
-    /// While commits may wait for spools.
-    pub spool: Option<SpoolStatus>,
-}
-
-impl StreamStatus {
-    pub fn is_streaming(&self) -> bool {
-        self.phase == StreamPhase::Streaming
-    }
-
-    /// Whether it has brought this segment of the same server, or found it in the archive with the content that lies here. A
-    /// standby that only follows has not compared everything.
-    pub fn has_brought(&self, segment: Segment, size: SegmentSize) -> bool {
-        let within = self.from <= segment.start(size) && segment.end(size) <= self.sealed;
-        self.timeline == Some(segment.timeline) && within && self.phase != StreamPhase::Following
-    }
-
-    /// On a standby whose WAL others store: how much of what was there at the last look the archive lacked.
-    pub fn lacking(&self) -> Option<u64> {
-        (self.phase == StreamPhase::Following).then(|| self.received.0.saturating_sub(self.durable.0))
-    }
-
-    /// Nothing is received, and this is why.
-    pub fn wait(&mut self, problem: String) {
-        if !matches!(self.phase, StreamPhase::Waiting(_)) {
-            self.waiting_since = Some(Instant::now());
-        }
-        self.phase = StreamPhase::Waiting(problem);
-        self.spool = None;
-    }
-
-    /// A connection begins to receive from `at` on; what the archive has from `seen` on was found to be this server's. What a
-    /// connection before brought counts on if nothing lies between.
-    fn begin(&mut self, timeline: Timeline, seen: Lsn, at: Lsn) {
-        let goes_on = self.timeline == Some(timeline) && self.from <= seen && seen <= self.sealed;
-        if !goes_on {
-            self.from = seen;
-        }
-        if self.timeline != Some(timeline) {
-            // It was of another timeline's WAL.
-            self.complete_until = None;
-        }
-        self.timeline = Some(timeline);
-        // What failed to be stored is on its way anew, or nobody's here any more.
-        self.last_error = None;
-        (self.sealed, self.durable, self.received) = (at, at, at);
-    }
-
-    /// Whether another member is looked to for this segment.
-    pub fn follows(&self, segment: Segment) -> bool {
-        self.phase == StreamPhase::Following && self.timeline == Some(segment.timeline)
-    }
-
-    /// Whether it has brought, or will bring, this segment of the same server.
-    pub fn covers(&self, segment: Segment, size: SegmentSize) -> bool {
-        self.timeline == Some(segment.timeline) && self.from <= segment.start(size) && self.is_streaming()
-    }
 }
 
 /// Receives one instance's WAL.
@@ -523,35 +336,5 @@ impl Receiver {
 
     fn status(&self) -> &watch::Sender<StreamStatus> {
         self.shipper.stream()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_a_connection_before_brought_counts_on_if_nothing_is_between() {
-        let mut status = StreamStatus { phase: StreamPhase::Streaming, ..StreamStatus::default() };
-        let size = SegmentSize::new(1 << 20).unwrap();
-        let lsn = |segment: u64| Lsn(segment << 20);
-        let covers = |status: &StreamStatus, number| status.covers(Segment { timeline: Timeline(1), number }, size);
-        status.begin(Timeline(1), lsn(4), lsn(6));
-        assert!(covers(&status, 4), "found in the archive with this server's content");
-        status.sealed = lsn(9);
-        status.begin(Timeline(1), lsn(9), lsn(11));
-        assert_eq!((covers(&status, 3), covers(&status, 4), covers(&status, 10)), (false, true, true));
-        status.phase = StreamPhase::Waiting("it is away".into());
-        let brought = |number| status.has_brought(Segment { timeline: Timeline(1), number }, size);
-        assert_eq!((brought(3), brought(4), brought(10), brought(11)), (false, true, true, false));
-        status.phase = StreamPhase::Streaming;
-        status.begin(Timeline(1), lsn(20), lsn(20));
-        assert_eq!((covers(&status, 10), covers(&status, 20)), (false, true));
-        status.complete_until = Some(Timestamp::UNIX_EPOCH);
-        status.begin(Timeline(1), lsn(20), lsn(20));
-        assert!(status.complete_until.is_some(), "of the same WAL");
-        status.begin(Timeline(2), lsn(20), lsn(20));
-        assert!(!covers(&status, 20), "of another timeline");
-        assert_eq!(status.complete_until, None, "what the other server's clock said");
     }
 }

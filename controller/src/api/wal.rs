@@ -43,7 +43,7 @@ impl Api {
         let overview = self.overview().await?;
         let assembly = overview.picture.assemble();
         let cluster = find(&assembly, &wanted.cluster)?;
-        let (repository, gap) = the_gap(cluster, (from, to), wanted.timeline)?;
+        let (repository, gap) = the_gap(cluster, (from, to), (wanted.timeline, &wanted.branch))?;
         let spec = overview.picture.catalog.repositories.get(repository).ok_or_else(|| {
             Status::not_found(format!(
                 "repository {repository:?} is not declared\nHINT: `walfleet repository list` shows those there are."
@@ -70,17 +70,19 @@ impl Api {
     }
 }
 
-/// The one gap that begins and ends there, as the agents saw it last.
+/// The one gap that begins and ends there, as the agents saw it last. Timeline 0, or an empty branch: whichever.
 fn the_gap<'s>(
     cluster: &'s ClusterSeen<'_>,
     (from, to): (Lsn, Lsn),
-    timeline: u32,
+    (timeline, branch): (u32, &str),
 ) -> Result<(&'s str, &'s WalGap), Status> {
     let gaps: Vec<(&str, &WalGap)> = windows(cluster)
         .into_iter()
         .flat_map(|window| window.gaps.iter().map(|gap| (window.repository.as_str(), gap)))
         .collect();
-    let begins = |(_, gap): &&(&str, &WalGap)| gap.from_lsn == from && (timeline == 0 || gap.timeline == timeline);
+    let begins = |(_, gap): &&(&str, &WalGap)| {
+        gap.from_lsn == from && (timeline == 0 || gap.timeline == timeline) && gap.branch.starts_with(branch)
+    };
     let fitting: Vec<&(&str, &WalGap)> = gaps.iter().filter(begins).collect();
     match fitting.as_slice() {
         [only] if only.1.to_lsn == to => Ok(**only),
@@ -98,12 +100,17 @@ fn the_gap<'s>(
             )))
         }
         several => {
-            let timelines: Vec<String> = several.iter().map(|(_, gap)| gap.timeline.to_string()).collect();
+            let mut ends_there = several.iter().filter(|(_, gap)| gap.to_lsn == to);
+            if let (Some(only), None) = (ends_there.next(), ends_there.next()) {
+                return Ok(**only);
+            }
+            let names: Vec<String> =
+                several.iter().map(|(_, gap)| format!("{}-{}", gap.timeline, gap.branch)).collect();
             Err(Status::failed_precondition(format!(
                 "{} gaps of {} begin at {from}, on timelines {}\nHINT: say which with --timeline.",
                 several.len(),
                 cluster.name,
-                timelines.join(", ")
+                names.join(", ")
             )))
         }
     }
@@ -146,6 +153,8 @@ mod tests {
                 samples::gap((0x300, 0x500), 1),
                 samples::gap((0x700, 0x800), 1),
                 samples::gap((0x700, 0x900), 2),
+                WalGap { branch: "0000000000000000".to_owned(), ..samples::gap((0xB00, 0xC00), 1) },
+                WalGap { branch: "abababababababab".to_owned(), ..samples::gap((0xB00, 0xC00), 1) },
             ],
             filled: vec![],
             newest_commit: None,
@@ -170,14 +179,20 @@ mod tests {
             repository: Some("main"),
             problems: vec![],
         };
-        let found = |from, to, timeline| the_gap(&cluster, (Lsn(from), Lsn(to)), timeline).map(|(_, gap)| gap.to_lsn);
-        assert_eq!(found(0x300, 0x500, 0).expect("it is that one"), Lsn(0x500));
-        let refused = found(0x300, 0x400, 0).expect_err("it has grown");
+        let found = |from, to, which| the_gap(&cluster, (Lsn(from), Lsn(to)), which).map(|(_, gap)| gap.to_lsn);
+        let whichever = (0, "");
+        assert_eq!(found(0x300, 0x500, whichever).expect("it is that one"), Lsn(0x500));
+        let refused = found(0x300, 0x400, whichever).expect_err("it has grown");
         assert_eq!(refused.code(), tonic::Code::FailedPrecondition);
         let types = "`walfleet wal gaps orders acknowledge --from 0/300 --to 0/500 --reason …`";
         assert!(refused.message().contains(types), "{refused}");
-        assert_eq!(found(0x100, 0x500, 0).expect_err("none begins there").code(), tonic::Code::NotFound);
-        assert!(found(0x700, 0x900, 0).is_err_and(|status| status.message().contains("--timeline")));
-        assert_eq!(found(0x700, 0x900, 2).expect("with its timeline"), Lsn(0x900));
+        assert_eq!(found(0x100, 0x500, whichever).expect_err("none begins there").code(), tonic::Code::NotFound);
+        assert_eq!(found(0x700, 0x900, whichever).expect("one ends there"), Lsn(0x900));
+        assert!(found(0x700, 0xA00, whichever).is_err_and(|status| status.message().contains("--timeline")));
+        assert_eq!(found(0x700, 0x900, (2, "")).expect("with its timeline"), Lsn(0x900));
+        // On two branches of one timeline.
+        let refused = found(0xB00, 0xC00, (1, "")).expect_err("which of them?");
+        assert!(refused.message().contains("timelines 1-0000000000000000, 1-abababababababab"), "{refused}");
+        assert_eq!(found(0xB00, 0xC00, (1, "ab")).expect("with its branch"), Lsn(0xC00));
     }
 }

@@ -5,6 +5,7 @@ use walfleet_proto::operator::v1::wal_client::WalClient;
 
 use super::insist;
 use crate::client::{CallError, Client, Transport};
+use crate::target::NumberedTimeline;
 use crate::view::wal::RepositoryGap;
 
 impl Client {
@@ -17,14 +18,16 @@ impl Client {
         &self,
         cluster: &str,
         (from_lsn, to_lsn): (&str, &str),
-        timeline: u32,
+        timeline: Option<NumberedTimeline>,
         reason: &str,
     ) -> Result<RepositoryGap, CallError> {
+        let timeline = timeline.unwrap_or_default();
         let message = proto::AcknowledgeGapRequest {
             cluster: cluster.to_owned(),
             from_lsn: from_lsn.to_owned(),
             to_lsn: to_lsn.to_owned(),
-            timeline,
+            timeline: timeline.number,
+            branch: timeline.branch,
             reason: reason.to_owned(),
         };
         let attempt = || async { self.wal().acknowledge_gap(self.request(message.clone())).await };

@@ -54,6 +54,16 @@ impl AgentBuilder {
         self
     }
 
+    /// Connects to its servers as this role, and not as a superuser.
+    pub fn as_role(mut self, role: &str) -> AgentBuilder {
+        for instance in &mut self.instances {
+            // Of two the last counts.
+            let connection = instance["connection"].as_str().map(|connection| format!("{connection} user={role}"));
+            instance["connection"] = connection.into();
+        }
+        self
+    }
+
     pub fn controller(self, url: &str) -> AgentBuilder {
         self.section("controller", json!({ "url": url }))
     }

@@ -51,6 +51,8 @@ pub struct Setup {
     pub streams_only: bool,
     /// The namespace in which the agent runs.
     pub namespace: Option<String>,
+    /// What the agent connects as, and the statements that make it; else it is a superuser.
+    pub role: Option<(String, String)>,
 }
 
 /// A data directory that a restore made.
@@ -98,6 +100,13 @@ impl Standalone {
         let agent = Agent::builder(scratch, "host1");
         let agent = setup.namespace.iter().fold(agent, |agent, namespace| agent.inside(namespace));
         let agent = agent.instance(CLUSTER, &server).repository(&place, &key_file).postgres(version);
+        let agent = match &setup.role {
+            Some((role, statements)) => {
+                server.session()?.execute(statements)?;
+                agent.as_role(role)
+            }
+            None => agent,
+        };
         let mut agent = match setup.wal {
             Value::Null => agent.build()?,
             wal => agent.section("wal", wal).build()?,

@@ -27,6 +27,7 @@ mod pieces;
 mod prefetch;
 mod repository_on_s3;
 mod restore_targets;
+mod rights;
 mod servers;
 mod setting_up;
 mod slots;

@@ -4,6 +4,7 @@ use clap::{Args, Subcommand};
 
 use crate::failure::Failure;
 use crate::session::Session;
+use crate::target::{NumberedTimeline, parse_numbered};
 use crate::view::wal::WalGaps;
 
 /// WAL that should be stored and is not
@@ -25,9 +26,9 @@ enum GapsAction {
         /// Where the gap ends, as the list shows it: if it has grown since, nothing is acknowledged
         #[arg(long, value_name = "LSN")]
         to: String,
-        /// The gap's timeline, where gaps on several begin there
-        #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
-        timeline: u32,
+        /// The gap's timeline, where gaps on several begin there; of several with one number, 5-BRANCH
+        #[arg(long, value_name = "TIMELINE", value_parser = parse_numbered)]
+        timeline: Option<NumberedTimeline>,
         /// Why it is no alarm, for whoever reads it later
         #[arg(long, value_name = "TEXT")]
         reason: String,
