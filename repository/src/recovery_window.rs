@@ -284,7 +284,7 @@ impl WalCatalog {
             self.branches.iter().filter(|(wal, _)| wal.system_id == system_id && wal.timeline == timeline);
         let ends = of_timeline.filter_map(|(wal, branch)| {
             let (number, last) = branch.segments.last_key_value()?;
-            let whole = Lsn(number.saturating_add(1).saturating_mul(branch.segment_size.bytes().into()));
+            let whole = Segment { timeline, number: *number }.end(branch.segment_size);
             Some((last.pieces_end.unwrap_or(whole), *wal))
         });
         ends.max()

@@ -103,11 +103,13 @@ pub async fn leftover(shipper: &Arc<Shipper>, timeline: Timeline, scope: Scope) 
     let listed = source.archive.list(source.system_id, size).await.map_err(archive_error)?;
     let data_dir = source.data_dir.clone();
     let mut found = tokio::task::spawn_blocking(move || segments(&data_dir, timeline, size)).await.unwrap_or_default();
+    let is_listed = |wal: WalBranch, segment: Segment| {
+        listed.get(&wal).is_some_and(|listing| listing.segments.binary_search(&segment).is_ok())
+    };
     if scope == Scope::Newest {
         let mut newest = 0;
         for (place, segment) in found.iter().enumerate() {
-            let listing = listed.get(&shipper.home(*segment).await?);
-            if listing.is_some_and(|listing| listing.segments.binary_search(segment).is_ok()) {
+            if is_listed(shipper.home(*segment).await?, *segment) {
                 newest = place;
             }
         }
@@ -118,10 +120,9 @@ pub async fn leftover(shipper: &Arc<Shipper>, timeline: Timeline, scope: Scope) 
     shipper.note_backlog(found.len());
     for segment in found {
         let wal = shipper.home(segment).await?;
-        let archived = listed.get(&wal).map_or(&[][..], |listing| &listing.segments);
-        let compared = match archived.binary_search(&segment) {
-            Ok(_) => compared(shipper, wal, segment).await?,
-            Err(_) => Compared::Alone,
+        let compared = match is_listed(wal, segment) {
+            true => compared(shipper, wal, segment).await?,
+            false => Compared::Alone,
         };
         if compared == Compared::Same {
             continue;

@@ -40,6 +40,7 @@ use crate::access::InstanceAccess;
 use crate::identity::connect::chain;
 use crate::link::backoff::Backoff;
 use crate::postgres::control::ControlFile;
+use crate::postgres::replication::SystemIdentity;
 use crate::postgres::server::Server;
 use crate::spool::Spool;
 use crate::spool::files::Owner;
@@ -332,6 +333,12 @@ impl Receiver {
     /// What was noted may be wrong from now on. Blocks for a moment, since nothing may come between.
     fn forget_place(&self) {
         known_place::forget(&self.breaks.state_dir, &self.cluster);
+    }
+
+    /// The connection leads to the server whose data directory this is.
+    fn must_be_ours(&self, identity: &SystemIdentity) -> Result<(), ReceiveError> {
+        let (found, expected) = (identity.system_id, self.shipper.source().system_id);
+        if found == expected { Ok(()) } else { Err(ReceiveError::OtherSystem { found, expected }) }
     }
 
     fn status(&self) -> &watch::Sender<StreamStatus> {

@@ -84,8 +84,11 @@ fn the_gap<'s>(
         gap.from_lsn == from && (timeline == 0 || gap.timeline == timeline) && gap.branch.starts_with(branch)
     };
     let fitting: Vec<&(&str, &WalGap)> = gaps.iter().filter(begins).collect();
+    let mut ends_there = fitting.iter().filter(|(_, gap)| gap.to_lsn == to);
+    if let (Some(only), None) = (ends_there.next(), ends_there.next()) {
+        return Ok(**only);
+    }
     match fitting.as_slice() {
-        [only] if only.1.to_lsn == to => Ok(**only),
         [(_, gap)] => Err(Status::failed_precondition(format!(
             "the gap of {} that begins at {from} ends at {}, not at {to}\nHINT: if that is known, too: `walfleet wal gaps {} acknowledge --from {from} --to {} --reason …`.",
             cluster.name, gap.to_lsn, cluster.name, gap.to_lsn
@@ -100,10 +103,6 @@ fn the_gap<'s>(
             )))
         }
         several => {
-            let mut ends_there = several.iter().filter(|(_, gap)| gap.to_lsn == to);
-            if let (Some(only), None) = (ends_there.next(), ends_there.next()) {
-                return Ok(**only);
-            }
             let names: Vec<String> =
                 several.iter().map(|(_, gap)| format!("{}-{}", gap.timeline, gap.branch)).collect();
             Err(Status::failed_precondition(format!(

@@ -120,13 +120,18 @@ fn silence(cluster: &ClusterSeen<'_>, age: SignedDuration, stale_after: Span) ->
     if age > seconds(stale_after) {
         return Silence::TooLong;
     }
-    let promised = cluster.policy.and_then(|policy| policy.objectives.rpo);
-    // Facts of a connected agent are an interval old at most, which says nothing of its WAL.
     let is_connected = cluster.members.iter().any(|member| member.connected);
-    match promised.filter(|rpo| !is_connected && age > seconds(*rpo)) {
+    match exceeded(cluster, is_connected, age) {
         Some(rpo) => Silence::LongerThanPromised(rpo),
         None => Silence::NotLong,
     }
+}
+
+/// The promise that nobody can vouch for: facts are older. Those of a connected agent are an interval old at most, which says
+/// nothing of its WAL.
+fn exceeded(cluster: &ClusterSeen<'_>, is_connected: bool, age: SignedDuration) -> Option<Span> {
+    let promised = cluster.policy.and_then(|policy| policy.objectives.rpo);
+    promised.filter(|rpo| !is_connected && age > seconds(*rpo))
 }
 
 fn no_range(last_backup: Option<&BackupSummary>) -> String {
@@ -230,8 +235,7 @@ fn silent_primary(now: Timestamp, cluster: &ClusterSeen<'_>, stale_after: Span) 
     if age(newest) > seconds(stale_after) {
         return Some(heard());
     }
-    let promised = cluster.policy.and_then(|policy| policy.objectives.rpo);
-    let rpo = promised.filter(|rpo| !newest.connected && age(newest) > seconds(*rpo))?;
+    let rpo = exceeded(cluster, newest.connected, age(newest))?;
     Some(format!("{} and is not connected: the repository may trail by more than {rpo}, which is promised", heard()))
 }
 

@@ -163,6 +163,15 @@ impl Standalone {
         streamed_all(&self.server)
     }
 
+    /// Waits until the repository's first range of what can be restored reaches so far.
+    pub fn wait_until_restorable(&self, end: Lsn, patience: Duration) -> anyhow::Result<()> {
+        wait_for(&format!("WAL up to {end} to be stored"), patience, || {
+            let listed = self.agent.json(&["list", "--cluster", CLUSTER])?;
+            let reaches = listed["recovery"][0]["ranges"][0]["to_lsn"].as_str().unwrap_or_default().parse::<Lsn>();
+            Ok(reaches.is_ok_and(|reaches| reaches >= end).then_some(()))
+        })
+    }
+
     /// Takes away server, data and agent at once; what the workload had been told by then, and what a restore from the
     /// repository alone lacks of it.
     pub fn destroy(&mut self, workload: Acknowledged) -> anyhow::Result<(Record, Lost)> {

@@ -189,12 +189,7 @@ fn what_vanishes_from_the_end_of_the_archive_is_told_of_and_stored_again() {
             std::fs::remove_file(piece)?;
         }
         // It is looked half a minute after the agent began.
-        let patience = Duration::from_secs(90);
-        wait_for("all of it to be stored again", patience, || {
-            let listed = host.agent.json(&["list", "--cluster", CLUSTER])?;
-            let reaches = listed["recovery"][0]["ranges"][0]["to_lsn"].as_str().unwrap_or_default().parse::<Lsn>();
-            Ok(reaches.is_ok_and(|reaches| reaches >= end).then_some(()))
-        })?;
+        host.wait_until_restorable(end, Duration::from_secs(90))?;
         host.server.kill_nine()?;
         host.agent.kill_nine()?;
         let restored = host.restore("restored", &["--latest"])?;

@@ -237,10 +237,7 @@ fn what_cannot_be_streamed_is_read_from_the_servers_files() {
         mark(&host.server, "in one that is being written")?;
         let end: Lsn = host.server.session()?.value("SELECT pg_current_wal_flush_lsn()")?.parse()?;
         let written = marks(&host.server)?;
-        wait_for("what is there to be stored", Duration::from_secs(150), || {
-            let reaches = listed(&host)?["ranges"][0]["to_lsn"].as_str().unwrap_or_default().parse::<Lsn>();
-            Ok(reaches.is_ok_and(|reaches| reaches >= end).then_some(()))
-        })?;
+        host.wait_until_restorable(end, Duration::from_secs(150))?;
         host.server.kill_nine()?;
         host.agent.kill_nine()?;
         let copy = host.restore("copy", &["--latest"])?;

@@ -42,9 +42,8 @@ pub(super) fn part(lineage: &Lineage, mut runs: Vec<Run>, unlogged: &[Unlogged])
                 records_end: Some(found.from),
                 commits: found.commits_before,
                 is_begun: true,
-                pieces_end: last.pieces_end,
                 complete_at_us: None,
-                shipped_at_us: last.shipped_at_us,
+                ..*last
             };
         }
         before.parted = Some(WalGap { wal: found.wal, from: found.from, to });

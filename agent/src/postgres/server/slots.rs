@@ -29,6 +29,13 @@ pub struct SlotState {
     pub lost_because: Option<String>,
 }
 
+impl SlotState {
+    /// From where on it keeps WAL; `None`: it reserves nothing, or the server let go of what it kept.
+    pub fn kept_from(&self) -> Option<Lsn> {
+        self.restart_lsn.filter(|_| self.wal_status != WalStatus::Lost)
+    }
+}
+
 /// What a slot keeps from being removed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct KeptWal {

@@ -21,7 +21,7 @@ use super::spooling::SpoolWaiting;
 use super::{APPLICATION_NAME, ReceiveError, Receiver, StreamPhase, Synchronous};
 use crate::postgres::control::ControlFile;
 use crate::postgres::replication::{Positions, Replication, Reply, StreamEvent, SystemIdentity, WalStream};
-use crate::postgres::server::{Server, WalStatus};
+use crate::postgres::server::Server;
 use crate::spool::files::{self, Spools};
 use crate::tasks::on_disk;
 use crate::wal::ship::{ShipSource, predecessor_carry};
@@ -203,9 +203,7 @@ async fn known(
     identity: SystemIdentity,
 ) -> Result<(KnownPlace, Lsn), ReceiveError> {
     let source = receiver.shipper.source();
-    if identity.system_id != source.system_id {
-        return Err(ReceiveError::OtherSystem { found: identity.system_id, expected: source.system_id });
-    }
+    receiver.must_be_ours(&identity)?;
     let (state_dir, cluster) = (receiver.breaks.state_dir.clone(), receiver.cluster.clone());
     let read = on_disk(move || known_place::read(&state_dir, &cluster)).await?;
     let place = read.ok_or_else(|| unknown("it has not taken any of this server's WAL that this agent knows of"))?;
@@ -215,8 +213,7 @@ async fn known(
     if receiver.breaks.current()?.is_some() {
         return Err(unknown("what the repository lacks behind a slot that was made anew is not known"));
     }
-    let slot = server.slot(&receiver.options.slot).await?.filter(|slot| slot.wal_status != WalStatus::Lost);
-    let held = slot.and_then(|slot| slot.restart_lsn);
+    let held = server.slot(&receiver.options.slot).await?.and_then(|slot| slot.kept_from());
     let held = held.ok_or_else(|| unknown("no slot has kept what it lacks"))?;
     let segment = Segment { timeline: identity.timeline, number: held.segment_number(source.segment_size) };
     let is_same = place.system_id == source.system_id.0 && place.slot == receiver.options.slot;

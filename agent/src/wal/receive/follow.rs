@@ -87,12 +87,10 @@ impl<'a> Follow<'a> {
         let server = Server::connect(reach).await?;
         let mut connection = Replication::connect(reach, APPLICATION_NAME).await?;
         let identity = connection.identify_system().await?;
-        let source = receiver.shipper.source();
-        if identity.system_id != source.system_id {
-            return Err(ReceiveError::OtherSystem { found: identity.system_id, expected: source.system_id });
-        }
+        receiver.must_be_ours(&identity)?;
         let held = slot::hold(receiver, &server, &mut connection).await?;
         let timeline = timeline_of(&mut connection, &identity, held).await?;
+        let source = receiver.shipper.source();
         let wal = branch(&mut connection, receiver, timeline).await?;
         drop((server, connection));
         let cursor = Segment { timeline, number: held.segment_number(source.segment_size) };
@@ -146,7 +144,7 @@ impl<'a> Follow<'a> {
             };
         }
         let slot = &self.receiver.options.slot;
-        if !slot::keeps(&server, slot).await? {
+        if server.slot(slot).await?.is_none_or(|slot| slot.kept_from().is_none()) {
             return Err(ReceiveError::SlotGone { slot: slot.clone() });
         }
         if self.cursor != before {

@@ -51,13 +51,13 @@ impl Receiver {
     /// Of a primary that runs, what lies behind the newest archived segment.
     pub(super) async fn store_beside(&self) {
         let data_dir = self.instance.data_dir.clone();
-        let looked = tokio::task::spawn_blocking(move || {
+        let looked = on_disk(move || {
             let runs = instance::inspect(&data_dir).is_ok_and(|found| found.runs());
             let control = ControlFile::read(&data_dir).ok().filter(|_| runs)?;
             // A standby's primary has an agent of its own.
             (control.state == ClusterState::InProduction).then_some(control.timeline)
         });
-        let Ok(Some(timeline)) = looked.await else { return };
+        let Some(timeline) = looked.await else { return };
         match fill::leftover(&self.shipper, timeline, Scope::Newest).await {
             Ok(Some(end)) => {
                 tracing::info!(timeline = timeline.0, %end, "WAL that is not streamed is stored from pg_wal")

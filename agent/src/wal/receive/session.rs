@@ -95,10 +95,8 @@ impl<'a> Session<'a> {
         let server = Server::connect(reach).await?;
         let mut connection = Replication::connect(reach, APPLICATION_NAME).await?;
         let identity = connection.identify_system().await?;
+        receiver.must_be_ours(&identity)?;
         let source = receiver.shipper.source().clone();
-        if identity.system_id != source.system_id {
-            return Err(ReceiveError::OtherSystem { found: identity.system_id, expected: source.system_id });
-        }
         receiver.shipper.branches().forget().await;
         let slot = &receiver.options.slot;
         let held = slot::hold(receiver, &server, &mut connection).await?;

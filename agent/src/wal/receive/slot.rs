@@ -35,21 +35,15 @@ pub async fn hold(receiver: &Receiver, server: &Server, connection: &mut Replica
         connection.drop_slot(name).await?;
     }
     match connection.create_slot(name).await {
+        Err(ReplicationError::SlotExists { .. }) if server.has_logical_slot(name).await? => {
+            return Err(ReceiveError::LogicalSlot { slot: name.to_owned() });
+        }
         // Another connection of ours was quicker.
         Ok(()) | Err(ReplicationError::SlotExists { .. }) => {}
         Err(error) => return Err(error.into()),
-    }
-    if server.has_logical_slot(name).await? {
-        return Err(ReceiveError::LogicalSlot { slot: name.to_owned() });
     }
     let made = server.slot(name).await?.and_then(|slot| slot.restart_lsn);
     let restart_lsn = made.ok_or_else(|| ReceiveError::NothingReserved { slot: name.to_owned() })?;
     tracing::info!(slot = name, %restart_lsn, "a replication slot keeps WAL until the repository has it");
     Ok(restart_lsn)
-}
-
-/// Whether it still keeps WAL: somebody may have dropped it, or the server let go of what it kept.
-pub async fn keeps(server: &Server, name: &str) -> Result<bool, ReceiveError> {
-    let found = server.slot(name).await?;
-    Ok(found.is_some_and(|slot| slot.restart_lsn.is_some() && slot.wal_status != WalStatus::Lost))
 }

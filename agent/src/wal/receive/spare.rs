@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
-/// Kept at most, besides what is in use: one of any size, or several that are no larger together than this, which is one for a segment of the
-/// usual size and one for a piece of it.
+/// Kept at most, besides what is in use: one of any size, or several that are no larger together than this, which is one for a
+/// segment of the usual size and one for a piece of it.
 const KEPT_BYTES: usize = 20 << 20;
 
 /// Smaller memory comes from what the allocator holds anyway, larger would be held for too few.
