@@ -105,6 +105,8 @@ struct Known {
     observed: Arc<AgentObserved>,
     last_seen: Option<Timestamp>,
     link: Option<Link>,
+    /// It told facts over this stream.
+    told: bool,
     /// What the newest heartbeat said is running.
     running: Vec<(JobId, FencingToken)>,
     /// When it was last heard on any stream of this process.
@@ -175,6 +177,7 @@ impl Fleet {
         observed.last_seen = Some(now);
         known.last_seen = Some(now);
         known.running.clear();
+        known.told = false;
         known.heard = Some(Instant::now());
         known.changed_since_stored = true;
         // A new connection is worth a write at once: versions and recipients hang on it.
@@ -240,6 +243,7 @@ impl Fleet {
             known.changed_since_stored = true;
         }
         Arc::make_mut(&mut known.observed).facts = Some(facts);
+        known.told = true;
         drop(agents);
         self.changed();
     }
@@ -274,6 +278,7 @@ impl Fleet {
                 let seen = AgentSeen {
                     observed: known.map(|known| known.observed.clone()).unwrap_or_default(),
                     connected: known.is_some_and(|known| known.link.is_some()),
+                    vouches: known.is_some_and(|known| known.link.is_some() && known.told),
                     last_seen: known.and_then(|known| known.last_seen),
                     enrolled: enrolled.get(name).cloned().unwrap_or_default(),
                 };

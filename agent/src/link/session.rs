@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at, timeout};
 use tokio_util::sync::CancellationToken;
@@ -38,6 +38,10 @@ const PROGRESS: Duration = Duration::from_secs(1);
 /// How long a stopping agent waits for the controller to acknowledge its last outcomes.
 const FAREWELL: Duration = Duration::from_secs(2);
 
+/// Facts are looked for anew every ten seconds. Older ones were taken before this process stood still, or a look hangs: what
+/// they say of now is not known, and silence says so.
+const OLDEST_FACTS: SignedDuration = SignedDuration::from_secs(30);
+
 /// How often the agent looks whether the controller is still there.
 const SILENCE_CHECK: Duration = Duration::from_secs(5);
 
@@ -49,6 +53,8 @@ struct Session<'a> {
     sent_outcomes: BTreeMap<JobId, u64>,
     sent_progress: BTreeMap<JobId, ProgressReading>,
     sent_facts: Arc<Facts>,
+    /// They were due when only old ones were there.
+    owes_facts: bool,
     heard: Instant,
     /// Only a controller that answers heartbeats can be judged by its silence.
     answers_heartbeats: bool,
@@ -73,6 +79,7 @@ impl Link {
             sent_outcomes: BTreeMap::new(),
             sent_progress: BTreeMap::new(),
             sent_facts: Arc::clone(&facts),
+            owes_facts: false,
             heard: Instant::now(),
             answers_heartbeats: false,
         };
@@ -141,7 +148,7 @@ impl Session<'_> {
                 Ok(()) = ends.changed() => self.send_outcomes(Resend::Unsent).await?,
                 Ok(()) = self.link.facts.changed() => {
                     let facts = Arc::clone(&self.link.facts.borrow_and_update());
-                    if facts.differs_materially(&self.sent_facts) {
+                    if self.owes_facts || facts.differs_materially(&self.sent_facts) {
                         self.send_facts(facts).await?;
                     }
                 }
@@ -224,8 +231,9 @@ impl Session<'_> {
     }
 
     async fn send_facts(&mut self, facts: Arc<Facts>) -> Result<(), LinkError> {
-        if facts.at == Timestamp::UNIX_EPOCH {
-            // Nothing was collected yet; silence says so better than an empty list.
+        // Nothing collected yet is as old as can be.
+        self.owes_facts = Timestamp::now().duration_since(facts.at) > OLDEST_FACTS;
+        if self.owes_facts {
             return Ok(());
         }
         self.sent_facts = Arc::clone(&facts);

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use walfleet_proto::agent::v1::{
@@ -387,12 +387,26 @@ async fn a_renewed_certificate_and_new_facts_reach_the_controller() {
     let (mut stream, _) = greet(&mut controller, 1).await;
     stream.expect("facts", |message| matches!(message, FromAgent::Facts(_)).then_some(())).await;
 
+    // As after minutes in which this process stood still.
+    let empty = |at| Arc::new(Facts { at, instances: Vec::new() });
+    agent.facts.send_replace(empty(Timestamp::now() - SignedDuration::from_mins(2)));
     let folder = IdentityFolder::new(agent.state.path());
     let renewed = renew::renew(&folder, &folder.load().unwrap(), &controller.url()).await.unwrap();
     agent.identity.send_replace(Arc::new(renewed));
     stream.ended().await;
     let (mut stream, _) = greet(&mut controller, 1).await;
+    let no_facts = |message| match message {
+        FromAgent::Facts(facts) => panic!("facts that are two minutes old: {facts:?}"),
+        message => matches!(message, FromAgent::Heartbeat(_)).then_some(()),
+    };
+    stream.expect("a heartbeat", no_facts).await;
     let at = Timestamp::now();
+    agent.facts.send_replace(empty(at));
+    let told = |message| match message {
+        FromAgent::Facts(facts) => Some(facts.at_us),
+        _ => None,
+    };
+    assert_eq!(stream.expect("facts of now, though they say the same", told).await, at.as_microsecond());
     agent.facts.send_replace(Arc::new(Facts { at, instances: vec![crate::facts::tests::down("orders")] }));
     stream
         .expect("changed facts", |message| match message {

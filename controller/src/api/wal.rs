@@ -172,6 +172,7 @@ mod tests {
                 facts_at: at,
                 received_at: at,
                 connected: true,
+                vouches: true,
             }],
             binding: Binding::Unbound,
             policy: None,

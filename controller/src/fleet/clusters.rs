@@ -23,6 +23,8 @@ use crate::resources::{ClusterSpec, Labels, PolicySpec};
 pub struct AgentSeen {
     pub observed: Arc<AgentObserved>,
     pub connected: bool,
+    /// Its facts came over the stream that it has now. Those of before say nothing of what was written since.
+    pub vouches: bool,
     pub last_seen: Option<Timestamp>,
     pub enrolled: Enrolled,
 }
@@ -104,6 +106,8 @@ pub struct MemberSeen<'a> {
     pub facts_at: Timestamp,
     pub received_at: Timestamp,
     pub connected: bool,
+    /// See [`AgentSeen::vouches`].
+    pub vouches: bool,
 }
 
 /// One agent's claim that an instance belongs to a cluster.
@@ -228,6 +232,7 @@ fn cluster<'a>(name: &ClusterName, claimed: &[Claim<'a>], pin: Option<&Pin>, cat
                 facts_at: claim.facts_at,
                 received_at: claim.received_at,
                 connected: claim.seen.connected,
+                vouches: claim.seen.vouches,
             })
             .collect(),
         policy,

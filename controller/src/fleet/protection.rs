@@ -84,7 +84,7 @@ fn judge(
     }
     if let Silence::LongerThanPromised(rpo) = silence {
         let reason = format!(
-            "its agents were last heard {} ago and are not connected: the repository may trail by more than {rpo}, which is promised",
+            "its agents were last heard {} ago: the repository may trail by more than {rpo}, which is promised",
             in_words(age)
         );
         return (Protection::Unknown, reason);
@@ -111,7 +111,7 @@ fn judge(
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Silence {
     NotLong,
-    /// Nobody is connected, and more time has passed than the repository may trail.
+    /// Nobody who is connected has told anything since, and more time has passed than the repository may trail.
     LongerThanPromised(Span),
     TooLong,
 }
@@ -120,18 +120,18 @@ fn silence(cluster: &ClusterSeen<'_>, age: SignedDuration, stale_after: Span) ->
     if age > seconds(stale_after) {
         return Silence::TooLong;
     }
-    let is_connected = cluster.members.iter().any(|member| member.connected);
-    match exceeded(cluster, is_connected, age) {
+    let is_vouched_for = cluster.members.iter().any(|member| member.vouches);
+    match exceeded(cluster, is_vouched_for, age) {
         Some(rpo) => Silence::LongerThanPromised(rpo),
         None => Silence::NotLong,
     }
 }
 
-/// The promise that nobody can vouch for: facts are older. Those of a connected agent are an interval old at most, which says
-/// nothing of its WAL.
-fn exceeded(cluster: &ClusterSeen<'_>, is_connected: bool, age: SignedDuration) -> Option<Span> {
+/// The promise that nobody can vouch for: facts are older. Those over a stream that stands are an interval old at most,
+/// which says nothing of its WAL.
+fn exceeded(cluster: &ClusterSeen<'_>, is_vouched_for: bool, age: SignedDuration) -> Option<Span> {
     let promised = cluster.policy.and_then(|policy| policy.objectives.rpo);
-    promised.filter(|rpo| !is_connected && age > seconds(*rpo))
+    promised.filter(|rpo| !is_vouched_for && age > seconds(*rpo))
 }
 
 fn no_range(last_backup: Option<&BackupSummary>) -> String {
@@ -235,8 +235,8 @@ fn silent_primary(now: Timestamp, cluster: &ClusterSeen<'_>, stale_after: Span) 
     if age(newest) > seconds(stale_after) {
         return Some(heard());
     }
-    let rpo = exceeded(cluster, newest.connected, age(newest))?;
-    Some(format!("{} and is not connected: the repository may trail by more than {rpo}, which is promised", heard()))
+    let rpo = exceeded(cluster, newest.vouches, age(newest))?;
+    Some(format!("{}: the repository may trail by more than {rpo}, which is promised", heard()))
 }
 
 /// Said in time for a person to act.

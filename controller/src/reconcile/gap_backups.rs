@@ -226,7 +226,14 @@ mod tests {
             ..samples::instance("orders", 7)
         };
         let now = Timestamp::UNIX_EPOCH;
-        let member = MemberSeen { agent: "db1", instance: &instance, facts_at: now, received_at: now, connected: true };
+        let member = MemberSeen {
+            agent: "db1",
+            instance: &instance,
+            facts_at: now,
+            received_at: now,
+            connected: true,
+            vouches: true,
+        };
         let cluster = ClusterSeen {
             name: "orders".parse().expect("a name"),
             labels: BTreeMap::new(),

@@ -18,7 +18,13 @@ fn agent(labels: &[(&str, &str)], instances: Vec<InstanceObserved>) -> AgentSeen
     };
     let facts = FactsObserved { at: at(0), received_at: at(0), instances };
     let observed = AgentObserved { hello: Some(hello), facts: Some(facts), last_seen: None };
-    AgentSeen { observed: Arc::new(observed), connected: true, last_seen: None, enrolled: Enrolled::default() }
+    AgentSeen {
+        observed: Arc::new(observed),
+        connected: true,
+        vouches: true,
+        last_seen: None,
+        enrolled: Enrolled::default(),
+    }
 }
 
 fn fleet(agents: Vec<(&str, AgentSeen)>) -> BTreeMap<String, AgentSeen> {

@@ -77,7 +77,14 @@ fn policy(objectives: &str) -> PolicySpec {
 
 /// Each on a host of its own, all connected and heard at 0.
 fn assess_with(instances: &[InstanceObserved], objectives: &str, now: Timestamp) -> Assessment {
-    let member = |instance| MemberSeen { agent: "db1", instance, facts_at: at(0), received_at: at(0), connected: true };
+    let member = |instance| MemberSeen {
+        agent: "db1",
+        instance,
+        facts_at: at(0),
+        received_at: at(0),
+        connected: true,
+        vouches: true,
+    };
     assess_members(instances.iter().map(member).collect(), objectives, now)
 }
 
@@ -235,32 +242,34 @@ fn a_backlog_that_a_stream_works_off_is_not_hidden_by_what_arrives_of_it() {
 fn silence_of_those_who_know_is_no_peace() {
     let primary = healthy();
     let standby = InstanceObserved { role: InstanceRole::Standby, ..healthy() };
-    let seen = |instance, received, connected| MemberSeen {
+    let seen = |instance, received, vouches| MemberSeen {
         agent: "db1",
         instance,
         facts_at: at(received),
         received_at: at(received),
-        connected,
+        // Connected anew, it has told nothing yet.
+        connected: true,
+        vouches,
     };
     // Heard a minute and a half ago; facts of any age are believed for six.
-    for (connected, objectives, state) in [
+    for (vouches, objectives, state) in [
         (true, "rpo: 60s", Protection::Protected),
         (false, "rpo: 60s", Protection::Unknown),
         (false, "rpo: 5m", Protection::Protected),
         (false, "", Protection::Protected),
     ] {
-        let assessment = assess_members(vec![seen(&primary, 0, connected)], objectives, at(90));
-        assert_eq!(assessment.state, state, "{objectives} {connected}: {assessment:?}");
+        let assessment = assess_members(vec![seen(&primary, 0, vouches)], objectives, at(90));
+        assert_eq!(assessment.state, state, "{objectives} {vouches}: {assessment:?}");
     }
     // A standby's agent is connected, which says nothing of what the primary has written since.
-    for (connected, objectives, state) in [
+    for (vouches, objectives, state) in [
         (false, "rpo: 60s", Protection::AtRisk),
         (true, "rpo: 60s", Protection::Protected),
         (false, "rpo: 5m", Protection::Protected),
     ] {
-        let members = vec![seen(&primary, 0, connected), seen(&standby, 85, true)];
+        let members = vec![seen(&primary, 0, vouches), seen(&standby, 85, true)];
         let assessment = assess_members(members, objectives, at(90));
-        assert_eq!(assessment.state, state, "{objectives} {connected}: {assessment:?}");
+        assert_eq!(assessment.state, state, "{objectives} {vouches}: {assessment:?}");
     }
     // The primary's agent is gone, and so is what it would say of how far its server is.
     let members = vec![seen(&primary, 0, false), seen(&standby, 500, true)];

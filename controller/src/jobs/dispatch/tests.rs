@@ -21,7 +21,13 @@ fn agent(role: InstanceRole, lsn: u64, connected: bool) -> AgentSeen {
     let hello = HelloObserved { capabilities: vec!["backup".to_owned(), "restore".to_owned()], ..samples::hello() };
     let facts = FactsObserved { at: at(0), received_at: at(0), instances: vec![instance] };
     let observed = AgentObserved { hello: Some(hello), facts: Some(facts), last_seen: Some(at(0)) };
-    AgentSeen { observed: Arc::new(observed), connected, last_seen: Some(at(0)), enrolled: Enrolled::default() }
+    AgentSeen {
+        observed: Arc::new(observed),
+        connected,
+        vouches: connected,
+        last_seen: Some(at(0)),
+        enrolled: Enrolled::default(),
+    }
 }
 
 fn catalog(prefer: &str) -> Catalog {

@@ -49,7 +49,7 @@ fn agent(key: u8, instances: Vec<InstanceObserved>, claimed: Labels, enrolled: E
     let hello = HelloObserved { labels: claimed, recipient: RecipientId([key; 32]), ..samples::hello() };
     let facts = FactsObserved { at: now(), received_at: now(), instances };
     let observed = AgentObserved { hello: Some(hello), facts: Some(facts), last_seen: Some(now()) };
-    AgentSeen { observed: Arc::new(observed), connected: true, last_seen: Some(now()), enrolled }
+    AgentSeen { observed: Arc::new(observed), connected: true, vouches: true, last_seen: Some(now()), enrolled }
 }
 
 fn fleet() -> BTreeMap<String, AgentSeen> {

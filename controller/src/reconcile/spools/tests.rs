@@ -19,7 +19,8 @@ fn agent(cluster: Option<&str>, spool: bool, seen: Option<i64>) -> AgentSeen {
     let observed = AgentObserved { hello: Some(hello), facts: Some(facts), last_seen: Some(now()) };
     let last_seen = now() - SignedDuration::from_secs(seen.unwrap_or(0));
     let enrolled = Enrolled::default();
-    AgentSeen { observed: Arc::new(observed), connected: seen.is_none(), last_seen: Some(last_seen), enrolled }
+    let connected = seen.is_none();
+    AgentSeen { observed: Arc::new(observed), connected, vouches: connected, last_seen: Some(last_seen), enrolled }
 }
 
 fn named(wal: &str, agents: &BTreeMap<String, AgentSeen>, former: &Former) -> BTreeMap<String, DesiredContent> {
