@@ -4,6 +4,7 @@
 
 pub mod changed_blocks;
 pub mod clear;
+pub mod collect_plan;
 pub mod domain_key;
 pub mod file_map;
 pub mod gap_note;

@@ -6,6 +6,8 @@
 //! | `keys/<domain>/<version>/<recipient>` | a domain key, wrapped for one recipient | whoever has the domain key | never; a recipient is added as a new object |
 //! | `clusters/<cluster>/log/<sequence>` | one entry of the cluster's log | agents and keeper | never, and never deleted |
 //! | `clusters/<cluster>/log/<sequence>.checkpoint` | the log folded up to there | keeper | never, and never deleted |
+//! | `clusters/<cluster>/collect/<sequence>` | what a collector means to remove, seen at that prefix of the log; in clear and signed | keeper | never; the keeper deletes it once all of that is gone |
+//! | `clusters/<cluster>/collect/<sequence>.done` | what it has removed | keeper | never; the keeper deletes all but the newest |
 //! | `clusters/<cluster>/packs/<session>/<pack>` | frames of chunks; the name is BLAKE3 of the stored bytes | the session's agent | never; the keeper deletes |
 //! | `clusters/<cluster>/backups/<backup>` | the manifest, sealed | the session's agent | never; the keeper deletes |
 //! | `clusters/<cluster>/backups/<backup>.refs` | its reference part, in clear and signed | the session's agent | never |
@@ -38,6 +40,7 @@ const GAPS: &str = "gaps";
 const LEVELS: &str = "levels";
 const REFERENCE_SUFFIX: &str = ".refs";
 const CHECKPOINT_SUFFIX: &str = ".checkpoint";
+const COLLECTED_SUFFIX: &str = ".done";
 
 pub fn root() -> Path {
     Path::from("walfleet-repository")
@@ -71,6 +74,34 @@ pub fn log_entry(cluster: &ClusterName, sequence: u64) -> Path {
 
 pub fn checkpoint(cluster: &ClusterName, sequence: u64) -> Path {
     log(cluster).join(format!("{sequence:020}{CHECKPOINT_SUFFIX}"))
+}
+
+/// Below it lie plans of removals, and reports of them.
+pub fn collect(cluster: &ClusterName) -> Path {
+    self::cluster(cluster).join("collect")
+}
+
+pub fn collect_plan(cluster: &ClusterName, sequence: u64) -> Path {
+    collect(cluster).join(format!("{sequence:020}"))
+}
+
+pub fn collected(cluster: &ClusterName, sequence: u64) -> Path {
+    collect(cluster).join(format!("{sequence:020}{COLLECTED_SUFFIX}"))
+}
+
+/// What a key below [`collect`] is.
+pub fn parse_collect(cluster: &ClusterName, key: &Path) -> Option<CollectObject> {
+    let [name] = parts_below(&collect(cluster), key)?;
+    match name.strip_suffix(COLLECTED_SUFFIX) {
+        Some(number) => sequence(number).map(CollectObject::Collected),
+        None => sequence(&name).map(CollectObject::Plan),
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum CollectObject {
+    Plan(u64),
+    Collected(u64),
 }
 
 /// Below it lies one folder per session.
@@ -197,6 +228,18 @@ pub fn wal_backup_history(
     wal_branch(cluster, branch).join(format!("{}.{offset:08X}.backup", segment.file_name(size)))
 }
 
+/// The segment of a backup history file's key.
+pub fn parse_wal_backup_history(
+    cluster: &ClusterName,
+    branch: &WalBranch,
+    key: &Path,
+    size: SegmentSize,
+) -> Option<Segment> {
+    let [name] = parts_below(&wal_branch(cluster, branch), key)?;
+    let (segment, _) = name.strip_suffix(".backup")?.split_once('.')?;
+    Segment::from_file_name(segment, size).ok().filter(|segment| segment.timeline == branch.timeline)
+}
+
 /// Below it lies one folder per system identifier, with pieces of unfinished segments.
 pub fn cluster_tails(cluster: &ClusterName) -> Path {
     Path::from("tails").join(cluster.as_str())
@@ -306,6 +349,11 @@ pub fn parse_cluster(key: &Path) -> Option<ClusterName> {
 /// The number of a log entry; `None` for checkpoints and strangers.
 pub fn parse_log_entry(cluster: &ClusterName, key: &Path) -> Option<u64> {
     let [name] = parts_below(&log(cluster), key)?;
+    sequence(&name)
+}
+
+/// A number of 20 digits.
+fn sequence(name: &str) -> Option<u64> {
     if name.len() == 20 && name.bytes().all(|byte| byte.is_ascii_digit()) { name.parse().ok() } else { None }
 }
 
@@ -415,6 +463,9 @@ mod tests {
         assert_eq!(parse_pack(&cluster, &pack(&cluster, &backup, pack_id)), Some((backup.clone(), pack_id)));
         assert_eq!(parse_session(&cluster, &session_packs(&cluster, &backup)), Some(backup));
         assert_eq!(parse_log_entry(&cluster, &log_entry(&cluster, 7)), Some(7));
+        assert_eq!(parse_collect(&cluster, &collect_plan(&cluster, 7)), Some(CollectObject::Plan(7)));
+        assert_eq!(parse_collect(&cluster, &collected(&cluster, 7)), Some(CollectObject::Collected(7)));
+        assert_eq!(parse_collect(&cluster, &log_entry(&cluster, 7)), None);
         assert_eq!(parse_cluster(&self::cluster(&cluster)), Some(cluster));
         let key = domain_key(DomainId([2; 16]), 3, RecipientId([1; 32]));
         assert_eq!(parse_domain_key(&key), Some((DomainId([2; 16]), 3, RecipientId([1; 32]))));

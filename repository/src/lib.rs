@@ -34,7 +34,8 @@
 //! | expire, bring back, purge, hold, trim, borrow, move (entries, not deletions) | anything above | each has rules in the fold that a model check needs ([`cluster_log::fold`]); an entry that breaks one is void for every reader alike |
 //! | restore, verify, list, compute windows | anything above | they act on a prefix of a log, whose objects were durable before; a listing of WAL that misses the newest segment promises less, never more |
 //! | probe a store ([`store::probe`]) | anything | it touches nothing but a random name below `probe/` |
-//! | delete an object | – | nothing here can. Whoever adds it adds its row, for restores under way first of all |
+//! | remove garbage ([`collect::collect`]) | anything above, other collectors too | what the log does not need at one prefix no later entry can name ([`collect::needs`]); restores under way have the plan's time, and those the keeper knows of a hold |
+//! | remove superseded pieces ([`superseded::remove`]) | the same | what takes their place was there all the time |
 //!
 //! Within a process: [`store::Store`], [`open::Repository`], [`cluster::OpenCluster`] and [`wal_archive::WalArchive`] are
 //! cheap to clone and shared freely; a [`cluster_log::ClusterLog`] is one position and used by one task at a time; of one
@@ -55,6 +56,7 @@ pub mod backup;
 pub mod checksum;
 pub mod cluster;
 pub mod cluster_log;
+pub mod collect;
 pub mod crypto;
 pub mod format;
 pub mod gap_notes;
@@ -68,6 +70,7 @@ pub mod lineage;
 pub mod open;
 pub mod postgres;
 pub mod recovery_window;
+pub mod retention;
 pub mod shipping;
 pub mod signature;
 pub mod store;

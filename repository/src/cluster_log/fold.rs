@@ -45,8 +45,8 @@ pub enum Rule {
     NotHeld,
     /// What is purged is no open session's parent.
     NoOpenChild,
-    /// No open session, unpurged backup or hold needs WAL below a trim, and a trim never goes back.
-    TrimBelowNeeds,
+    /// A trim never goes back.
+    TrimForward,
     /// What is borrowed is not borrowed already, what is returned is.
     BorrowedOnce,
     /// What is returned is needed by no open session or unpurged backup.
@@ -72,7 +72,7 @@ impl Rule {
         Rule::BackupState,
         Rule::NotHeld,
         Rule::NoOpenChild,
-        Rule::TrimBelowNeeds,
+        Rule::TrimForward,
         Rule::BorrowedOnce,
         Rule::ReturnUnneeded,
     ];
@@ -157,13 +157,8 @@ impl ClusterState {
             Action::Undelete { backup } => self.judge_expired(backup),
             Action::Purge { backup } => self.judge_purge(backup),
             Action::Trim { branch, lsn } => {
-                let needed = self.wal_needed_floor(branch);
-                let forward = *lsn > self.trimmed_below(branch);
-                self.require(Rule::TrimBelowNeeds, forward && needed.is_none_or(|floor| *lsn <= floor), || match needed
-                {
-                    Some(floor) if forward => format!("WAL from {floor} on is needed, and the trim is at {lsn}"),
-                    _ => format!("WAL is trimmed to {} already", self.trimmed_below(branch)),
-                })
+                let trimmed = self.trimmed_below(branch);
+                self.require(Rule::TrimForward, *lsn > trimmed, || format!("WAL is trimmed to {trimmed} already"))
             }
             Action::Borrow { cluster, backup, .. } => {
                 let known = self.borrowed.contains_key(&Borrowed { cluster: cluster.clone(), backup: backup.clone() });

@@ -23,8 +23,10 @@ use crate::signature::{PublicKey, Writer};
 const SESSIONS: [&str; 4] = ["bk_0", "bk_1", "bk_2", "bk_3"];
 /// A backup of another cluster, borrowed from the start.
 const FOREIGN: &str = "bk_x";
-/// Bits of packs: session n's is bit n, the borrowed backup's is this.
+/// Bits of objects: session n's pack is bit n, the borrowed backup's is this.
 const FOREIGN_PACK: u8 = 1 << 7;
+/// The WAL that there is: one segment for each position.
+const POSITIONS: std::ops::RangeInclusive<u64> = 1..=3;
 
 pub(super) fn cluster() -> ClusterName {
     "orders".parse().unwrap()
@@ -160,8 +162,8 @@ const BRIEF: [(View, usize); 4] = [(View::Packs, 2), (View::Wal, 1), (View::Borr
 struct World {
     fold: u32,
     agents: [Agent; 3],
-    /// Packs in the store.
-    packs: u8,
+    /// Packs and WAL in the store.
+    objects: u8,
     /// What each collector still means to delete.
     plans: [u8; 2],
     /// The hold in the lender's log was released, and the lender collected.
@@ -201,7 +203,7 @@ impl Model {
 
     fn start(&self) -> World {
         let idle = Agent { step: Step::Idle, refs: 0 };
-        World { fold: 0, agents: [idle; 3], packs: 1 | FOREIGN_PACK, plans: [0; 2], lender_let_go: false }
+        World { fold: 0, agents: [idle; 3], objects: 1 | FOREIGN_PACK | from(1), plans: [0; 2], lender_let_go: false }
     }
 
     fn refs(&self, world: &World, session: &str) -> u8 {
@@ -216,14 +218,25 @@ impl Model {
     fn live(&self, world: &World) -> u8 {
         let state = self.folds.state(world.fold);
         let roots = state.sessions().map(|session| match session.state {
-            SessionState::Live(_) | SessionState::Expired(..) => self.refs(world, session.id().as_str()),
+            SessionState::Live(_) | SessionState::Expired(..) => self.needs(world, session),
             SessionState::Open => {
                 let parents = session.open.parents.iter().map(|parent| self.refs(world, parent.as_str()));
-                parents.fold(own_pack(session.id().as_str()), |packs, more| packs | more)
+                let own = own_pack(session.id().as_str()) | from(session.open.wal_floor.0);
+                parents.fold(own, |objects, more| objects | more)
             }
             SessionState::Aborted { .. } | SessionState::Purged => 0,
         });
-        roots.fold(0, |packs, more| packs | more)
+        let held = state.holds().map(held_wal);
+        roots.chain(held).fold(0, |objects, more| objects | more)
+    }
+
+    /// What a backup is made of: its packs, and the segment that makes it consistent.
+    fn needs(&self, world: &World, session: &Session) -> u8 {
+        self.refs(world, session.id().as_str()) | segment(session.open.wal_floor.0)
+    }
+
+    fn trimmed(&self, world: &World) -> u8 {
+        from(1) & !from(self.folds.state(world.fold).trimmed_below(&branch()).0)
     }
 
     /// Every world one move away.
@@ -241,14 +254,14 @@ impl Model {
             if agent.step == Step::Opened {
                 let mut uploaded = *world;
                 uploaded.agents[n].step = Step::Uploaded;
-                uploaded.packs |= own_pack(SESSIONS[n + 1]);
+                uploaded.objects |= own_pack(SESSIONS[n + 1]);
                 next.push(uploaded);
             }
         }
         self.collect(world, &mut next);
         let lent = self.folds.state(world.fold).borrowed().next().is_some();
         if !lent && !world.lender_let_go {
-            next.push(World { packs: world.packs & !FOREIGN_PACK, lender_let_go: true, ..*world });
+            next.push(World { objects: world.objects & !FOREIGN_PACK, lender_let_go: true, ..*world });
         }
         next
     }
@@ -290,7 +303,7 @@ impl Model {
     fn collect(&self, world: &World, next: &mut Vec<World>) {
         let closed = self.folds.state(world.fold).sessions().filter(|session| !session.is_open());
         let closed = closed.fold(0, |packs, session| packs | own_pack(session.id().as_str()));
-        let dead = world.packs & closed & !self.live(world);
+        let dead = world.objects & !self.live(world) & (closed | self.trimmed(world));
         for collector in 0..world.plans.len() {
             let planned = world.plans[collector];
             let mut after = *world;
@@ -300,7 +313,7 @@ impl Model {
             } else if planned != 0 {
                 let lowest = planned & planned.wrapping_neg();
                 after.plans[collector] = planned & !lowest;
-                after.packs &= !lowest;
+                after.objects &= !lowest;
                 next.push(after);
             }
         }
@@ -309,19 +322,18 @@ impl Model {
     /// What must hold in every world.
     fn broken(&self, world: &World) -> Option<String> {
         let state = self.folds.state(world.fold);
-        let trimmed = state.trimmed_below(&branch());
         let mut runs = HashSet::new();
         for session in state.sessions() {
             let name = session.id().as_str();
-            if session.committed().is_some() && self.refs(world, name) & !world.packs != 0 {
-                return Some(format!("backup {name} needs packs that are gone"));
+            if session.committed().is_some() && self.needs(world, session) & !world.objects != 0 {
+                return Some(format!("backup {name} needs packs or WAL that are gone"));
             }
             let purged = |parent: &BackupId| state.session(parent).is_some_and(|parent| parent.committed().is_none());
             if session.is_open() && session.open.parents.iter().any(purged) {
                 return Some(format!("open session {name} compares with a backup whose manifest may be gone"));
             }
-            if session.needs_content() && session.open.wal_floor < trimmed {
-                return Some(format!("{name} needs WAL that is gone"));
+            if session.is_open() && from(session.open.wal_floor.0) & !world.objects != 0 {
+                return Some(format!("open session {name} needs WAL that is gone"));
             }
             if let Some(run) = &session.open.run
                 && session.needs_content()
@@ -334,8 +346,7 @@ impl Model {
             HoldSubject::Backup(backup) if state.session(backup)?.committed().is_none() => {
                 Some(format!("held backup {backup} is gone"))
             }
-            HoldSubject::Wal { start, .. } if *start < trimmed => Some("held WAL is gone".to_owned()),
-            _ => None,
+            _ => (held_wal(hold) & !world.objects != 0).then(|| "held WAL is gone".to_owned()),
         })
     }
 
@@ -361,6 +372,23 @@ impl Model {
             }
         }
         Ok(seen.len())
+    }
+}
+
+/// The segment that begins at a position.
+fn segment(position: u64) -> u8 {
+    if POSITIONS.contains(&position) { 1 << (3 + position) } else { 0 }
+}
+
+/// All from a position on.
+fn from(position: u64) -> u8 {
+    (position..=*POSITIONS.end()).fold(0, |segments, at| segments | segment(at))
+}
+
+fn held_wal(hold: &Hold) -> u8 {
+    match &hold.subject {
+        HoldSubject::Wal { start, end, .. } => from(start.0) & !from(end.0),
+        HoldSubject::Backup(_) => 0,
     }
 }
 

@@ -184,23 +184,14 @@ impl ClusterState {
         self.holds.values().any(|hold| matches!(&hold.subject, HoldSubject::Backup(held) if held == backup))
     }
 
-    /// Below it, WAL of the branch may be gone.
+    /// Below it, WAL of the branch may be gone, but for the stretches that unpurged backups, open sessions and holds need.
     pub fn trimmed_below(&self, branch: &WalBranch) -> Lsn {
         self.trims.get(branch).copied().unwrap_or(Lsn::INVALID)
     }
 
-    /// WAL of the branch from here on is needed by an open session, an unpurged backup or a hold; `None`: by none.
-    ///
-    /// Sessions count on every branch of their system identifier, since a backup of a standby may end on a later timeline
-    /// than it began on. That keeps a little too much, for a while.
-    pub fn wal_needed_floor(&self, branch: &WalBranch) -> Option<Lsn> {
-        let sessions = self.sessions.values().filter(|session| session.needs_content());
-        let same_system = sessions.filter(|session| session.open.wal.system_id == branch.system_id);
-        let held = self.holds.values().filter_map(|hold| match &hold.subject {
-            HoldSubject::Wal { branch: held, start, .. } if held == branch => Some(*start),
-            HoldSubject::Wal { .. } | HoldSubject::Backup(_) => None,
-        });
-        same_system.map(|session| session.open.wal_floor).chain(held).min()
+    /// Every trimmed branch, and below what.
+    pub fn trims(&self) -> &BTreeMap<WalBranch, Lsn> {
+        &self.trims
     }
 
     /// Backups of other clusters that may be named as parents now, each with the hold that keeps it there.

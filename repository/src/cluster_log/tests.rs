@@ -2,7 +2,7 @@ use std::sync::Arc;
 
 use object_store::ObjectStoreExt;
 
-use super::model::{branch, cluster, commit, open};
+use super::model::{cluster, commit, open};
 use super::*;
 use crate::format::clear::{self, ObjectKind};
 use crate::format::log_entry::Action;
@@ -205,31 +205,4 @@ async fn a_store_without_atomic_creates_is_not_appended_to() {
     let begin = Action::Begin { domain: DomainId([1; 16]), key_commitment: [1; 32] };
     let error = append(&mut log, &root(), begin).await.unwrap_err();
     assert!(matches!(error, AppendError::Log(LogError::Sequenced { .. })));
-}
-
-#[test]
-fn only_what_is_needed_keeps_wal() {
-    use crate::format::log_entry::Entry;
-    use crate::postgres::{Lsn, SystemId, WalBranch};
-    use crate::signature::Writer;
-
-    let mut state = ClusterState::default();
-    let writer = Writer::root(root().public_key());
-    let mut apply = |action| {
-        let entry =
-            Entry { cluster: cluster(), sequence: state.next(), nonce: [0; 16], at_us: 0, keeper_epoch: 0, action };
-        assert_eq!(state.apply(&entry, &writer), Verdict::Accepted);
-        state.wal_needed_floor(&branch())
-    };
-    assert_eq!(apply(Action::Begin { domain: DomainId([1; 16]), key_commitment: [1; 32] }), None);
-    assert_eq!(apply(open("bk_1", None, None, 50)), Some(Lsn(50)));
-    assert_eq!(apply(open("bk_2", None, None, 70)), Some(Lsn(50)));
-    assert_eq!(apply(Action::Abort { session: id("bk_1"), reason: String::new() }), Some(Lsn(70)));
-    assert_eq!(apply(commit("bk_2")), Some(Lsn(70)));
-    assert_eq!(apply(Action::Trim { branch: branch(), lsn: Lsn(70) }), Some(Lsn(70)));
-    assert_eq!(apply(Action::Expire { backup: id("bk_2"), reason: String::new() }), Some(Lsn(70)));
-    assert_eq!(apply(Action::Purge { backup: id("bk_2") }), None);
-    let elsewhere = WalBranch { system_id: SystemId(8), ..branch() };
-    assert_eq!(state.wal_needed_floor(&elsewhere), None);
-    assert_eq!(state.trimmed_below(&branch()), Lsn(70));
 }

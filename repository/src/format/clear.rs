@@ -35,6 +35,8 @@ pub enum ObjectKind {
     DomainKey = 4,
     Reference = 5,
     GapNote = 6,
+    CollectPlan = 7,
+    Collected = 8,
     // Sealed, with the header of `sealed`.
     Pack = 16,
     Manifest = 17,
@@ -50,9 +52,9 @@ impl ObjectKind {
 
     pub fn from_number(number: u16) -> Option<ObjectKind> {
         use ObjectKind::*;
-        [Root, LogEntry, Checkpoint, DomainKey, Reference, GapNote, Pack, Manifest, Segment, Tail, History]
-            .into_iter()
-            .find(|kind| kind.number() == number)
+        let clear = [Root, LogEntry, Checkpoint, DomainKey, Reference, GapNote, CollectPlan, Collected];
+        let sealed = [Pack, Manifest, Segment, Tail, History];
+        clear.into_iter().chain(sealed).find(|kind| kind.number() == number)
     }
 
     /// As people read it.
@@ -64,6 +66,8 @@ impl ObjectKind {
             ObjectKind::DomainKey => "domain key",
             ObjectKind::Reference => "reference part",
             ObjectKind::GapNote => "gap note",
+            ObjectKind::CollectPlan => "collection plan",
+            ObjectKind::Collected => "report of a collection",
             ObjectKind::Pack => "pack",
             ObjectKind::Manifest => "manifest",
             ObjectKind::Segment => "WAL segment",

@@ -77,6 +77,11 @@ impl Lineage {
         leg.is_some_and(|leg| leg.end.is_none_or(|end| lsn <= end))
     }
 
+    /// Where the way leaves a branch, `None` in there if it ends on it; `None` if it does not go through it.
+    pub fn leaves(&self, wal: &WalBranch) -> Option<Option<Lsn>> {
+        self.legs.iter().find(|leg| leg.wal == *wal).map(|leg| leg.end)
+    }
+
     /// The branch from which recovery reads a segment.
     pub fn branch_of(&self, number: u64) -> WalBranch {
         let begun = |leg: &&Leg| leg.begin.segment_number(self.size) <= number;

@@ -6,7 +6,7 @@
 use std::fmt;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -49,6 +49,7 @@ pub enum On {
     /// Reads, ranges and heads.
     Get,
     List,
+    Delete,
     Any,
 }
 
@@ -57,6 +58,8 @@ struct Rule {
     fault: Fault,
     on: On,
     key_part: String,
+    /// So many pass first.
+    spares: u64,
     times_left: u64,
     probability: f64,
 }
@@ -64,6 +67,11 @@ struct Rule {
 /// The misbehaving store.
 pub struct FaultyStore {
     inner: Arc<dyn ObjectStore>,
+    faults: Arc<Faults>,
+}
+
+/// What is to go wrong, and how often something has.
+struct Faults {
     rules: Mutex<(Vec<Rule>, StdRng)>,
     injected: AtomicU64,
 }
@@ -72,7 +80,7 @@ impl FaultyStore {
     /// Behaves until told otherwise.
     pub fn new(inner: Arc<dyn ObjectStore>, seed: u64) -> Arc<FaultyStore> {
         let rules = Mutex::new((Vec::new(), StdRng::seed_from_u64(seed)));
-        Arc::new(FaultyStore { inner, rules, injected: AtomicU64::new(0) })
+        Arc::new(FaultyStore { inner, faults: Arc::new(Faults { rules, injected: AtomicU64::new(0) }) })
     }
 
     /// An empty store in memory that behaves until told otherwise.
@@ -82,41 +90,36 @@ impl FaultyStore {
 
     /// The next `times` matching requests fail so. Earlier rules go first; the first that matches applies.
     pub fn inject(&self, fault: Fault, on: On, key_part: &str, times: u64) {
-        self.add(Rule { fault, on, key_part: key_part.to_owned(), times_left: times, probability: 1.0 });
+        self.add(Rule { fault, on, key_part: key_part.to_owned(), spares: 0, times_left: times, probability: 1.0 });
+    }
+
+    /// All requests fail so, once so many have passed, until [`FaultyStore::heal`]: as for a process that is killed there.
+    pub fn inject_after(&self, spares: u64, fault: Fault) {
+        let (on, key_part) = (On::Any, String::new());
+        self.add(Rule { fault, on, key_part, spares, times_left: u64::MAX, probability: 1.0 });
     }
 
     /// Matching requests fail so with this probability, until [`FaultyStore::heal`].
     pub fn inject_randomly(&self, fault: Fault, on: On, key_part: &str, probability: f64) {
-        self.add(Rule { fault, on, key_part: key_part.to_owned(), times_left: u64::MAX, probability });
+        self.add(Rule { fault, on, key_part: key_part.to_owned(), spares: 0, times_left: u64::MAX, probability });
     }
 
     /// Behaves again.
     pub fn heal(&self) {
-        self.rules.lock().unwrap_or_else(PoisonError::into_inner).0.clear();
+        self.faults.rules().0.clear();
     }
 
     /// How many requests were failed.
     pub fn injected(&self) -> u64 {
-        self.injected.load(Ordering::Relaxed)
+        self.faults.injected.load(Ordering::Relaxed)
     }
 
     fn add(&self, rule: Rule) {
-        self.rules.lock().unwrap_or_else(PoisonError::into_inner).0.push(rule);
+        self.faults.rules().0.push(rule);
     }
 
     fn fault(&self, on: On, key: &Path) -> Option<Fault> {
-        let mut guard = self.rules.lock().unwrap_or_else(PoisonError::into_inner);
-        let (rules, random) = &mut *guard;
-        let matching = |rule: &&mut Rule| {
-            rule.times_left > 0 && (rule.on == on || rule.on == On::Any) && key.as_ref().contains(&rule.key_part)
-        };
-        let rule = rules.iter_mut().find(matching)?;
-        if rule.probability < 1.0 && !random.random_bool(rule.probability) {
-            return None;
-        }
-        rule.times_left -= 1;
-        self.injected.fetch_add(1, Ordering::Relaxed);
-        Some(rule.fault)
+        self.faults.next(on, key)
     }
 
     /// Faults that come before the request; the rest is for the caller.
@@ -134,6 +137,32 @@ impl FaultyStore {
             }
             Some(Fault::LoseReply | Fault::Truncate | Fault::Flip) | None => Ok(fault),
         }
+    }
+}
+
+impl Faults {
+    fn rules(&self) -> MutexGuard<'_, (Vec<Rule>, StdRng)> {
+        self.rules.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What is to go wrong with a request.
+    fn next(&self, on: On, key: &Path) -> Option<Fault> {
+        let mut guard = self.rules();
+        let (rules, random) = &mut *guard;
+        let matching = |rule: &&mut Rule| {
+            rule.times_left > 0 && (rule.on == on || rule.on == On::Any) && key.as_ref().contains(&rule.key_part)
+        };
+        let rule = rules.iter_mut().find(matching)?;
+        if rule.spares > 0 {
+            rule.spares -= 1;
+            return None;
+        }
+        if rule.probability < 1.0 && !random.random_bool(rule.probability) {
+            return None;
+        }
+        rule.times_left -= 1;
+        self.injected.fetch_add(1, Ordering::Relaxed);
+        Some(rule.fault)
     }
 }
 
@@ -204,7 +233,17 @@ impl ObjectStore for FaultyStore {
     }
 
     fn delete_stream(&self, locations: BoxStream<'static, Result<Path>>) -> BoxStream<'static, Result<Path>> {
-        self.inner.delete_stream(locations)
+        let faults = Arc::clone(&self.faults);
+        let judged = locations.map(move |location| {
+            let location = location?;
+            let path = location.to_string();
+            match faults.next(On::Delete, &location) {
+                Some(Fault::Deny) => Err(Error::PermissionDenied { path, source: "injected: 403".into() }),
+                Some(Fault::Reject) => Err(broken("injected: 503")),
+                _ => Ok(location),
+            }
+        });
+        self.inner.delete_stream(judged.boxed())
     }
 
     fn list(&self, prefix: Option<&Path>) -> BoxStream<'static, Result<ObjectMeta>> {
