@@ -10,7 +10,7 @@ AREAS = {
                "changed_pg17", "fortnight_stored", "clones_stored", "full_s3", "restore_s3", "changed_s3",
                "busy", "memory"],
     "wal": ["backlog", "backlog_adaptive", "push", "push_p99", "push_empty", "fetch", "first_query", "pgbench",
-            "pgbench_p99", "agent_memory", "agent_cpu", "lost_seconds", "lost_commits_repository"],
+            "pgbench_p99", "agent_memory", "agent_burst_memory", "agent_cpu", "lost_seconds", "lost_commits_repository"],
 }
 
 QUANTITIES = ["_cpu", "_memory", "_stored", "_requests", "_latency"]

@@ -6,8 +6,8 @@ from pathlib import Path
 import machine
 import timed
 from busy import SETTLE_SECONDS, Load
-from place import say
-from receiver import STREAMING, PgReceiveWal, serve, unserve
+from place import BenchError, say
+from receiver import PATIENCE_SECONDS, STREAMING, PgReceiveWal, serve, unserve
 from report import Measured
 from samples import Samples, one
 from segments import SETTINGS, Work
@@ -38,7 +38,7 @@ class Streaming:
         if wants("pgbench", "pgbench_p99"):
             with self.samples.attempt("wal.pgbench"):
                 self.pairs()
-        if wants("agent_memory", "agent_cpu"):
+        if wants("agent_memory", "agent_burst_memory", "agent_cpu"):
             with self.samples.attempt("wal.agent_memory and wal.agent_cpu"):
                 self.agent()
         self.end()
@@ -98,8 +98,13 @@ class Streaming:
                 began = work.lsn()
                 told = load.run(2)
                 each = (work.lsn() - began) / (told * 2)
+                # That came as fast as it could.
+                self.until_stored()
+                pid = self.ours.pid()
+                burst = high_water(pid)
+                forget_high_water(pid)
                 load.start(BYTES_PER_SECOND / each)
-                pid, since, lsn = self.ours.pid(), time.monotonic(), work.lsn()
+                since, lsn = time.monotonic(), work.lsn()
                 cpu = machine.tree_cpu(pid)
                 time.sleep(2 * self.place.sizes.seconds)
                 cpu, took, written = machine.tree_cpu(pid) - cpu, time.monotonic() - since, work.lsn() - lsn
@@ -107,17 +112,32 @@ class Streaming:
                 load.end()
             finally:
                 unserve(self.ours, self.cluster)
-        say(f"{self.samples.name('agent')} {written / took / 1e6:.1f} MB/s of WAL  memory {peak / 1e6:.0f} MB  "
+        say(f"{self.samples.name('agent')} {written / took / 1e6:.1f} MB/s of WAL  memory {peak / 1e6:.0f} MB, in a burst before {burst / 1e6:.0f}  "
             f"cpu {cpu / took:.2f} of a core  others {watched.foreign:4.0%}")
         self.report.settings["streamed_bytes_per_second"] = round(written / took)
         if written / took < 0.9 * BYTES_PER_SECOND:
             self.report.note(f"wal.agent: the server wrote only {written / took / 1e6:.0f} MB/s")
         self.report.add("wal.agent_memory", one(peak / 1e6), one(MEMORY_LIMIT / 1e6), "limit", "MB")
+        self.report.add("wal.agent_burst_memory", one(burst / 1e6), one(MEMORY_LIMIT / 1e6), "limit", "MB")
         self.report.add("wal.agent_cpu", Measured([cpu / took], [watched.clean]), one(CPU_LIMIT), "limit", "cores")
+
+    def until_stored(self):
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        end = self.cluster.query("SELECT pg_current_wal_flush_lsn()")
+        behind = f"SELECT count(*) FROM pg_stat_replication WHERE flush_lsn < '{end}'"
+        while self.cluster.query(behind) != "0":
+            if time.monotonic() > deadline:
+                raise BenchError(f"{self.ours.title} has not stored {end} within {PATIENCE_SECONDS} seconds")
+            time.sleep(0.1)
 
 
 def column(taken: list[tuple], field: int) -> Measured | None:
     return Measured([sample[field] for sample in taken], [sample[-1] for sample in taken]) if taken else None
+
+
+def forget_high_water(pid: int):
+    """From now on the peak is that of what follows (clear_refs, proc(5))."""
+    Path(f"/proc/{pid}/clear_refs").write_text("5")
 
 
 def high_water(pid: int) -> int:

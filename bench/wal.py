@@ -23,7 +23,8 @@ from streaming import Streaming
 from walfleet import Walfleet
 
 
-STREAMING_ROWS = ["pgbench", "pgbench_p99", "agent_memory", "agent_cpu", "lost_seconds", "lost_commits_repository"]
+STREAMING_ROWS = ["pgbench", "pgbench_p99", "agent_memory", "agent_burst_memory", "agent_cpu", "lost_seconds",
+                  "lost_commits_repository"]
 
 
 def run(place: Place, report: Report, programs: Programs, rows: Rows):

@@ -28,7 +28,7 @@ const AGAIN: Duration = Duration::from_secs(1);
 
 /// Contents of finished segments held at once until they are sealed, and sealed ones until they are stored, together; one more
 /// always may be.
-const HELD_BYTES: u64 = 32 << 20;
+const HELD_BYTES: u64 = 24 << 20;
 
 /// What was done.
 #[derive(Debug)]
