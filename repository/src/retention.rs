@@ -118,7 +118,7 @@ impl Plan {
 pub fn plan(given: &Given<'_>) -> Plan {
     let edge = given.now - given.promise.window;
     let standing = Standing::of(given, edge);
-    let wanted = wanted(given, &standing);
+    let wanted = wanted(given, &standing, edge);
     let decide = |candidate: &&Candidate| {
         let whys = wanted.get(&candidate.facts.id).cloned().unwrap_or_default();
         Decided {
@@ -208,9 +208,8 @@ impl<'g> Standing<'g> {
 }
 
 /// Why each is wanted, by backup; one that is not in it is not.
-fn wanted(given: &Given<'_>, standing: &Standing<'_>) -> BTreeMap<BackupId, Vec<Why>> {
+fn wanted(given: &Given<'_>, standing: &Standing<'_>, edge: Timestamp) -> BTreeMap<BackupId, Vec<Why>> {
     let promise = given.promise;
-    let edge = given.now - promise.window;
     let mut wanted: BTreeMap<BackupId, Vec<Why>> = BTreeMap::new();
     let mut want = |candidate: &Candidate, why: Why| {
         let whys = wanted.entry(candidate.facts.id.clone()).or_default();

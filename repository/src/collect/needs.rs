@@ -4,8 +4,9 @@
 //!
 //! - A session that is closed never gets packs again, and a later session's parents are live at its own `Open`: what no
 //!   unpurged backup needs then is never needed.
-//! - WAL below a trim is named by no later `Open` and no later `Hold`, since trims never go back. What is needed of it, by
-//!   backups that are not purged, by open sessions and by holds, is less with every entry.
+//! - WAL below a trim is named by no later `Open` on its branch and no later `Hold`, since trims never go back. A session counts on
+//!   the other branches of its system, too, so that WAL of one that was left may come to be needed again, needlessly: what is
+//!   removed is judged when it is.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 

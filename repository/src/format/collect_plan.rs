@@ -3,13 +3,16 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
+use object_store::path::Path;
 use prost::Message;
 use walfleet_proto::repository::v1 as proto;
 
 use super::clear::{self, ClearError, ObjectKind};
+use super::log_entry::trim_to_proto;
+use super::wal_branch;
 use crate::ids::{BackupId, ClusterName, IdError, PackId, RepositoryId};
 use crate::layout;
-use crate::postgres::{Branch, Lsn, SegmentSize, SystemId, Timeline, WalBranch};
+use crate::postgres::{Lsn, SegmentSize, WalBranch};
 use crate::signature::{Role, SignatureError, Signed, Signer, TrustRoot};
 
 /// Garbage, as seen at one prefix of the log.
@@ -84,7 +87,7 @@ impl CollectPlan {
             packs: self.packs.iter().map(packs_to_proto).collect(),
             backups: self.backups.iter().map(BackupId::to_string).collect(),
             wal: self.wal.iter().map(wal_to_proto).collect(),
-            trims: self.trims.iter().map(trim_to_proto).collect(),
+            trims: self.trims.iter().map(|(wal, lsn)| trim_to_proto(wal, *lsn)).collect(),
             bytes: self.bytes,
         };
         let key = layout::collect_plan(&self.cluster, self.sequence);
@@ -98,10 +101,8 @@ impl CollectPlan {
         sequence: u64,
         object: &[u8],
     ) -> Result<CollectPlan, CollectPlanError> {
-        let signed = Signed::decode(clear::decode(ObjectKind::CollectPlan, object)?)?;
-        let key = layout::collect_plan(cluster, sequence);
-        let payload = of_keeper(trust.verify(&key, &signed)?, &signed)?;
-        let message = proto::CollectPlan::decode(payload).map_err(malformed)?;
+        let signed = of_keeper(trust, ObjectKind::CollectPlan, &layout::collect_plan(cluster, sequence), object)?;
+        let message = proto::CollectPlan::decode(signed.payload()).map_err(malformed)?;
         let plan = CollectPlan {
             cluster: message.cluster.parse().map_err(malformed)?,
             sequence: message.sequence,
@@ -126,7 +127,7 @@ impl Collected {
             sequence: self.sequence,
             at_us: self.at_us,
             sessions: self.sessions.iter().map(BackupId::to_string).collect(),
-            trims: self.trims.iter().map(trim_to_proto).collect(),
+            trims: self.trims.iter().map(|(wal, lsn)| trim_to_proto(wal, *lsn)).collect(),
             objects: self.objects,
             bytes: self.bytes,
         };
@@ -141,10 +142,8 @@ impl Collected {
         sequence: u64,
         object: &[u8],
     ) -> Result<Collected, CollectPlanError> {
-        let signed = Signed::decode(clear::decode(ObjectKind::Collected, object)?)?;
-        let key = layout::collected(cluster, sequence);
-        let payload = of_keeper(trust.verify(&key, &signed)?, &signed)?;
-        let message = proto::Collected::decode(payload).map_err(malformed)?;
+        let signed = of_keeper(trust, ObjectKind::Collected, &layout::collected(cluster, sequence), object)?;
+        let message = proto::Collected::decode(signed.payload()).map_err(malformed)?;
         let collected = Collected {
             cluster: message.cluster.parse().map_err(malformed)?,
             sequence: message.sequence,
@@ -161,10 +160,12 @@ impl Collected {
     }
 }
 
-/// The payload, if a keeper or the root key signed it.
-fn of_keeper(writer: crate::signature::Writer, signed: &Signed) -> Result<&[u8], CollectPlanError> {
+/// The object's content, if a keeper or the root key signed it.
+fn of_keeper(trust: &TrustRoot, kind: ObjectKind, key: &Path, object: &[u8]) -> Result<Signed, CollectPlanError> {
+    let signed = Signed::decode(clear::decode(kind, object)?)?;
+    let writer = trust.verify(key, &signed)?;
     match writer.role {
-        Role::Root | Role::Keeper { .. } => Ok(signed.payload()),
+        Role::Root | Role::Keeper { .. } => Ok(signed),
         Role::Agent { .. } => Err(CollectPlanError::Right(writer.name().to_owned())),
     }
 }
@@ -189,30 +190,13 @@ fn wal_to_proto((wal, garbage): (&WalBranch, &GarbageWal)) -> proto::GarbageWal 
     }
 }
 
-fn trim_to_proto((wal, lsn): (&WalBranch, &Lsn)) -> proto::Trim {
-    proto::Trim {
-        system_identifier: wal.system_id.0,
-        timeline: wal.timeline.0,
-        branch: Bytes::copy_from_slice(&wal.branch.0),
-        lsn: lsn.0,
-    }
-}
-
 fn trim_from_proto(message: &proto::Trim) -> Result<(WalBranch, Lsn), CollectPlanError> {
-    let wal = wal_branch(message.system_identifier, message.timeline, &message.branch)?;
+    let wal = wal_branch(message.system_identifier, message.timeline, &message.branch).map_err(malformed)?;
     Ok((wal, Lsn(message.lsn)))
 }
 
-fn wal_branch(system_identifier: u64, timeline: u32, branch: &[u8]) -> Result<WalBranch, CollectPlanError> {
-    Ok(WalBranch {
-        system_id: SystemId(system_identifier),
-        timeline: Timeline::new(timeline).map_err(malformed)?,
-        branch: Branch(branch.try_into().map_err(|_| malformed("a branch has 8 bytes"))?),
-    })
-}
-
 fn wal_from_proto(message: proto::GarbageWal) -> Result<(WalBranch, GarbageWal), CollectPlanError> {
-    let wal = wal_branch(message.system_identifier, message.timeline, &message.branch)?;
+    let wal = wal_branch(message.system_identifier, message.timeline, &message.branch).map_err(malformed)?;
     let size = SegmentSize::new(message.segment_bytes.into()).map_err(malformed)?;
     Ok((wal, GarbageWal { size, segments: message.segments.into_iter().collect() }))
 }
@@ -228,6 +212,7 @@ fn malformed(error: impl std::fmt::Display) -> CollectPlanError {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::postgres::{Branch, SystemId, Timeline};
     use crate::signature::{CertifiedRole, WriterStatement};
 
     #[test]

@@ -10,7 +10,7 @@ use walfleet_proto::repository::v1 as proto;
 use super::clear::{self, ClearError, ObjectKind};
 use crate::ids::{ClusterName, RepositoryId};
 use crate::layout::{self, GapNoteName};
-use crate::postgres::{Branch, Lsn, SystemId, Timeline, WalBranch};
+use crate::postgres::{Lsn, WalBranch};
 use crate::signature::{Role, SignatureError, Signed, Signer, TrustRoot, Writer};
 
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -124,11 +124,7 @@ fn from_proto(message: proto::GapNote) -> Result<GapNote, String> {
         proto::GapNoteKind::Unspecified => return Err(format!("a note of unknown kind {}", message.kind)),
     };
     let range = message.range.ok_or("it names no WAL")?;
-    let wal = WalBranch {
-        system_id: SystemId(range.system_identifier),
-        timeline: Timeline::new(range.timeline).map_err(|error| error.to_string())?,
-        branch: Branch(range.branch.as_ref().try_into().map_err(|_| "a branch has 8 bytes")?),
-    };
+    let wal = super::wal_branch(range.system_identifier, range.timeline, &range.branch)?;
     Ok(GapNote {
         cluster: message.cluster.parse().map_err(|error: crate::ids::IdError| error.to_string())?,
         wal,
@@ -145,6 +141,7 @@ fn from_proto(message: proto::GapNote) -> Result<GapNote, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::postgres::{Branch, SystemId, Timeline};
     use crate::signature::{CertifiedRole, WriterStatement};
 
     fn note(kind: GapNoteKind) -> GapNote {

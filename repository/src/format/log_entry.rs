@@ -12,7 +12,7 @@ use walfleet_proto::repository::v1::log_entry::Action as ProtoAction;
 use super::clear::{self, ClearError, ObjectKind};
 use crate::ids::{BackupId, ClusterName, Digest, DomainId, HoldId, PackId, RepositoryId};
 use crate::layout;
-use crate::postgres::{Branch, Lsn, SystemId, Timeline, WalBranch};
+use crate::postgres::{Branch, Lsn, WalBranch};
 use crate::signature::{Signed, Signer, TrustRoot, Writer};
 
 /// One entry of a cluster's log.
@@ -174,12 +174,7 @@ fn action_to_proto(action: &Action) -> ProtoAction {
         }
         Action::Undelete { backup } => ProtoAction::Undelete(proto::Undelete { backup: backup.to_string() }),
         Action::Purge { backup } => ProtoAction::Purge(proto::Purge { backup: backup.to_string() }),
-        Action::Trim { branch, lsn } => ProtoAction::Trim(proto::Trim {
-            system_identifier: branch.system_id.0,
-            timeline: branch.timeline.0,
-            branch: bytes(&branch.branch.0),
-            lsn: lsn.0,
-        }),
+        Action::Trim { branch, lsn } => ProtoAction::Trim(trim_to_proto(branch, *lsn)),
         Action::Borrow { cluster, backup, hold } => ProtoAction::Borrow(proto::Borrow {
             cluster: cluster.to_string(),
             backup: backup.to_string(),
@@ -294,12 +289,18 @@ fn hold_from_proto(hold: proto::Hold) -> Result<Hold, String> {
     Ok(Hold { hold: parse(&hold.hold)?, subject, reason: hold.reason, owner: hold.owner, until_us })
 }
 
+/// Without bytes, the first.
 fn wal_branch(system_identifier: u64, timeline: u32, branch: &[u8]) -> Result<WalBranch, String> {
-    let branch = match branch {
-        [] => Branch::ROOT,
-        bytes => Branch(bytes.try_into().map_err(|_| "a branch has 8 bytes")?),
-    };
-    Ok(WalBranch { system_id: SystemId(system_identifier), timeline: Timeline::new(timeline).map_err(text)?, branch })
+    super::wal_branch(system_identifier, timeline, if branch.is_empty() { &Branch::ROOT.0 } else { branch })
+}
+
+pub(super) fn trim_to_proto(branch: &WalBranch, lsn: Lsn) -> proto::Trim {
+    proto::Trim {
+        system_identifier: branch.system_id.0,
+        timeline: branch.timeline.0,
+        branch: Bytes::copy_from_slice(&branch.branch.0),
+        lsn: lsn.0,
+    }
 }
 
 fn commitment(bytes: &[u8]) -> Result<[u8; 32], String> {
@@ -317,6 +318,7 @@ fn text(error: impl std::fmt::Display) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::postgres::{SystemId, Timeline};
 
     fn branch() -> WalBranch {
         WalBranch { system_id: SystemId(7412), timeline: Timeline(2), branch: Branch([5; 8]) }

@@ -11,7 +11,7 @@ use super::clear::{self, ClearError, ObjectKind};
 use super::manifest::Counters;
 use crate::ids::{BackupId, ClusterName, Digest, DomainId, PackId, RepositoryId};
 use crate::layout;
-use crate::postgres::{Branch, Lsn, SegmentSize, SystemId, Timeline, WalBranch};
+use crate::postgres::{Lsn, SegmentSize, WalBranch};
 use crate::signature::{SignatureError, Signed, Signer, TrustRoot, Writer};
 
 /// A backup, as far as one without its key needs to know it.
@@ -149,11 +149,7 @@ fn session_to_proto(session: &SessionPacks) -> proto::SessionPacks {
 }
 
 fn reference_from_proto(message: proto::ReferencePart) -> Result<ReferencePart, String> {
-    let wal = WalBranch {
-        system_id: SystemId(message.system_identifier),
-        timeline: Timeline::new(message.timeline).map_err(text)?,
-        branch: Branch(message.branch.as_ref().try_into().map_err(|_| "a branch has 8 bytes")?),
-    };
+    let wal = super::wal_branch(message.system_identifier, message.timeline, &message.branch)?;
     if message.start_lsn > message.stop_lsn {
         return Err(format!("it starts at {} after its end at {}", Lsn(message.start_lsn), Lsn(message.stop_lsn)));
     }
@@ -199,6 +195,7 @@ fn text(error: impl std::fmt::Display) -> String {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
+    use crate::postgres::{Branch, SystemId, Timeline};
 
     pub(crate) fn sample(cluster: &str, backup: &str) -> ReferencePart {
         let pack = |n: u8| PackUse { pack: PackId([n; 32]), stored_bytes: 100, used_bytes: 60 };

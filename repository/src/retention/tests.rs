@@ -17,10 +17,10 @@ fn after(world: &World, plan: &Plan) -> (Vec<Candidate>, WalCatalog) {
     let kept: BTreeSet<&BackupId> = plan.kept().map(|decided| &decided.backup).collect();
     let left: Vec<Candidate> =
         world.candidates.iter().filter(|candidate| kept.contains(&candidate.facts.id)).cloned().collect();
-    let below = wal_needs::below(&plan.trims);
+    let trims = below(&plan.trims);
     let mut catalog = world.catalog.clone();
     for (wal, branch) in &mut catalog.branches {
-        let Some(below) = below.get(wal) else { continue };
+        let Some(below) = trims.get(wal) else { continue };
         let size = branch.segment_size;
         branch.segments.retain(|number, _| {
             let segment = Segment { timeline: wal.timeline, number: *number };
@@ -38,6 +38,11 @@ fn after(world: &World, plan: &Plan) -> (Vec<Candidate>, WalCatalog) {
         });
     }
     (left, catalog)
+}
+
+/// The branches and the lowest position of each that a plan leaves.
+fn below(trims: &[Trimmed]) -> BTreeMap<WalBranch, Lsn> {
+    trims.iter().map(|trim| (trim.wal, trim.below)).collect()
 }
 
 fn facts(candidates: &[Candidate]) -> Vec<BackupFacts> {
@@ -138,7 +143,7 @@ fn economical(world: &World, plan: &Plan, left: &[Candidate], catalog: &WalCatal
     }
     let kept: Vec<Candidate> =
         left.iter().map(|candidate| Candidate { expired_at: None, ..candidate.clone() }).collect();
-    let trimmed = wal_needs::below(&plan.trims);
+    let trimmed = below(&plan.trims);
     let again = super::plan(&Given { candidates: &kept, catalog, trimmed: &trimmed, ..world.given() });
     match again.backups.iter().find(|decided| !matches!(decided.decision, Decision::Keep(_))) {
         Some(decided) => Err(format!("{} is kept at first and not at a second look: {again:#?}", decided.backup)),

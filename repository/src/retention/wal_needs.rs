@@ -1,8 +1,6 @@
 //! Below what position WAL is not needed for the recovery window. What lies below is not gone with that: the stretches that
 //! make kept backups consistent, and those that are held, stay ([`crate::collect`]).
 
-use std::collections::BTreeMap;
-
 use super::{Given, Standing};
 use crate::postgres::{Lsn, WalBranch};
 
@@ -46,9 +44,4 @@ fn needed(standing: &Standing<'_>, wal: &WalBranch, end: Lsn) -> Option<Lsn> {
         }
     }
     Some(needed)
-}
-
-/// The branches and the lowest position of each that a plan leaves.
-pub fn below(trims: &[Trimmed]) -> BTreeMap<WalBranch, Lsn> {
-    trims.iter().map(|trim| (trim.wal, trim.below)).collect()
 }
