@@ -9,9 +9,13 @@ mod agents;
 mod apply;
 mod audit;
 mod fleet;
+mod holds;
 mod jobs;
+mod replicas;
 mod resources;
 mod restore;
+mod retention;
+mod retention_diff;
 mod status;
 mod wal;
 mod watch;
@@ -26,7 +30,9 @@ use walfleet_proto::agent::v1::agent_link_server::AgentLinkServer;
 use walfleet_proto::operator::v1::audit_server::AuditServer;
 use walfleet_proto::operator::v1::fleet_server::FleetServer;
 use walfleet_proto::operator::v1::jobs_server::JobsServer;
+use walfleet_proto::operator::v1::replicas_server::ReplicasServer;
 use walfleet_proto::operator::v1::resources_server::ResourcesServer;
+use walfleet_proto::operator::v1::retention_server::RetentionServer;
 use walfleet_proto::operator::v1::wal_server::WalServer;
 
 use crate::audit::{Actor, Audit};
@@ -59,7 +65,7 @@ pub struct Ground {
     pub tasks: Tasks,
 }
 
-/// All six services, and the loops behind them. Cheap to clone.
+/// All its services, and the loops behind them. Cheap to clone.
 #[derive(Clone)]
 pub struct Api {
     name: Arc<str>,
@@ -96,6 +102,10 @@ impl Api {
         let api = self.clone();
         self.tasks.spawn("keeper", async move { api.keeper.run(&api.cancel).await });
         let api = self.clone();
+        self.tasks.spawn("retention", async move { api.keeper.keep(&api.cancel).await });
+        let api = self.clone();
+        self.tasks.spawn("replicas", async move { api.keeper.replicate(&api.cancel).await });
+        let api = self.clone();
         self.tasks.spawn("fleet metrics", async move { api.metrics.run(&api.reconciler, &api.cancel).await });
     }
 
@@ -107,6 +117,8 @@ impl Api {
             .add_service(ResourcesServer::new(self.clone()))
             .add_service(AuditServer::new(self.clone()))
             .add_service(WalServer::new(self.clone()))
+            .add_service(ReplicasServer::new(self.clone()))
+            .add_service(RetentionServer::new(self.clone()))
     }
 
     async fn audited<T>(
@@ -126,6 +138,21 @@ const MAX_AGENT_MESSAGE: usize = 8 * 1024 * 1024;
 
 fn now() -> Timestamp {
     Timestamp::now()
+}
+
+/// More is no reason but a report.
+const LONGEST_REASON: usize = 1000;
+
+/// What an operator gives as one.
+fn reason<'t>(text: &'t str, hint: &str) -> Result<&'t str, Status> {
+    let reason = text.trim();
+    let length = reason.len();
+    if (1..=LONGEST_REASON).contains(&length) {
+        return Ok(reason);
+    }
+    Err(Status::invalid_argument(format!(
+        "reason: it has {length} bytes, and 1 to {LONGEST_REASON} are accepted\nHINT: {hint}"
+    )))
 }
 
 impl From<WireError> for Status {

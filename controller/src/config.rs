@@ -10,8 +10,8 @@ use ::config::{Environment, File, FileFormat};
 mod section;
 
 pub use section::{
-    AgentsConfig, CertificatesConfig, Config, JobsConfig, LimitsConfig, LogFormat, MetricsConfig, StateConfig,
-    TelemetryConfig, hostname,
+    AgentsConfig, CertificatesConfig, Config, JobsConfig, LimitsConfig, LogFormat, MetricsConfig, RetentionConfig,
+    StateConfig, TelemetryConfig, hostname,
 };
 
 /// Where `run` looks when `--config` is not given.

@@ -16,7 +16,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use tokio::sync::watch;
 use tokio::time::Instant;
 use walfleet_repository::ids::JobId;
@@ -25,7 +25,7 @@ pub use clusters::{AgentSeen, Assembly, ClusterSeen, Enrolled, MemberSeen, Pin};
 pub use link::{Link, LinkId, ToAgent};
 pub use observed::{AgentObserved, FactsObserved, HelloObserved, InstanceObserved, InstanceRole};
 
-use crate::config::Config;
+use crate::config::{Config, RetentionConfig};
 use crate::jobs::FencingToken;
 
 /// The paces of the fleet. One place, so that tests can be quick.
@@ -51,6 +51,33 @@ pub struct Timing {
     pub writer: Duration,
     /// How long jobs that are over are kept.
     pub history: Duration,
+    pub retention: RetentionTiming,
+}
+
+/// The paces of retention.
+#[derive(Clone, Copy, Debug)]
+pub struct RetentionTiming {
+    /// Between two plans of one cluster.
+    pub every: SignedDuration,
+    /// How long what keeps less must have stood.
+    pub notice: SignedDuration,
+    /// How long somebody may go on who reads what is to be removed.
+    pub grace: SignedDuration,
+    /// Objects per second and cluster.
+    pub removals: u32,
+}
+
+impl RetentionTiming {
+    pub fn of(config: &RetentionConfig) -> RetentionTiming {
+        // At most 30 days: validated.
+        let seconds = |seconds: u64| SignedDuration::from_secs(i64::try_from(seconds).unwrap_or(i64::MAX));
+        RetentionTiming {
+            every: seconds(config.every_seconds),
+            notice: seconds(config.notice_seconds),
+            grace: seconds(config.grace_seconds),
+            removals: config.removals_per_second,
+        }
+    }
 }
 
 impl Timing {
@@ -70,6 +97,7 @@ impl Timing {
             tick: seconds(config.jobs.reconcile_seconds),
             writer: config.certificates.writer(),
             history: Duration::from_secs(u64::from(config.jobs.history_days) * 86_400),
+            retention: RetentionTiming::of(&config.retention),
         }
     }
 }

@@ -180,6 +180,11 @@ impl JobState {
 }
 
 impl Job {
+    /// As logs know the run that it serves.
+    pub fn run_name(&self) -> String {
+        self.run.as_ref().map_or_else(|| self.id.to_string(), |run| run.to_string())
+    }
+
     pub fn phase(&self) -> Phase {
         self.state.phase()
     }

@@ -1,13 +1,15 @@
 //! What the controller does in repositories with the keeper's key: makes those that are declared, ends what agents left
 //! open, lends backups to copies, and asks the logs how attempts that nobody can tell of have ended.
 //!
-//! It deletes nothing but pieces of WAL segments that whole ones have taken the place of. (Expiry, collection and
-//! replication will live here.) It is slow where a store is slow, so
-//! it runs apart from the reconciler and only hands it events.
+//! It is the only one that deletes: pieces of WAL segments that whole ones have taken the place of, and what retention lets go
+//! of ([`retention`]). It is slow where a store is slow, so it runs apart from the reconciler and only hands it events.
 
 pub mod gaps;
+pub mod holds;
 mod lending;
 mod lost;
+pub mod replicas;
+pub mod retention;
 mod superseded;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -67,6 +69,12 @@ pub enum KeeperError {
     #[error(transparent)]
     Log(#[from] walfleet_repository::cluster_log::LogError),
     #[error(transparent)]
+    Gather(#[from] walfleet_repository::retention::gather::GatherError),
+    #[error(transparent)]
+    Collect(#[from] walfleet_repository::collect::CollectError),
+    #[error(transparent)]
+    Replicate(#[from] walfleet_repository::replicate::ReplicateError),
+    #[error(transparent)]
     GapNotes(#[from] walfleet_repository::gap_notes::GapNotesError),
     #[error("on which branch of cluster {cluster} the gap is cannot be told: {branch:?}")]
     Gap { cluster: ClusterName, branch: String },
@@ -80,6 +88,12 @@ pub struct Keeper {
     tidied: Mutex<BTreeSet<(JobId, u32)>>,
     /// When superseded pieces of WAL were last removed, by repository.
     cleaned: Mutex<BTreeMap<String, Cleaned>>,
+    /// Clusters bound by labels that their hosts can change.
+    claimed: Mutex<BTreeSet<ClusterName>>,
+    /// What retention last saw and did, by repository and cluster.
+    kept: Mutex<BTreeMap<replicas::Place, retention::Kept>>,
+    /// What came to replicas.
+    replicated: Mutex<BTreeMap<replicas::Place, replicas::Replicated>>,
     /// Repositories that were found well, and when.
     found: Mutex<BTreeMap<String, (RepositorySpec, Repository, Timestamp)>>,
 }
@@ -91,6 +105,9 @@ impl Keeper {
             troubles: Mutex::default(),
             tidied: Mutex::default(),
             cleaned: Mutex::default(),
+            claimed: Mutex::default(),
+            kept: Mutex::default(),
+            replicated: Mutex::default(),
             found: Mutex::default(),
         })
     }
@@ -112,10 +129,11 @@ impl Keeper {
         }
     }
 
-    /// One line for each repository that is not as it should be.
+    /// One line for each repository that is not as it should be, and for each cluster whose retention is held back.
     pub fn notices(&self) -> Vec<String> {
-        let troubles = self.troubles.lock().unwrap_or_else(PoisonError::into_inner);
-        troubles.iter().map(|(name, trouble)| format!("repository {name}: {trouble}")).collect()
+        let troubles = self.troubles.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let of_repositories = troubles.into_iter().map(|(name, trouble)| format!("repository {name}: {trouble}"));
+        of_repositories.chain(self.retention_notices()).chain(self.replica_notices()).collect()
     }
 
     pub async fn round(&self, now: Timestamp) {

@@ -6,6 +6,8 @@ pub mod desired;
 pub mod job;
 pub mod operator;
 pub mod recovery;
+pub mod replicas;
+pub mod retention;
 
 use jiff::Timestamp;
 use walfleet_repository::postgres::Lsn;

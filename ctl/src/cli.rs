@@ -72,6 +72,15 @@ pub enum Command {
     /// Backups: take, list and verify them
     #[command(subcommand)]
     Backup(command::backup::BackupCommand),
+    /// Retention: what is kept, and why
+    #[command(subcommand)]
+    Retention(command::retention::RetentionCommand),
+    /// Holds: what is kept whatever retention says
+    #[command(subcommand)]
+    Hold(command::hold::HoldCommand),
+    /// Replicas: other places of repositories
+    #[command(subcommand)]
+    Replica(command::replica::ReplicaCommand),
     /// Restores: any cluster, to any second, on any host
     #[command(subcommand)]
     Restore(command::restore::RestoreCommand),
@@ -107,6 +116,9 @@ impl Command {
             Command::Cluster(command) => command.run(session).await,
             Command::Agent(command) => command.run(session).await,
             Command::Backup(command) => command.run(session).await,
+            Command::Retention(command) => command.run(session).await,
+            Command::Hold(command) => command.run(session).await,
+            Command::Replica(command) => command.run(session).await,
             Command::Restore(command) => command.run(session).await,
             Command::Wal(command) => command.run(session).await,
             Command::Job(command) => command.run(session).await,

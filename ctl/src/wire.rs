@@ -11,12 +11,15 @@ mod fleet;
 mod found;
 mod jobs;
 mod recovery;
+mod replicas;
 mod resources;
+mod retention;
 mod wal;
 
 pub use enrolment::Admission;
 pub use jobs::{FindSpec, JobWatch, RestoreSpec};
 pub use resources::Intent;
+pub use retention::HoldSpec;
 
 use std::future::Future;
 use std::time::Duration;

@@ -20,7 +20,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 pub use append::{AppendError, Author, Decision, Outcome};
 pub use fold::{Rule, Verdict, Void};
-pub use state::{Borrowed, ClusterState, Committed, DomainKeys, Session, SessionState, Stamp};
+pub use state::{Borrowed, ClusterState, Committed, DomainKeys, Expiry, Session, SessionState, Stamp};
 
 use crate::format::clear::ClearError;
 use crate::format::root::AppendMode;

@@ -62,6 +62,8 @@ pub struct CollectReport {
     pub waiting: Option<Waiting>,
     pub removed_objects: u64,
     pub removed_bytes: u64,
+    /// Garbage was looked for where the scope says, and no plan stood in the way.
+    pub searched: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -108,7 +110,8 @@ pub async fn collect(
         let needs = needs(repository, cluster, &log).await?;
         remove::carry_out(repository, &plan, &needs, spec, cancel).await?;
         records.finish(repository, signer, &records.report(&plan, spec)).await?;
-        return Ok(CollectReport { waiting: None, removed_objects: plan.objects(), removed_bytes: plan.bytes });
+        let (removed_objects, removed_bytes) = (plan.objects(), plan.bytes);
+        return Ok(CollectReport { removed_objects, removed_bytes, ..CollectReport::default() });
     }
     if records.is_idle(log.state()) && spec.scope == Scope::Ended {
         return Ok(CollectReport::default());
@@ -119,7 +122,7 @@ pub async fn collect(
         if !spec.dry_run && !records.is_idle(log.state()) {
             records.finish(repository, signer, &records.report(&plan, spec)).await?;
         }
-        return Ok(CollectReport::default());
+        return Ok(CollectReport { searched: true, ..CollectReport::default() });
     }
     if !spec.dry_run {
         let object = plan.seal(signer, repository.id());
@@ -128,7 +131,7 @@ pub async fn collect(
             Creation::Created | Creation::AlreadyThere => {}
         }
     }
-    Ok(CollectReport::waiting(spec.now + spec.grace, &plan))
+    Ok(CollectReport { searched: true, ..CollectReport::waiting(spec.now + spec.grace, &plan) })
 }
 
 impl CollectReport {

@@ -6,6 +6,8 @@
 //! Where a server wrote with `wal_level = minimal` the WAL itself tells ([`crate::recovery_window::unlogged`]); such a gap counts as
 //! recorded once that has ended, since a backup can begin behind it then.
 
+use std::collections::BTreeMap;
+
 use crate::format::gap_note::{GapNote, GapNoteError, GapNoteKind};
 use crate::ids::ClusterName;
 use crate::layout::{self, GapNoteName};
@@ -130,6 +132,17 @@ fn is_needed(backups: &[BackupFacts], note: &GapNote) -> bool {
 }
 
 impl KnownGaps {
+    /// Without what retention has let go of. What lies above a trim is promised still.
+    pub fn above(self, trims: &BTreeMap<WalBranch, Lsn>) -> KnownGaps {
+        let below = |wal: &WalBranch| trims.get(wal).copied().unwrap_or(Lsn::INVALID);
+        let gaps = self.gaps.into_iter().filter(|known| known.gap.to > below(&known.gap.wal));
+        let cut = |known: KnownGap| {
+            let from = known.gap.from.max(below(&known.gap.wal));
+            KnownGap { gap: WalGap { from, ..known.gap }, ..known }
+        };
+        KnownGaps { gaps: gaps.map(cut).collect(), ..self }
+    }
+
     /// Whether a stretch of missing WAL is one that somebody has acknowledged.
     pub fn is_acknowledged(&self, wal: &WalBranch, from: Lsn, to: Lsn) -> bool {
         let within = |known: &&KnownGap| known.gap.wal == *wal && known.gap.from < to && from < known.gap.to;
@@ -192,6 +205,23 @@ mod tests {
         assert_eq!(known([2, 3, 4, 6], &both), (vec![(5, 6, true, true)], 0), "what is left of it");
         assert_eq!(known(2..=7, &both), (vec![], 2), "it was filled");
         assert_eq!(known([2, 3, 7], &both), (vec![(4, 7, true, false)], 0), "nobody knew of so much");
+    }
+
+    #[test]
+    fn what_retention_let_go_of_is_no_gap() {
+        let of = |from, to| KnownGap {
+            gap: WalGap { wal: WAL, from: lsn(from), to: lsn(to) },
+            recorded: None,
+            acknowledged: None,
+        };
+        let left = |below: u64| {
+            let known = KnownGaps { gaps: vec![of(4, 6), of(7, 9)], filled: vec![] };
+            let left = known.above(&[(WAL, lsn(below))].into()).gaps.into_iter();
+            left.map(|known| (known.gap.from.0 >> 24, known.gap.to.0 >> 24)).collect::<Vec<_>>()
+        };
+        assert_eq!(left(4), [(4, 6), (7, 9)]);
+        assert_eq!(left(5), [(5, 6), (7, 9)]);
+        assert_eq!((left(6), left(9)), (vec![(7, 9)], vec![]));
     }
 
     #[test]

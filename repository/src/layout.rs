@@ -13,6 +13,7 @@
 //! | `clusters/<cluster>/backups/<backup>.refs` | its reference part, in clear and signed | the session's agent | never |
 //! | `clusters/<cluster>/wal/<system id>/<timeline>-<branch>/<segment>` | one WAL segment, sealed | any member's agent | never; the keeper deletes |
 //! | `clusters/<cluster>/wal/<system id>/<timeline>-<branch>/history` | the timeline's history file, sealed; of a branch that a diverging member's WAL went to, where that one left which branch | any member's agent | never |
+//! | `clusters/<cluster>/wal/<system id>/<timeline>-<branch>/origin` | the positions of that history, in clear: who holds no key must know which WAL a backup needs | any member's agent | never |
 //! | `clusters/<cluster>/wal/<system id>/<timeline>-<branch>/partial/<segment>.<content>` | the last segment of a timeline that a promotion left unfinished, sealed; several promotions may leave several, told apart by the first 8 bytes of the content id | any member's agent | never; the keeper deletes |
 //! | `clusters/<cluster>/wal/<system id>/<timeline>-<branch>/<segment>.<offset>.backup` | a backup history file, sealed | any member's agent | never; the keeper deletes |
 //! | `clusters/<cluster>/wal/<system id>/<timeline>-<branch>/gaps/<from>-<to>.<tag>` | what is known of WAL that is missing in `[from, to)`: who let go of it and why, or who has acknowledged it; in clear and signed | any member's agent, keeper | never; the keeper deletes |
@@ -150,6 +151,11 @@ pub fn wal_history(cluster: &ClusterName, branch: &WalBranch) -> Path {
     wal_branch(cluster, branch).join(HISTORY)
 }
 
+/// Where a branch comes from, in clear.
+pub fn wal_origin(cluster: &ClusterName, branch: &WalBranch) -> Path {
+    wal_branch(cluster, branch).join("origin")
+}
+
 /// An unfinished last segment of a timeline: each promotion off it may leave another.
 pub fn wal_partial(
     cluster: &ClusterName,
@@ -243,6 +249,20 @@ pub fn parse_wal_backup_history(
 /// Below it lies one folder per system identifier, with pieces of unfinished segments.
 pub fn cluster_tails(cluster: &ClusterName) -> Path {
     Path::from("tails").join(cluster.as_str())
+}
+
+/// Below it lie the pieces of all of a system's branches.
+pub fn system_tails(cluster: &ClusterName, system_id: SystemId) -> Path {
+    cluster_tails(cluster).join(system_id.to_string())
+}
+
+/// The piece of a key below [`cluster_tails`], with whose it is.
+pub fn parse_piece(cluster: &ClusterName, key: &Path, size: SegmentSize) -> Option<(WalBranch, Segment, TailName)> {
+    let [system_id, folder, segment, _] = parts_below(&cluster_tails(cluster), key)?;
+    let wal = parse_branch_folder(&system_id, &folder)?;
+    let segment = Segment::from_file_name(&segment, size).ok().filter(|segment| segment.timeline == wal.timeline)?;
+    let name = tail_name(key).filter(|found| found.to <= size.bytes())?;
+    Some((wal, segment, name))
 }
 
 /// Below it lie the pieces of a branch's unfinished segments, one folder per segment.
@@ -482,7 +502,8 @@ mod tests {
             key.to_string(),
             "tails/orders/7412/00000002-0707070707070707/000000020000000000000009/00000000-01000000.pg1.db.example"
         );
-        assert_eq!(parse_tail(&cluster, &branch, (segment, size), &key), Some(piece));
+        assert_eq!(parse_tail(&cluster, &branch, (segment, size), &key), Some(piece.clone()));
+        assert_eq!(parse_piece(&cluster, &key, size), Some((branch, segment, piece)));
         let folder = segment_tails(&cluster, &branch, segment, size);
         assert_eq!(parse_tail_segment(&cluster, &branch, &folder, size), Some(segment));
         let strangers =

@@ -70,6 +70,7 @@ pub mod lineage;
 pub mod open;
 pub mod postgres;
 pub mod recovery_window;
+pub mod replicate;
 pub mod retention;
 pub mod shipping;
 pub mod signature;

@@ -11,7 +11,7 @@ use crate::format::reference::{ReferenceError, ReferencePart};
 use crate::format::root::{AppendMode, RepositoryRoot, RootError};
 use crate::ids::{BackupId, ClusterName, RecipientId, RepositoryId};
 use crate::layout;
-use crate::signature::{PublicKey, TrustRoot, Writer};
+use crate::signature::{PublicKey, Role, TrustRoot, Writer};
 use crate::store::probe::{ProbeReport, probe};
 use crate::store::{Creation, Pace, Store, StoreError};
 
@@ -85,6 +85,13 @@ pub struct CommittedBackup {
     pub life: BackupLife,
     /// Who signed the reference part.
     pub writer: Writer,
+}
+
+impl CommittedBackup {
+    /// When the place it was copied from saw its commit, microseconds since the Unix epoch.
+    pub fn seen_before_us(&self) -> Option<i64> {
+        self.reference.seen_at_us.filter(|_| !matches!(self.writer.role, Role::Agent { .. }))
+    }
 }
 
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -231,7 +238,7 @@ impl Repository {
             .into_iter()
             .map(|(session, committed)| {
                 let life = match &session.state {
-                    SessionState::Expired(_, reason) => BackupLife::Expired { reason: reason.clone() },
+                    SessionState::Expired(_, expiry) => BackupLife::Expired { reason: expiry.reason.clone() },
                     _ => BackupLife::Live,
                 };
                 (session.id().clone(), committed.clone(), life)

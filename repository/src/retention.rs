@@ -5,7 +5,9 @@
 //! more, never less; where the clock, the catalog or the size of a removal is doubtful, [`guards`] refuse all of it.
 
 pub mod calendar;
+pub mod gather;
 pub mod guards;
+pub mod stretch;
 pub mod wal_needs;
 mod why;
 
@@ -21,14 +23,14 @@ pub use guards::Refusal;
 pub use wal_needs::Trimmed;
 pub use why::Why;
 
-use crate::format::log_entry::{Hold, HoldSubject, Open};
+use crate::format::log_entry::{Hold, Open};
 use crate::ids::BackupId;
 use crate::postgres::{Lsn, WalBranch};
 use crate::recovery_window::lineage::Lineage;
 use crate::recovery_window::{BackupFacts, WalCatalog, recovery_windows};
 
 /// What a policy promises.
-#[derive(Clone, Debug)]
+#[derive(Clone, PartialEq, Debug)]
 pub struct Promise {
     /// Every second of this long before now.
     pub window: SignedDuration,
@@ -67,6 +69,8 @@ pub struct Given<'a> {
     pub holds: &'a [Hold],
     /// Sessions under way.
     pub open: &'a [Open],
+    /// What makes the plan doubtful beside what is seen here: clocks that differ, a store that failed its probe.
+    pub doubts: &'a [String],
 }
 
 /// What to do about a backup, and why.
@@ -251,7 +255,7 @@ fn wanted(given: &Given<'_>, standing: &Standing<'_>, edge: Timestamp) -> BTreeM
     for candidate in &standing.in_order {
         let id = &candidate.facts.id;
         for hold in given.holds {
-            if matches!(&hold.subject, HoldSubject::Backup(held) if held == id) {
+            if hold.backup() == Some(id) {
                 want(
                     candidate,
                     Why::Held { hold: hold.hold.clone(), reason: hold.reason.clone(), owner: hold.owner.clone() },

@@ -31,10 +31,10 @@ pub use pace::{Pace, Stopped};
 
 use attempt::Attempts;
 
-/// What became of a create.
 /// No object has more: a WAL segment has 1 GiB at most, and its notes some more.
 pub const LARGEST_OBJECT: u64 = 5 << 28;
 
+/// What became of a create.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[must_use = "who did not create the object must look at what lies there"]
 pub enum Creation {
@@ -246,6 +246,19 @@ impl Store {
         loop {
             self.counters.list();
             let listing = self.inner.list(Some(prefix)).map_ok(Listed::from).try_collect::<Vec<_>>();
+            match attempts.limit_listing(listing).await {
+                Ok(listed) => return Ok(listed),
+                Err(error) => self.again(&mut attempts, error).await?,
+            }
+        }
+    }
+
+    /// Those of them whose keys sort behind `after`.
+    pub async fn list_after(&self, prefix: &Path, after: &Path) -> Result<Vec<Listed>, StoreError> {
+        let mut attempts = Attempts::new(Operation::List, prefix, &self.retry);
+        loop {
+            self.counters.list();
+            let listing = self.inner.list_with_offset(Some(prefix), after).map_ok(Listed::from).try_collect::<Vec<_>>();
             match attempts.limit_listing(listing).await {
                 Ok(listed) => return Ok(listed),
                 Err(error) => self.again(&mut attempts, error).await?,

@@ -103,6 +103,7 @@ impl ClusterWatch {
             Ok(catalog) => {
                 let windows = recovery_windows(&facts, &catalog);
                 let known = self.know_gaps(&windows, &facts, &catalog, &mut problems).await;
+                let known = known.above(self.log.state().trims());
                 let split = split_brains(&catalog, as_of.as_microsecond());
                 problems.splice(0..0, split.iter().map(ToString::to_string));
                 problems.extend(catalog.damaged.iter().map(|damaged| format!("it counts as absent: {damaged}")));
@@ -118,7 +119,9 @@ impl ClusterWatch {
                 // What cannot be replayed is there.
                 let lacking = known.gaps.iter().filter(|known| catalog.unlogged_at(&known.gap).is_none());
                 view.missing = lacking.map(missing).collect();
-                let lost: Vec<Missing> = stored.iter().filter_map(|stored| lost_end(&catalog, stored)).collect();
+                let lost = stored.iter().filter_map(|stored| lost_end(&catalog, stored));
+                let is_promised = |lost: &Missing| lost.to > self.log.state().trimmed_below(&lost.wal);
+                let lost: Vec<Missing> = lost.filter(is_promised).collect();
                 problems.extend(lost.iter().map(|lost| {
                     let (timeline, from, to) = (lost.wal.timeline.0, lost.from, lost.to);
                     format!("WAL of timeline {timeline} was stored up to {to}, and what is left of it ends at {from}")

@@ -16,7 +16,7 @@ use super::order::{
     BackupOrder, BackupPlanOrder, Checkpoint, JobOrder, RestoreOrder, VerifyOrder, WalFindOrder, WorkOrder,
 };
 use super::report::{Report, VerifyFinding, VerifyReport};
-use crate::access::{Access, AccessError, ClusterAccess, InstanceAccess, cluster_failure};
+use crate::access::{Access, AccessError, ClusterAccess, InstanceAccess, RepositoryAccess, cluster_failure};
 use crate::archiving::Archiving;
 use crate::backup::plan::BackupPlanRequest;
 use crate::backup::{self, BackupRequest};
@@ -79,7 +79,7 @@ impl HostWork {
         let deadline = tokio::time::Instant::now() + HEARD_WITHIN;
         loop {
             let access = heard.borrow_and_update().clone().ok_or_else(not_ready);
-            let refused = match access.and_then(|access| known(&access, job, repository).map(|_| access.clone())) {
+            let refused = match access.and_then(|access| readable(&access, job, repository).map(|_| access.clone())) {
                 Ok(access) => return Ok(access),
                 Err(failure) => failure,
             };
@@ -206,8 +206,7 @@ impl HostWork {
             return Err(Failure::new("restore.unsupported", ExitCode::Refused, Remedy::Operator, message));
         }
         let access = self.access(job, &order.repository, cancel).await?;
-        let cluster = known(&access, job, &order.repository)?;
-        let repository = &cluster.repository;
+        let (cluster, repository) = readable(&access, job, &order.repository)?;
         let allowance = self.limits.allowance(cancel);
         let open = access.open(repository, cluster.name.clone()).await?;
         let request = RestoreRequest {
@@ -245,9 +244,9 @@ impl HostWork {
         cancel: &CancellationToken,
     ) -> Result<Report, Failure> {
         let access = self.access(job, &order.repository, cancel).await?;
-        let cluster = known(&access, job, &order.repository)?;
+        let (cluster, repository) = readable(&access, job, &order.repository)?;
         let allowance = self.limits.allowance(cancel);
-        let open = access.open(&cluster.repository, cluster.name.clone()).await?.paced(Arc::new(allowance.clone()));
+        let open = access.open(repository, cluster.name.clone()).await?.paced(Arc::new(allowance.clone()));
         let depth = if order.deep { Depth::Content } else { Depth::Stored };
         let spec = VerifySpec { backup: order.backup.clone(), depth };
         progress.count(open.repository().store());
@@ -328,14 +327,29 @@ fn not_ready() -> Failure {
 fn known<'a>(access: &'a Access, job: &JobOrder, repository: &str) -> Result<&'a ClusterAccess, Failure> {
     let cluster = access.cluster(&job.cluster)?;
     if cluster.repository.name != repository {
-        let message = format!(
-            "the order is for repository \"{repository}\", and this agent knows cluster {} in \"{}\"",
-            cluster.name, cluster.repository.name
-        );
-        // The newer desired state may be on its way.
-        return Err(Failure::new("repository.unknown", ExitCode::NotFound, Remedy::Retry, message));
+        return Err(elsewhere(cluster, repository));
     }
     Ok(cluster)
+}
+
+/// The same for reading, which may be from a replica.
+fn readable<'a>(
+    access: &'a Access,
+    job: &JobOrder,
+    repository: &str,
+) -> Result<(&'a ClusterAccess, &'a Arc<RepositoryAccess>), Failure> {
+    let cluster = access.cluster(&job.cluster)?;
+    let found = access.repositories.get(repository).ok_or_else(|| elsewhere(cluster, repository))?;
+    Ok((cluster, found))
+}
+
+fn elsewhere(cluster: &ClusterAccess, repository: &str) -> Failure {
+    let message = format!(
+        "the order is for repository \"{repository}\", and this agent knows cluster {} in \"{}\"",
+        cluster.name, cluster.repository.name
+    );
+    // The newer desired state may be on its way.
+    Failure::new("repository.unknown", ExitCode::NotFound, Remedy::Retry, message)
 }
 
 fn no_instance(cluster: &ClusterAccess) -> Failure {

@@ -10,15 +10,19 @@ use crate::policy::Binding;
 use crate::reconcile::desired;
 use crate::reconcile::report::Overview;
 use crate::resources::Kind;
-use crate::resources::stored::Catalog;
+use crate::resources::stored::{Catalog, Dangling};
 
-/// A document that names a repository nobody declares.
+/// A document that names a repository nobody declares, or a replica.
 pub fn refuse_dangling(after: &Catalog) -> Result<(), Status> {
-    match after.dangling() {
-        Some(dangling) => Err(Status::invalid_argument(format!(
-            "{} {:?}: spec.repository: {:?} is not declared\nHINT: declare it as a Repository, in the same file if you like.",
-            dangling.kind, dangling.name, dangling.repository
-        ))),
+    let refused = |found: Dangling, why: &str| {
+        let Dangling { kind, name, field, repository } = found;
+        Err(Status::invalid_argument(format!("{kind} {name:?}: spec.{field}: {repository:?} {why}")))
+    };
+    if let Some(dangling) = after.dangling() {
+        return refused(dangling, "is not declared\nHINT: declare it as a Repository, in the same file if you like.");
+    }
+    match after.misplaced() {
+        Some(misplaced) => refused(misplaced, "is a replica\nHINT: name the repository that it is a replica of."),
         None => Ok(()),
     }
 }
@@ -48,8 +52,8 @@ pub fn refuse_referred(overview: &Overview, kind: Kind, name: &str) -> Result<()
         && let Some(dangling) = catalog.clone().without(kind, name).dangling()
     {
         return Err(Status::failed_precondition(format!(
-            "{} {:?} names it in spec.repository\nHINT: change or delete that first.",
-            dangling.kind, dangling.name
+            "{} {:?} names it in spec.{}\nHINT: change or delete that first.",
+            dangling.kind, dangling.name, dangling.field
         )));
     }
     if kind == Kind::Repository {

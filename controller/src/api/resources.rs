@@ -31,6 +31,10 @@ impl Api {
         apply::refuse_ties(&overview, &after)?;
         let planned = stored::plan(&self.reconciler.state, documents).await.map_err(of_row)?;
         let mut consequences = apply::consequences(&overview, &after);
+        // People look at it before: reading what clusters hold takes seconds.
+        if wanted.dry_run {
+            consequences.extend(self.kept_otherwise(&overview, &after).await);
+        }
         let changes = planned
             .iter()
             .enumerate()

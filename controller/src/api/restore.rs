@@ -45,11 +45,19 @@ impl Api {
         }
         let repository = cluster.repository.ok_or_else(|| no_repository(cluster))?;
         let mut work = restore_in(order, repository).map_err(|error| error.within("order"))?;
-        work.complete = complete(cluster);
-        if !picture.catalog.repositories.contains_key(&work.repository) {
+        let Some(place) = picture.catalog.repositories.get(&work.repository) else {
             return Err(Status::not_found(format!(
                 "repository {:?} is not declared\nHINT: `walfleet repository list` shows those there are.",
                 work.repository
+            )));
+        };
+        if work.repository == repository {
+            // A replica may trail what the members have brought.
+            work.complete = complete(cluster);
+        } else if place.replica_of.as_deref() != Some(repository) {
+            return Err(Status::failed_precondition(format!(
+                "{} is no replica of {repository}, where {} lies\nHINT: `walfleet replica status` shows those there are.",
+                work.repository, cluster.name
             )));
         }
         self.may_hold(picture, cluster, agent)?;

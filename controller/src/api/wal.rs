@@ -8,7 +8,7 @@ use walfleet_proto::operator::v1::wal_server::Wal;
 use walfleet_repository::postgres::Lsn;
 
 use super::fleet::find;
-use super::{Api, now};
+use super::{Api, now, reason};
 use crate::fleet::clusters::ClusterSeen;
 use crate::fleet::protection::windows;
 use crate::fleet::recovery::{GapNote, WalGap};
@@ -20,22 +20,13 @@ use crate::wire::recovery::gap_out;
 /// For the repository's answer: less than callers wait for ours.
 const STORE: Duration = Duration::from_secs(20);
 
-/// More is no reason but a report.
-const LONGEST_REASON: usize = 1000;
-
 impl Api {
     async fn acknowledge(
         &self,
         peer: &PeerIdentity,
         wanted: &pb::AcknowledgeGapRequest,
     ) -> Result<pb::AcknowledgeGapReply, Status> {
-        let reason = wanted.reason.trim();
-        if reason.is_empty() || reason.len() > LONGEST_REASON {
-            let length = reason.len();
-            return Err(Status::invalid_argument(format!(
-                "reason: it has {length} bytes, and 1 to {LONGEST_REASON} are accepted\nHINT: say in a sentence why the gap is no alarm."
-            )));
-        }
+        let reason = reason(&wanted.reason, "say in a sentence why the gap is no alarm.")?;
         let parsed = |field: &str, text: &str| {
             text.parse::<Lsn>().map_err(|error| Status::invalid_argument(format!("{field}: {error}")))
         };
@@ -175,6 +166,7 @@ mod tests {
                 vouches: true,
             }],
             binding: Binding::Unbound,
+            is_surely_bound: true,
             policy: None,
             repository: Some("main"),
             problems: vec![],

@@ -28,6 +28,7 @@ pub struct Config {
     pub certificates: CertificatesConfig,
     pub agents: AgentsConfig,
     pub jobs: JobsConfig,
+    pub retention: RetentionConfig,
     pub limits: LimitsConfig,
     pub metrics: MetricsConfig,
     pub telemetry: TelemetryConfig,
@@ -84,6 +85,19 @@ pub struct JobsConfig {
 
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
+pub struct RetentionConfig {
+    /// Between two plans of one cluster: something is kept that much longer than promised, at most.
+    pub every_seconds: u64,
+    /// A policy that keeps less than before acts after it stood for so long.
+    pub notice_seconds: u64,
+    /// Restores under way may read what is to be removed for so long.
+    pub grace_seconds: u64,
+    /// Objects removed per second and cluster, at most.
+    pub removals_per_second: u32,
+}
+
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
 pub struct LimitsConfig {
     /// Open connections; one per agent, and what operators open.
     pub connections: u32,
@@ -127,6 +141,7 @@ impl Default for Config {
             certificates: CertificatesConfig::default(),
             agents: AgentsConfig::default(),
             jobs: JobsConfig::default(),
+            retention: RetentionConfig::default(),
             limits: LimitsConfig::default(),
             metrics: MetricsConfig::default(),
             telemetry: TelemetryConfig::default(),
@@ -169,6 +184,14 @@ impl Default for JobsConfig {
     fn default() -> Self {
         // An agent's restart takes seconds; a minute of silence is worth telling people.
         Self { lease_seconds: 60, offer_seconds: 20, reconcile_seconds: 5, history_days: 30 }
+    }
+}
+
+impl Default for RetentionConfig {
+    fn default() -> Self {
+        // A slip is seen within a day; restores of terabytes take hours. A store that answers in 50 ms takes 200 removals a
+        // second, a few at a time.
+        Self { every_seconds: 6 * 3600, notice_seconds: DAY, grace_seconds: DAY, removals_per_second: 200 }
     }
 }
 
@@ -237,6 +260,12 @@ impl Config {
         range("jobs.offer_seconds", self.jobs.offer_seconds.into(), 1, 3600)?;
         range("jobs.reconcile_seconds", self.jobs.reconcile_seconds.into(), 1, 3600)?;
         range("jobs.history_days", self.jobs.history_days.into(), 1, 3650)?;
+        let retention = &self.retention;
+        // Seconds, for tests.
+        range("retention.every_seconds", retention.every_seconds, 1, 7 * DAY)?;
+        range("retention.notice_seconds", retention.notice_seconds, 0, 30 * DAY)?;
+        range("retention.grace_seconds", retention.grace_seconds, 1, 30 * DAY)?;
+        range("retention.removals_per_second", retention.removals_per_second.into(), 1, 10_000)?;
         range("limits.connections", self.limits.connections.into(), 1, 1_000_000)?;
         range("limits.handshake_seconds", self.limits.handshake_seconds, 1, 300)?;
         range("shutdown_seconds", self.shutdown_seconds, 1, 600)?;

@@ -94,6 +94,9 @@ pub struct ClusterSeen<'a> {
     pub members: Vec<MemberSeen<'a>>,
     pub binding: Binding<'a>,
     pub policy: Option<&'a PolicySpec>,
+    /// It is bound by labels that none of its hosts can change: its document's, and those that they were enrolled with. Nothing
+    /// is removed for the sake of others.
+    pub is_surely_bound: bool,
     /// The Cluster's own, or the policy's, or the one it had last.
     pub repository: Option<&'a str>,
     pub problems: Vec<String>,
@@ -205,10 +208,14 @@ fn cluster<'a>(name: &ClusterName, claimed: &[Claim<'a>], pin: Option<&Pin>, cat
     let known = pin.map(|pin| &pin.members);
     let (admitted, mut problems) = admit(name, claimed, spec, expected, known);
     problems.extend(split_brain(&admitted));
-    let mut labels = common_labels(&admitted);
-    labels.extend(declared.map(|declared| declared.labels.clone()).unwrap_or_default());
-    let labels = policy::with_name(name.as_str(), &labels);
+    let with_declared = |mut labels: Labels| {
+        labels.extend(declared.map(|declared| declared.labels.clone()).unwrap_or_default());
+        policy::with_name(name.as_str(), &labels)
+    };
+    let labels = with_declared(common_labels(&admitted, AgentSeen::labels));
     let binding = policy::bind(&labels, &catalog.policies);
+    let enrolled = with_declared(common_labels(&admitted, |seen| seen.enrolled.labels.clone()));
+    let is_surely_bound = policy::bind(&enrolled, &catalog.policies) == binding;
     if let Binding::Tied(policies) = &binding {
         problems.push(format!(
             "policies {} all select it, so none applies\nHINT: narrow the selectors until one is left.",
@@ -236,6 +243,7 @@ fn cluster<'a>(name: &ClusterName, claimed: &[Claim<'a>], pin: Option<&Pin>, cat
             })
             .collect(),
         policy,
+        is_surely_bound,
         binding,
         repository: own.or(policy.map(|policy| policy.repository.as_str())).or(kept),
         problems,
@@ -294,8 +302,8 @@ fn split_brain(members: &[&Claim<'_>]) -> Option<String> {
 }
 
 /// What all members agree on.
-fn common_labels(members: &[&Claim<'_>]) -> Labels {
-    let mut labels = members.iter().map(|claim| claim.seen.labels());
+fn common_labels(members: &[&Claim<'_>], of: impl Fn(&AgentSeen) -> Labels) -> Labels {
+    let mut labels = members.iter().map(|claim| of(claim.seen));
     let first = labels.next().unwrap_or_default();
     labels.fold(first, |mut common, other| {
         common.retain(|key, value| other.get(key) == Some(value));

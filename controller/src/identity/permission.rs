@@ -61,6 +61,16 @@ const RESOURCES: &[(&str, Needs)] = &[
     ("DeleteResource", Needs::Role(Role::Admin)),
 ];
 const WAL: &[(&str, Needs)] = &[("AcknowledgeGap", Needs::Role(Role::Operator))];
+const REPLICAS: &[(&str, Needs)] = &[("ListReplicas", Needs::Role(Role::Viewer))];
+const RETENTION: &[(&str, Needs)] = &[
+    ("PlanRetention", Needs::Role(Role::Viewer)),
+    ("ReleaseRetention", Needs::Role(Role::Admin)),
+    ("UndeleteBackup", Needs::Role(Role::Operator)),
+    ("PlaceHold", Needs::Role(Role::Operator)),
+    ("ListHolds", Needs::Role(Role::Viewer)),
+    ("ReleaseHold", Needs::Role(Role::Admin)),
+    ("CollectRepository", Needs::Role(Role::Operator)),
+];
 /// It names people and what they tried.
 const AUDIT: &[(&str, Needs)] = &[("ListEntries", Needs::Role(Role::Admin)), ("VerifyLog", Needs::Role(Role::Admin))];
 const SERVICES: &[(&str, &[(&str, Needs)])] = &[
@@ -70,7 +80,9 @@ const SERVICES: &[(&str, &[(&str, Needs)])] = &[
     ("walfleet.operator.v1.Audit", AUDIT),
     ("walfleet.operator.v1.Fleet", FLEET),
     ("walfleet.operator.v1.Jobs", JOBS),
+    ("walfleet.operator.v1.Replicas", REPLICAS),
     ("walfleet.operator.v1.Resources", RESOURCES),
+    ("walfleet.operator.v1.Retention", RETENTION),
     ("walfleet.operator.v1.Wal", WAL),
 ];
 
@@ -234,7 +246,9 @@ mod tests {
             "operator/v1/audit",
             "operator/v1/fleet",
             "operator/v1/jobs",
+            "operator/v1/replicas",
             "operator/v1/resources",
+            "operator/v1/retention",
             "operator/v1/wal",
         ] {
             let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../proto/walfleet/{file}.proto"));

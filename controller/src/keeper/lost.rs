@@ -77,7 +77,7 @@ impl Keeper {
         // A repository that is declared no more cannot be asked, and serves no run.
         let Some(spec) = catalog.repositories.get(&work.repository) else { return Ok(None) };
         let repository = self.open(&work.repository, spec, now).await?;
-        let run = job.run.as_ref().map_or_else(|| job.id.to_string(), |run| run.to_string());
+        let run = job.run_name();
         let author = Author::keeper(self.reconciler.keeper.signer(), self.reconciler.epoch);
         let mut log = repository.cluster_log(&job.cluster);
         let reason = format!("its agent is gone; ended by the controller for {}", job.id);

@@ -26,18 +26,18 @@ use crate::resources::{document, stored};
 use crate::state::embedded::Options;
 use crate::state::{State, Txn};
 
-struct Room {
+pub(super) struct Room {
     folder: tempfile::TempDir,
-    keeper: Arc<Keeper>,
-    agent: Signer,
-    now: Timestamp,
+    pub keeper: Arc<Keeper>,
+    pub agent: Signer,
+    pub now: Timestamp,
 }
 
-fn orders() -> ClusterName {
+pub(super) fn orders() -> ClusterName {
     "orders".parse().expect("a name")
 }
 
-async fn room() -> Room {
+pub(super) async fn room() -> Room {
     let folder = tempfile::tempdir().expect("a folder");
     KeeperKey::create(folder.path(), "test", &KeyFile::generate(KeyKind::Recovery).expect("a key")).expect("fresh");
     let key = Arc::new(KeeperKey::load(folder.path()).expect("a key"));
@@ -55,6 +55,7 @@ async fn room() -> Room {
         tick: long,
         writer: long,
         history: long,
+        retention: crate::fleet::RetentionTiming::of(&crate::config::RetentionConfig::default()),
     };
     let fleet = Fleet::new(timing, BTreeMap::new());
     let roster = Roster::open(state.clone()).await.expect("rows");
@@ -79,7 +80,7 @@ async fn room() -> Room {
 }
 
 impl Room {
-    async fn repository(&self) -> Repository {
+    pub async fn repository(&self) -> Repository {
         let url = format!("file://{}", self.folder.path().join("repository").display());
         let store = Store::open(&url, &StoreOptions::default()).expect("it is there");
         Repository::open(store, None).await.expect("it is there")
@@ -123,7 +124,7 @@ impl Room {
         (job, session)
     }
 
-    async fn append(&self, action: Action) {
+    pub async fn append(&self, action: Action) {
         let repository = self.repository().await;
         let mut log = repository.cluster_log(&orders());
         let mut action = Some(action);
@@ -135,7 +136,7 @@ impl Room {
         .expect("it is allowed");
     }
 
-    async fn session(&self, session: &BackupId) -> SessionState {
+    pub async fn session(&self, session: &BackupId) -> SessionState {
         let repository = self.repository().await;
         let mut log = repository.cluster_log(&orders());
         log.refresh().await.expect("it reads").session(session).expect("it was opened").state.clone()
@@ -149,8 +150,31 @@ impl Room {
     }
 }
 
-fn branch() -> WalBranch {
+pub(super) fn branch() -> WalBranch {
     WalBranch { system_id: SystemId(7), timeline: Timeline::new(1).expect("it is one"), branch: Branch::default() }
+}
+
+/// What a backup's agent says of it, without a key.
+pub(super) fn part(backup: &BackupId) -> ReferencePart {
+    ReferencePart {
+        backup: backup.clone(),
+        cluster: orders(),
+        domain: DomainId([1; 16]),
+        key_version: 1,
+        server_version_num: 170_000,
+        wal: branch(),
+        start_lsn: Lsn(0x300_0000),
+        stop_lsn: Lsn(0x300_0100),
+        started_at_us: 1_780_000_000_000_000,
+        stopped_at_us: 1_780_000_001_000_000,
+        member: "db1".to_owned(),
+        parents: vec![],
+        counters: Counters::default(),
+        damaged_page_count: 0,
+        segment_size: SegmentSize::new(16 << 20).expect("the usual"),
+        seen_at_us: None,
+        sessions: vec![],
+    }
 }
 
 #[tokio::test]
@@ -169,24 +193,7 @@ async fn an_attempt_that_had_committed_has_succeeded() {
     let room = room().await;
     let (job, session) = room.unknown_job(2).await;
     let repository = room.repository().await;
-    let part = ReferencePart {
-        backup: session.clone(),
-        cluster: orders(),
-        domain: DomainId([1; 16]),
-        key_version: 1,
-        server_version_num: 170_000,
-        wal: branch(),
-        start_lsn: Lsn(0x300_0000),
-        stop_lsn: Lsn(0x300_0100),
-        started_at_us: 1_780_000_000_000_000,
-        stopped_at_us: 1_780_000_001_000_000,
-        member: "db1".to_owned(),
-        parents: vec![],
-        counters: Counters::default(),
-        damaged_page_count: 0,
-        segment_size: SegmentSize::new(16 << 20).expect("the usual"),
-        sessions: vec![],
-    };
+    let part = part(&session);
     let object = part.seal(&room.agent, repository.id());
     let reference_digest = Digest(*blake3::hash(&object).as_bytes());
     let created = repository.store().create(&layout::reference(&orders(), &session), object).await;

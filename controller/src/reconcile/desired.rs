@@ -13,6 +13,7 @@ use walfleet_repository::shipping::ShippingSpec;
 use super::spools::{DesiredSpool, SpoolPeer};
 use crate::fleet::{AgentSeen, Assembly, ClusterSeen};
 use crate::jobs::{Job, JobKind};
+use crate::resources::RepositorySpec;
 use crate::resources::stored::Catalog;
 
 /// Whole; sent on connect and on every change.
@@ -187,9 +188,13 @@ fn restoring(cluster: &ClusterSeen<'_>, jobs: &[Job]) -> BTreeSet<String> {
         .collect()
 }
 
-/// Those that the agent's clusters lie in, no others.
+/// Those that the agent's clusters lie in and their replicas, no others.
 fn repositories(content: &DesiredContent, catalog: &Catalog) -> Vec<DesiredRepository> {
-    let names: BTreeSet<&String> = content.clusters.iter().map(|cluster| &cluster.repository).collect();
+    let mut names: BTreeSet<&String> = content.clusters.iter().map(|cluster| &cluster.repository).collect();
+    let is_needed = |spec: &RepositorySpec| spec.replica_of.as_ref().is_some_and(|of| names.contains(of));
+    let replicas: Vec<&String> =
+        catalog.repositories.iter().filter(|(_, spec)| is_needed(spec)).map(|(name, _)| name).collect();
+    names.extend(replicas);
     names
         .into_iter()
         .filter_map(|name| {

@@ -241,6 +241,7 @@ mod tests {
             spec: None,
             members: vec![member],
             binding: Binding::Unbound,
+            is_surely_bound: true,
             policy: None,
             repository: None,
             problems: vec![],

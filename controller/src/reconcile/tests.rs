@@ -33,6 +33,7 @@ fn timing() -> Timing {
         tick: long,
         writer: long,
         history: Duration::from_secs(30 * 86_400),
+        retention: crate::fleet::RetentionTiming::of(&crate::config::RetentionConfig::default()),
     }
 }
 

@@ -5,6 +5,7 @@ use walfleet_repository::limits::LimitsSpec;
 use walfleet_repository::shipping::ShippingSpec;
 
 use super::document::{Spec, SpecFault};
+use super::retention_spec::RetentionSpec;
 use super::selector::Selector;
 use super::span::Span;
 use crate::schedule::Schedule;
@@ -24,6 +25,9 @@ pub struct PolicySpec {
     /// How each member's WAL is shipped.
     #[serde(default, skip_serializing_if = "says_nothing")]
     pub wal: ShippingSpec,
+    /// Absent: everything is kept.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retention: Option<RetentionSpec>,
     #[serde(default)]
     pub objectives: ObjectivesSpec,
     #[serde(default)]
@@ -147,6 +151,9 @@ impl Spec for PolicySpec {
         // The time zone is checked even without a schedule: a typing error must not wait for the day one is added.
         Schedule::new(backup.schedule.as_deref().unwrap_or("0 0 * * *"), &backup.time_zone, backup.jitter)
             .map_err(|error| SpecFault::new(error.path(), &error, error.hint()))?;
+        if let Some(retention) = &self.retention {
+            retention.validate()?;
+        }
         for (path, objective) in [("rpo", self.objectives.rpo), ("backup_age", self.objectives.backup_age)] {
             if objective == Some(Span::ZERO) {
                 let hint = "at least 1s is accepted; leave it out if nothing is promised.";

@@ -5,7 +5,11 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use walfleet_repository::limits::ByteRate;
+
 use super::document::{Spec, SpecFault};
+use super::retention_spec::RetentionSpec;
+use super::span::Span;
 
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -15,6 +19,32 @@ pub struct RepositorySpec {
     /// See `OPTIONS`.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub options: BTreeMap<String, String>,
+    /// It is a second place of this repository: what comes there is brought here.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub replica_of: Option<String>,
+    /// What a replica keeps. Absent: everything that was brought.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub retention: Option<RetentionSpec>,
+    /// How far a replica may trail. Absent: nothing is promised.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rpo: Option<Span>,
+    /// What bringing backups and older WAL may take of the network, so that the newest WAL and others have room.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bandwidth: Option<ByteRate>,
+}
+
+impl RepositorySpec {
+    /// A place, and nothing more.
+    pub fn at(url: &str) -> RepositorySpec {
+        RepositorySpec {
+            url: url.to_owned(),
+            options: BTreeMap::new(),
+            replica_of: None,
+            retention: None,
+            rpo: None,
+            bandwidth: None,
+        }
+    }
 }
 
 /// Those of `walfleet_repository::store::StoreOptions` that are no secrets.
@@ -71,7 +101,32 @@ impl Spec for RepositorySpec {
                 return Err(SpecFault::new(path, "this option is not known", hint));
             }
         }
-        Ok(())
+        self.validate_replica()
+    }
+}
+
+impl RepositorySpec {
+    fn validate_replica(&self) -> Result<(), SpecFault> {
+        if self.replica_of.as_deref() == Some("") {
+            return Err(SpecFault::new("replica_of", "it is empty", "name a declared Repository, or leave it out."));
+        }
+        let of_replicas = [
+            ("retention", self.retention.is_some()),
+            ("rpo", self.rpo.is_some()),
+            ("bandwidth", self.bandwidth.is_some()),
+        ];
+        if let Some((path, _)) = of_replicas.iter().find(|(_, is_said)| *is_said && self.replica_of.is_none()) {
+            let hint = "say replica_of, or say it in the policies of the clusters that lie there.";
+            return Err(SpecFault::new(*path, "only replicas have it", hint));
+        }
+        if self.rpo == Some(Span::ZERO) {
+            return Err(SpecFault::new(
+                "rpo",
+                "0s is out of range",
+                "at least 1s is accepted; leave it out if nothing is promised.",
+            ));
+        }
+        self.retention.as_ref().map_or(Ok(()), RetentionSpec::validate)
     }
 }
 
@@ -80,10 +135,8 @@ mod tests {
     use super::*;
 
     fn spec(url: &str, option: Option<&str>) -> RepositorySpec {
-        RepositorySpec {
-            url: url.to_owned(),
-            options: option.map(|key| (key.to_owned(), "x".to_owned())).into_iter().collect(),
-        }
+        let options = option.map(|key| (key.to_owned(), "x".to_owned())).into_iter().collect();
+        RepositorySpec { options, ..RepositorySpec::at(url) }
     }
 
     #[test]
@@ -96,6 +149,16 @@ mod tests {
             assert!(spec("s3://b/p", Some(key)).validate().is_ok(), "{key}");
         }
         assert!(spec("s3://b/p", Some("endpiont")).validate().is_err());
+    }
+
+    #[test]
+    fn only_replicas_have_what_replicas_have() {
+        let replica = RepositorySpec { replica_of: Some("main".to_owned()), ..RepositorySpec::at("file:///b") };
+        let said = RepositorySpec { rpo: Some(Span::minutes(5)), retention: Some(RetentionSpec::least()), ..replica };
+        assert!(said.validate().is_ok());
+        assert!(RepositorySpec { replica_of: None, ..said.clone() }.validate().is_err());
+        assert!(RepositorySpec { rpo: Some(Span::ZERO), ..said.clone() }.validate().is_err());
+        assert!(RepositorySpec { replica_of: Some(String::new()), ..said }.validate().is_err());
     }
 
     #[test]

@@ -87,14 +87,28 @@ impl Catalog {
 
     /// The first name that refers to nothing: who refers, by which field, to what.
     pub fn dangling(&self) -> Option<Dangling> {
-        let of_policies = self.policies.iter().map(|(name, spec)| (Kind::Policy, name.as_str(), &spec.repository));
-        let of_clusters = self.clusters.iter().filter_map(|(name, declared)| {
-            declared.spec.repository.as_ref().map(|repository| (Kind::Cluster, name.as_str(), repository))
-        });
-        of_policies
-            .chain(of_clusters)
-            .find(|(_, _, repository)| !self.repositories.contains_key(*repository))
-            .map(|(kind, name, repository)| Dangling { kind, name: name.to_owned(), repository: repository.to_owned() })
+        self.references().find(|reference| !self.repositories.contains_key(&reference.repository))
+    }
+
+    /// The first that refers to a replica. Nothing lies in replicas of its own, and they have none.
+    pub fn misplaced(&self) -> Option<Dangling> {
+        let is_replica = |name: &str| self.repositories.get(name).is_some_and(|spec| spec.replica_of.is_some());
+        self.references().find(|reference| is_replica(&reference.repository))
+    }
+
+    fn references(&self) -> impl Iterator<Item = Dangling> {
+        let of_policies =
+            self.policies.iter().map(|(name, spec)| (Kind::Policy, name.as_str(), Some(&spec.repository)));
+        let of_clusters = self
+            .clusters
+            .iter()
+            .map(|(name, declared)| (Kind::Cluster, name.as_str(), declared.spec.repository.as_ref()));
+        let of_replicas =
+            self.repositories.iter().map(|(name, spec)| (Kind::Repository, name.as_str(), spec.replica_of.as_ref()));
+        of_policies.chain(of_clusters).chain(of_replicas).filter_map(|(kind, name, repository)| {
+            let field = if kind == Kind::Repository { "replica_of" } else { "repository" };
+            Some(Dangling { kind, name: name.to_owned(), field, repository: repository?.clone() })
+        })
     }
 }
 
@@ -104,11 +118,12 @@ impl FromIterator<Document> for Catalog {
     }
 }
 
-/// A document that names a repository nobody declares.
+/// A document that names a repository which is not declared, or not what it should be.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Dangling {
     pub kind: Kind,
     pub name: String,
+    pub field: &'static str,
     pub repository: String,
 }
 

@@ -57,7 +57,7 @@ pub fn order_out(job: &Job) -> pb::JobOrder {
 fn backup_out(job: &Job, work: &BackupWork) -> pb::BackupOrder {
     pb::BackupOrder {
         repository: work.repository.clone(),
-        run: job.run.as_ref().map_or_else(|| job.id.to_string(), |run| run.to_string()),
+        run: job.run_name(),
         fast_checkpoint: work.fast_checkpoint,
         read_all: work.read_all,
         compression_level: work.compression_level.unwrap_or_default(),

@@ -23,6 +23,13 @@ pub enum BackupCommand {
     Show {
         id: String,
     },
+    /// Take an expired backup out of the trash
+    ///
+    /// It is kept from then on for as long as the policy's retention wants it, which is asked anew within hours: place a hold on one
+    /// that is to stay.
+    Undelete {
+        id: String,
+    },
     Verify(VerifyArgs),
 }
 
@@ -124,6 +131,12 @@ impl BackupCommand {
             BackupCommand::Show { id } => {
                 let backup = session.client().await?.backup(&id).await?;
                 session.show(&backup)
+            }
+            BackupCommand::Undelete { id } => {
+                let client = session.client().await?;
+                let backup = client.backup(&id).await?;
+                client.undelete(&backup.cluster, &id).await?;
+                session.show(&client.backup(&id).await?)
             }
             BackupCommand::Verify(args) => {
                 let client = session.client().await?;

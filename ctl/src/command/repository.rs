@@ -16,6 +16,16 @@ pub enum RepositoryCommand {
         /// The repository
         name: String,
     },
+    /// Remove what nothing needs any more, which the controller does by itself every few hours
+    ///
+    /// Shows how much there is of it. It is removed once restores under way have had their time.
+    Collect {
+        /// The repository
+        name: String,
+        /// Only show it
+        #[arg(long)]
+        dry_run: bool,
+    },
     /// Forget a repository that no cluster uses; what is stored in it stays
     Delete {
         /// The repository
@@ -35,6 +45,14 @@ impl RepositoryCommand {
             }
             RepositoryCommand::Show { name } => {
                 show(session, "Repository", "repository", &name, "walfleet repository list shows them").await
+            }
+            RepositoryCommand::Collect { name, dry_run } => {
+                let garbage = session.client().await?.collect_repository(&name, dry_run).await?;
+                session.show(&garbage)?;
+                if !dry_run {
+                    session.note("The controller looks at each cluster now.");
+                }
+                Ok(())
             }
             RepositoryCommand::Delete { name, yes } => delete(session, "Repository", "repository", &name, yes).await,
         }

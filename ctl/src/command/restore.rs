@@ -101,6 +101,9 @@ struct WhatArgs {
     /// This backup instead of the best one for the target
     #[arg(long, value_name = "ID", default_value = "", hide_default_value = true)]
     backup: String,
+    /// From this replica instead of the cluster's own repository
+    #[arg(long, value_name = "REPOSITORY", default_value = "", hide_default_value = true)]
+    from: String,
 }
 
 /// The other host's paths cannot be looked at from here; what no host would take is refused at once.
@@ -158,6 +161,7 @@ impl WhatArgs {
             data_dir: self.data_dir.clone(),
             tablespaces: self.tablespaces()?,
             backup: self.backup.clone(),
+            from: self.from.clone(),
             start: false,
             keep_archiving: false,
             port: 0,

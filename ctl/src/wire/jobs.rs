@@ -32,6 +32,8 @@ pub struct RestoreSpec {
     pub tablespaces: BTreeMap<String, String>,
     /// Empty: the best one for the target.
     pub backup: String,
+    /// A replica; empty: the cluster's own repository.
+    pub from: String,
     pub start: bool,
     pub keep_archiving: bool,
     /// 0: as in its configuration.
@@ -186,8 +188,7 @@ fn fresh_key() -> String {
 impl From<&RestoreSpec> for job_proto::RestoreOrder {
     fn from(spec: &RestoreSpec) -> job_proto::RestoreOrder {
         job_proto::RestoreOrder {
-            // The cluster's own: the controller knows it.
-            repository: String::new(),
+            repository: spec.from.clone(),
             target: Some((&spec.target).into()),
             data_dir: spec.data_dir.clone(),
             tablespaces: spec.tablespaces.clone().into_iter().collect(),

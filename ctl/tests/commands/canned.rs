@@ -534,6 +534,132 @@ fn tokens() -> Vec<TokenView> {
     vec![open, used, expired]
 }
 
+fn retention() -> RetentionPlan {
+    let of = |backup: &str, seen: &str, decision: RetentionDecision, reasons: &[&str]| BackupRetention {
+        backup: backup.to_owned(),
+        seen_at_us: at(seen),
+        is_restorable: true,
+        decision: decision.into(),
+        reasons: reasons.iter().map(|reason| (*reason).to_owned()).collect(),
+        until_us: 0,
+    };
+    let trash = BackupRetention {
+        until_us: at("2026-06-08T02:40:00Z"),
+        ..of("bk_06d5e1f4a2b7k9m3p5r8", "2026-05-25T02:21:44Z", RetentionDecision::Wait, &[])
+    };
+    let lost = BackupRetention {
+        is_restorable: false,
+        ..of(
+            "bk_06dt0c4v2b7k9m3p5r8t",
+            "2026-06-02T02:19:05Z",
+            RetentionDecision::Keep,
+            &["not restorable, and the WAL that is missing may be brought"],
+        )
+    };
+    RetentionPlan {
+        cluster: "orders".to_owned(),
+        repository: "main".to_owned(),
+        at_us: at("2026-06-04T14:41:58Z"),
+        edge_us: at("2026-05-28T14:41:58Z"),
+        backups: vec![
+            of(
+                "bk_06d4a2b7k9m3p5r8t0v1",
+                "2026-04-30T02:20:10Z",
+                RetentionDecision::Keep,
+                &["monthly copy of 2026-04"],
+            ),
+            of("bk_06d4x2b7k9m3p5r8t0v1", "2026-05-24T02:20:51Z", RetentionDecision::Purge, &[]),
+            trash,
+            of("bk_06d8a2b7k9m3p5r8t0v1", "2026-05-27T02:20:18Z", RetentionDecision::Expire, &[]),
+            of(
+                "bk_06d9a2b7k9m3p5r8t0v1",
+                "2026-05-28T02:20:31Z",
+                RetentionDecision::Keep,
+                &["the recovery window from 2026-05-28 14:41:58 UTC on begins with it"],
+            ),
+            lost,
+            of(
+                "bk_06e2r4ycmn8q7t1w5x3z",
+                "2026-06-04T02:03:25Z",
+                RetentionDecision::Keep,
+                &[
+                    "taken within the recovery window",
+                    "the newest that can be restored",
+                    "held by anna (hold_1): audit",
+                ],
+            ),
+        ],
+        wal: vec![WalRetention {
+            system_identifier: 7_412_345_678_901_234_567,
+            timeline: 1,
+            branch: "0000000000000000".to_owned(),
+            below_lsn: "1/12000000".to_owned(),
+            segments: 1812,
+        }],
+        refused: vec![],
+        acts_from_us: 0,
+        digest: "0f3c9a1b2d4e5f60".to_owned(),
+        can_be_released: false,
+    }
+}
+
+fn replicas() -> Vec<ReplicaView> {
+    let of = |repository: &str, cluster: &str| ReplicaView {
+        repository: repository.to_owned(),
+        replica_of: "main".to_owned(),
+        cluster: cluster.to_owned(),
+        complete_as_of_us: at("2026-06-04T14:41:50Z"),
+        is_counted: true,
+        ..ReplicaView::default()
+    };
+    vec![
+        of("main-us", "billing"),
+        ReplicaView { lacking_backups: 12, ..of("main-us", "orders") },
+        ReplicaView { is_late: true, rpo_seconds: 5, ..of("main-us", "sessions") },
+        ReplicaView { complete_as_of_us: 0, is_counted: false, ..of("vault", "orders") },
+        ReplicaView { problem: "open s3://vault: no answer".to_owned(), ..of("vault", "sessions") },
+    ]
+}
+
+pub fn garbage() -> Vec<ClusterGarbage> {
+    let of = |cluster: &str, objects, bytes| ClusterGarbage {
+        cluster: cluster.to_owned(),
+        objects,
+        bytes,
+        removable_at_us: at("2026-06-05T14:41:58Z"),
+        problem: String::new(),
+    };
+    vec![
+        ClusterGarbage { removable_at_us: 0, ..of("billing", 0, 0) },
+        of("orders", 1812, 41_000_000_000),
+        ClusterGarbage { problem: "repository main did not answer within 20 s".to_owned(), ..of("sessions", 0, 0) },
+    ]
+}
+
+fn holds() -> Vec<HoldView> {
+    let of = |hold: &str, backup: &str, reason: &str| HoldView {
+        hold: hold.to_owned(),
+        cluster: "orders".to_owned(),
+        repository: "main".to_owned(),
+        backup: backup.to_owned(),
+        reason: reason.to_owned(),
+        owner: "anna".to_owned(),
+        ..HoldView::default()
+    };
+    vec![
+        HoldView {
+            until_us: at("2027-01-01T00:00:00Z"),
+            ..of("hold_06e2r4ycmn8q7t1w5x3z", "bk_06e2r4ycmn8q7t1w5x3z", "before the migration")
+        },
+        HoldView {
+            from_us: at("2026-06-04T14:00:00Z"),
+            to_us: at("2026-06-04T15:00:00Z"),
+            is_stretch: true,
+            ..of("hold_06e2s0a1b2c3d4e5f6g7", "bk_06e2r4ycmn8q7t1w5x3z", "incident 1812")
+        },
+    ]
+}
+
 /// A fleet with something of everything.
 pub fn fleet() -> Script {
     let policy = "kind: Policy\nname: standard\nselector: env=prod\nbackup:\n  schedule: 0 2 * * *\n";
@@ -558,6 +684,9 @@ pub fn fleet() -> Script {
         },
         agents: agents(),
         backups: vec![backup(), older_backup()],
+        retention: retention(),
+        holds: holds(),
+        replicas: replicas(),
         resources: vec![
             resource("Policy", "standard", policy, &["orders", "sessions"]),
             resource("Repository", "main", repository, &[]),

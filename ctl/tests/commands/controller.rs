@@ -13,7 +13,9 @@ use walfleet_proto::operator::v1::access_server::{Access, AccessServer};
 use walfleet_proto::operator::v1::audit_server::{Audit, AuditServer};
 use walfleet_proto::operator::v1::fleet_server::{Fleet, FleetServer};
 use walfleet_proto::operator::v1::jobs_server::{Jobs, JobsServer};
+use walfleet_proto::operator::v1::replicas_server::{Replicas, ReplicasServer};
 use walfleet_proto::operator::v1::resources_server::{Resources, ResourcesServer};
+use walfleet_proto::operator::v1::retention_server::{Retention, RetentionServer};
 use walfleet_proto::operator::v1::wal_server::{Wal, WalServer};
 use walfleet_proto::operator::v1::*;
 use walfleet_proto::recovery::v1::{BackupSummary, GapNote};
@@ -39,6 +41,9 @@ pub struct Script {
     pub audit: Vec<AuditEntry>,
     pub jobs: Vec<JobView>,
     pub changes: Vec<Change>,
+    pub retention: RetentionPlan,
+    pub holds: Vec<HoldView>,
+    pub replicas: Vec<ReplicaView>,
     pub watch: VecDeque<Step>,
     /// Answers of the next calls that start something, before the good one.
     pub refusals: VecDeque<Status>,
@@ -57,6 +62,10 @@ pub enum Asked {
     BackupPlan(StartBackupPlanRequest),
     WalFind(Box<StartWalFindRequest>),
     AcknowledgeGap(AcknowledgeGapRequest),
+    Undelete(UndeleteBackupRequest),
+    ReleaseRetention(ReleaseRetentionRequest),
+    PlaceHold(PlaceHoldRequest),
+    ReleaseHold(ReleaseHoldRequest),
     Apply(ApplyRequest),
     Delete(DeleteResourceRequest),
     Token(CreateTokenRequest),
@@ -109,6 +118,8 @@ impl Controller {
             .add_service(AccessServer::new(desk.clone()))
             .add_service(AuditServer::new(desk.clone()))
             .add_service(WalServer::new(desk.clone()))
+            .add_service(ReplicasServer::new(desk.clone()))
+            .add_service(RetentionServer::new(desk.clone()))
             .add_service(EnrolmentServer::new(desk.clone()));
         let server = tokio::spawn(async move {
             router.serve_with_incoming(TcpListenerStream::new(listener)).await.unwrap();
@@ -369,5 +380,73 @@ impl Wal for Desk {
         gap.acknowledged = true;
         gap.acknowledgement = Some(GapNote { by: "anna".to_owned(), at_us, reason: wanted.reason });
         Ok(Response::new(AcknowledgeGapReply { repository: "main".to_owned(), gap: Some(gap) }))
+    }
+}
+
+#[tonic::async_trait]
+impl Retention for Desk {
+    async fn plan_retention(&self, request: Request<PlanRetentionRequest>) -> Result<Response<RetentionPlan>, Status> {
+        let plan = self.script().retention.clone();
+        match plan.cluster == request.into_inner().cluster {
+            true => Ok(Response::new(plan)),
+            false => Err(Status::failed_precondition("no policy says what is to be kept")),
+        }
+    }
+
+    async fn release_retention(
+        &self,
+        request: Request<ReleaseRetentionRequest>,
+    ) -> Result<Response<RetentionPlan>, Status> {
+        let mut script = self.script();
+        script.asked.push(Asked::ReleaseRetention(request.into_inner()));
+        Ok(Response::new(script.retention.clone()))
+    }
+
+    async fn place_hold(&self, request: Request<PlaceHoldRequest>) -> Result<Response<PlaceHoldReply>, Status> {
+        let mut script = self.script();
+        let wanted = request.into_inner();
+        let is_asked = |hold: &&HoldView| hold.is_stretch == wanted.backup.is_empty();
+        let holds = script.holds.iter().filter(is_asked).cloned().collect();
+        script.asked.push(Asked::PlaceHold(wanted));
+        match script.refusals.pop_front() {
+            Some(refusal) => Err(refusal),
+            None => Ok(Response::new(PlaceHoldReply { holds })),
+        }
+    }
+
+    async fn collect_repository(
+        &self,
+        _: Request<CollectRepositoryRequest>,
+    ) -> Result<Response<CollectRepositoryReply>, Status> {
+        Ok(Response::new(CollectRepositoryReply { clusters: crate::canned::garbage() }))
+    }
+
+    async fn list_holds(&self, _: Request<ListHoldsRequest>) -> Result<Response<ListHoldsReply>, Status> {
+        Ok(Response::new(ListHoldsReply { holds: self.script().holds.clone(), unknown: Vec::new() }))
+    }
+
+    async fn release_hold(&self, request: Request<ReleaseHoldRequest>) -> Result<Response<ReleaseHoldReply>, Status> {
+        let mut script = self.script();
+        script.asked.push(Asked::ReleaseHold(request.into_inner()));
+        Ok(Response::new(ReleaseHoldReply { hold: None }))
+    }
+
+    async fn undelete_backup(
+        &self,
+        request: Request<UndeleteBackupRequest>,
+    ) -> Result<Response<UndeleteBackupReply>, Status> {
+        let mut script = self.script();
+        script.asked.push(Asked::Undelete(request.into_inner()));
+        match script.refusals.pop_front() {
+            Some(refusal) => Err(refusal),
+            None => Ok(Response::new(UndeleteBackupReply { repository: "main".to_owned() })),
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl Replicas for Desk {
+    async fn list_replicas(&self, _: Request<ListReplicasRequest>) -> Result<Response<ListReplicasReply>, Status> {
+        Ok(Response::new(ListReplicasReply { replicas: self.script().replicas.clone() }))
     }
 }

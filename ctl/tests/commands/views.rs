@@ -31,6 +31,11 @@ async fn help_texts() {
         "walfleet backup start --help",
         "walfleet backup verify --help",
         "walfleet backup plan --help",
+        "walfleet backup undelete --help",
+        "walfleet retention --help",
+        "walfleet replica --help",
+        "walfleet hold --help",
+        "walfleet hold place --help",
         "walfleet restore --help",
         "walfleet restore plan --help",
         "walfleet restore start --help",
@@ -69,6 +74,66 @@ async fn status() {
     transcript.types(&terminal, "walfleet status").await;
     controller.script().status.agents = fleet().agents;
     transcript.types(&terminal, "walfleet status").await;
+    transcript.check();
+}
+
+#[tokio::test]
+async fn retention() {
+    let mut transcript = Transcript::of("retention");
+    let controller = Controller::with(fleet()).await;
+    let terminal = Terminal::alone().at(&controller);
+    for line in [
+        "walfleet retention plan orders",
+        "walfleet retention plan orders -o json",
+        "walfleet retention plan billing",
+        "walfleet backup undelete bk_06e2r4ycmn8q7t1w5x3z",
+    ] {
+        transcript.types(&terminal, line).await;
+    }
+    let asked = |asked: &Asked| matches!(asked, Asked::Undelete(wanted) if wanted.cluster == "orders");
+    assert!(controller.script().asked.iter().any(asked));
+    controller.script().retention.refused = vec![
+        "19 of 21 backups would expire at once\nHINT: look at the plan; `walfleet retention release NAME` lets it pass once."
+            .to_owned(),
+    ];
+    controller.script().retention.acts_from_us = canned::at("2026-06-05T09:00:00Z");
+    controller.script().retention.can_be_released = true;
+    transcript.types(&terminal, "walfleet retention release orders").await;
+    transcript.types(&terminal, "walfleet retention release orders --yes").await;
+    let released: Vec<Asked> = controller.script().asked.drain(..).skip(1).collect();
+    assert!(matches!(&released[..], [Asked::ReleaseRetention(wanted)] if wanted.digest == "0f3c9a1b2d4e5f60"));
+    transcript.check();
+}
+
+#[tokio::test]
+async fn holds() {
+    let mut transcript = Transcript::of("hold");
+    let controller = Controller::with(fleet()).await;
+    let terminal = Terminal::alone().at(&controller);
+    for line in [
+        "walfleet hold place orders --backup bk_06e2r4ycmn8q7t1w5x3z --reason 'before the migration' --until '2027-01-01 00:00 UTC'",
+        "walfleet hold place orders --from '2026-06-04 14:00 UTC' --to '2026-06-04 15:00 UTC' --reason 'incident 1812'",
+        "walfleet hold place orders --reason nothing",
+        "walfleet hold list",
+        "walfleet hold list -o json",
+        "walfleet replica status",
+        "walfleet replica status -o json",
+        "walfleet repository collect main --dry-run",
+        "walfleet repository collect main -o json",
+        "walfleet hold release hold_1 --yes",
+        "walfleet hold release hold_06e2r4ycmn8q7t1w5x3z",
+        "walfleet hold release hold_06e2r4ycmn8q7t1w5x3z --yes",
+    ] {
+        transcript.types(&terminal, line).await;
+    }
+    let asked = controller.script().asked.clone();
+    let [Asked::PlaceHold(backup), Asked::PlaceHold(stretch), Asked::ReleaseHold(released)] = &asked[..] else {
+        panic!("{asked:?}");
+    };
+    assert_eq!((backup.from_us, backup.until_us), (0, canned::at("2027-01-01T00:00:00Z")));
+    let (from, to) = (canned::at("2026-06-04T14:00:00Z"), canned::at("2026-06-04T15:00:00Z"));
+    assert_eq!((stretch.from_us, stretch.to_us, stretch.backup.as_str()), (from, to, ""));
+    assert_eq!(released.cluster, "orders");
     transcript.check();
 }
 

@@ -74,7 +74,7 @@ fn place(scratch: &Scratch) -> Place {
     Place { url, options: BTreeMap::new(), credentials: Vec::new() }
 }
 
-fn apply(scratch: &Scratch, fleet: &Fleet, policy: Value) -> anyhow::Result<()> {
+pub fn apply(scratch: &Scratch, fleet: &Fleet, policy: Value) -> anyhow::Result<()> {
     let place = place(scratch);
     let repository = json!({
         "apiVersion": "walfleet/v1", "kind": "Repository", "name": "main", "spec": { "url": place.url },

@@ -168,6 +168,7 @@ impl BackupSession {
             counters: manifest.counters,
             damaged_page_count,
             segment_size: manifest.segment_size,
+            seen_at_us: None,
             sessions: by_session(packs),
         };
         let refs = reference.seal(&self.signer, self.cluster.repository().id());

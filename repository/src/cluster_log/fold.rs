@@ -5,7 +5,7 @@
 
 use std::fmt;
 
-use super::state::{Borrowed, ClusterState, Committed, DomainKeys, Session, SessionState, Stamp};
+use super::state::{Borrowed, ClusterState, Committed, DomainKeys, Expiry, Session, SessionState, Stamp};
 use crate::format::log_entry::{Action, Entry, Hold, HoldSubject, Open};
 use crate::ids::BackupId;
 use crate::signature::{Role, Writer};
@@ -250,6 +250,13 @@ impl ClusterState {
                 let trimmed = self.trimmed_below(branch);
                 self.require(Rule::HoldsWhatIsThere, *start >= trimmed, || format!("WAL is trimmed to {trimmed}"))
             }
+            HoldSubject::Stretch(stretch) => {
+                let base = self.session(&stretch.base).filter(|session| session.committed().is_some());
+                let is_there = base.is_some_and(|base| base.open.wal_floor >= self.trimmed_below(&base.open.wal));
+                self.require(Rule::HoldsWhatIsThere, is_there, || {
+                    format!("there is no backup {} with the WAL behind it", stretch.base)
+                })
+            }
         }
     }
 
@@ -319,7 +326,8 @@ impl ClusterState {
             }
             Action::Expire { backup, reason } => {
                 if let Some(committed) = self.commit_of(backup) {
-                    self.set(backup, SessionState::Expired(committed, reason.clone()));
+                    let expiry = Expiry { reason: reason.clone(), stamp };
+                    self.set(backup, SessionState::Expired(committed, expiry));
                 }
             }
             Action::Undelete { backup } => {

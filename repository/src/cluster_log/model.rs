@@ -14,7 +14,7 @@ use anyone::try_anything;
 
 use super::fold::{Rule, Verdict};
 use super::state::{ClusterState, Session, SessionState};
-use crate::format::log_entry::{Action, Entry, Hold, HoldSubject, Open};
+use crate::format::log_entry::{Action, Entry, HeldStretch, Hold, HoldSubject, Open};
 use crate::ids::{BackupId, ClusterName, Digest, DomainId, HoldId};
 use crate::postgres::{Branch, Lsn, SystemId, Timeline, WalBranch};
 use crate::signature::{PublicKey, Writer};
@@ -83,8 +83,10 @@ fn without_order(mut state: ClusterState) -> ClusterState {
     (state.next, state.voids) = (0, 0);
     for session in state.sessions.values_mut() {
         session.opened.sequence = 0;
-        if let SessionState::Live(committed) | SessionState::Expired(committed, _) = &mut session.state {
-            committed.stamp.sequence = 0;
+        match &mut session.state {
+            SessionState::Live(committed) => committed.stamp.sequence = 0,
+            SessionState::Expired(committed, expiry) => (committed.stamp.sequence, expiry.stamp.sequence) = (0, 0),
+            SessionState::Open | SessionState::Aborted { .. } | SessionState::Purged => {}
         }
     }
     state
@@ -226,7 +228,7 @@ impl Model {
             }
             SessionState::Aborted { .. } | SessionState::Purged => 0,
         });
-        let held = state.holds().map(held_wal);
+        let held = state.holds().map(|hold| held_wal(state, hold));
         roots.chain(held).fold(0, |objects, more| objects | more)
     }
 
@@ -342,11 +344,10 @@ impl Model {
                 return Some(format!("run {run} is served twice"));
             }
         }
-        state.holds().find_map(|hold| match &hold.subject {
-            HoldSubject::Backup(backup) if state.session(backup)?.committed().is_none() => {
-                Some(format!("held backup {backup} is gone"))
-            }
-            _ => (held_wal(hold) & !world.objects != 0).then(|| "held WAL is gone".to_owned()),
+        let is_gone = |backup: &&BackupId| state.session(backup).is_none_or(|held| held.committed().is_none());
+        state.holds().find_map(|hold| match hold.backup().filter(is_gone) {
+            Some(backup) => Some(format!("held backup {backup} is gone")),
+            None => (held_wal(state, hold) & !world.objects != 0).then(|| "held WAL is gone".to_owned()),
         })
     }
 
@@ -385,9 +386,13 @@ fn from(position: u64) -> u8 {
     (position..=*POSITIONS.end()).fold(0, |segments, at| segments | segment(at))
 }
 
-fn held_wal(hold: &Hold) -> u8 {
+fn held_wal(state: &ClusterState, hold: &Hold) -> u8 {
     match &hold.subject {
         HoldSubject::Wal { start, end, .. } => from(start.0) & !from(end.0),
+        HoldSubject::Stretch(stretch) => {
+            let floor = state.session(&stretch.base).map_or(0, |base| from(base.open.wal_floor.0));
+            floor & !stretch.end.map_or(0, |end| from(end.0))
+        }
         HoldSubject::Backup(_) => 0,
     }
 }
@@ -432,7 +437,9 @@ fn attempts(view: View, agents: usize) -> Vec<Action> {
             attempts.extend([2, 3].map(|lsn| Action::Trim { branch: branch(), lsn: Lsn(lsn) }));
             attempts.push(hold("hold_b", HoldSubject::Backup(id(SESSIONS[0]))));
             attempts.push(hold("hold_w", HoldSubject::Wal { branch: branch(), start: Lsn(2), end: Lsn(3) }));
-            attempts.extend(["hold_b", "hold_w"].map(|hold| Action::Release { hold: hold_id(hold) }));
+            let stretch = HeldStretch { base: id(SESSIONS[1]), end: Some(Lsn(3)), from_us: 0, to_us: None };
+            attempts.push(hold("hold_s", HoldSubject::Stretch(stretch)));
+            attempts.extend(["hold_b", "hold_w", "hold_s"].map(|hold| Action::Release { hold: hold_id(hold) }));
         }
     }
     attempts

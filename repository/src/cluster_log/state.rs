@@ -4,7 +4,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::format::log_entry::{Hold, HoldSubject, Open};
+use crate::format::log_entry::{Hold, Open};
 use crate::ids::{BackupId, ClusterName, Digest, DomainId, HoldId, PackId};
 use crate::postgres::{Lsn, SystemId, WalBranch};
 
@@ -74,7 +74,7 @@ pub enum SessionState {
     /// A backup that can be restored, and be a parent.
     Live(Committed),
     /// In the trash: still restorable and still counted, but no longer a parent.
-    Expired(Committed, String),
+    Expired(Committed, Expiry),
     /// Its packs may go.
     Purged,
 }
@@ -84,6 +84,13 @@ pub enum SessionState {
 pub struct Committed {
     pub manifest_digest: Digest,
     pub reference_digest: Digest,
+    pub stamp: Stamp,
+}
+
+/// Why a backup lies in the trash, and since when.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub struct Expiry {
+    pub reason: String,
     pub stamp: Stamp,
 }
 
@@ -181,7 +188,7 @@ impl ClusterState {
     }
 
     pub fn is_held(&self, backup: &BackupId) -> bool {
-        self.holds.values().any(|hold| matches!(&hold.subject, HoldSubject::Backup(held) if held == backup))
+        self.holds.values().any(|hold| hold.backup() == Some(backup))
     }
 
     /// Below it, WAL of the branch may be gone, but for the stretches that unpurged backups, open sessions and holds need.

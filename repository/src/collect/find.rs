@@ -12,7 +12,7 @@ use crate::format::reference::ReferencePart;
 use crate::ids::{BackupId, ClusterName, Digest, PackId};
 use crate::layout::{self, WalObject};
 use crate::open::Repository;
-use crate::postgres::{SegmentSize, SystemId, WalBranch};
+use crate::postgres::{Segment, SegmentSize, SystemId, WalBranch};
 
 /// Folders and reference parts read at once.
 const READS: usize = 8;
@@ -63,7 +63,7 @@ pub(super) async fn garbage(
         }
     }
     for (wal, _) in needs.trims() {
-        let Some(size) = segment_size(repository, cluster, log, wal.system_id).await else {
+        let Some(size) = segment_size(repository, cluster, log, wal.system_id).await? else {
             tracing::warn!(%cluster, system = %wal.system_id, "no reference part tells the size of its WAL segments");
             continue;
         };
@@ -108,7 +108,7 @@ async fn of_ended(
     let (mut found, mut unnamed) = (Vec::new(), Vec::new());
     for session in ended {
         let is_purged = log.state().session(session).is_some_and(|session| session.state == SessionState::Purged);
-        let part = if is_purged { reference(repository, cluster, session).await } else { None };
+        let part = if is_purged { reference(repository, cluster, session).await? } else { None };
         match part {
             Some(part) => {
                 let own = part.packs().filter(|(of, ..)| *of == cluster);
@@ -127,11 +127,18 @@ async fn of_ended(
 
 /// The reference part of a purged backup: the log no longer names its digest, and nothing is believed of it but what to look
 /// at.
-async fn reference(repository: &Repository, cluster: &ClusterName, backup: &BackupId) -> Option<ReferencePart> {
-    let object = repository.store().get(&layout::reference(cluster, backup)).await.ok()?;
+async fn reference(
+    repository: &Repository,
+    cluster: &ClusterName,
+    backup: &BackupId,
+) -> Result<Option<ReferencePart>, CollectError> {
+    let object = match repository.store().get(&layout::reference(cluster, backup)).await {
+        Ok(object) => object,
+        Err(error) if error.is_not_found() => return Ok(None),
+        Err(error) => return Err(error.into()),
+    };
     let digest = Digest(*blake3::hash(&object).as_bytes());
-    let read = ReferencePart::open(&repository.trust(), cluster, backup, digest, &object);
-    read.map(|(part, _)| part).ok()
+    Ok(ReferencePart::open(&repository.trust(), cluster, backup, digest, &object).map(|(part, _)| part).ok())
 }
 
 /// As the newest backup of the system says that has a reference part.
@@ -140,7 +147,7 @@ async fn segment_size(
     cluster: &ClusterName,
     log: &ClusterLog,
     system_id: SystemId,
-) -> Option<SegmentSize> {
+) -> Result<Option<SegmentSize>, CollectError> {
     let of_system = |session: &&Session| {
         session.open.wal.system_id == system_id
             && !matches!(session.state, SessionState::Open | SessionState::Aborted { .. })
@@ -148,11 +155,11 @@ async fn segment_size(
     let sessions: Vec<BackupId> =
         log.state().sessions().filter(of_system).map(|session| session.id().clone()).collect();
     for session in sessions.into_iter().rev() {
-        if let Some(part) = reference(repository, cluster, &session).await {
-            return Some(part.segment_size);
+        if let Some(part) = reference(repository, cluster, &session).await? {
+            return Ok(Some(part.segment_size));
         }
     }
-    None
+    Ok(None)
 }
 
 async fn in_branch(
@@ -161,15 +168,30 @@ async fn in_branch(
     needs: &Needs,
     (wal, size): (&WalBranch, SegmentSize),
 ) -> Result<Option<(GarbageWal, u64)>, CollectError> {
-    let listed = repository.store().list(&layout::wal_branch(cluster, wal)).await?;
     let (mut segments, mut bytes) = (BTreeSet::new(), 0);
-    for object in listed {
-        let Some((_, WalObject::Segment(segment))) = layout::parse_wal_object(cluster, &object.key, size) else {
-            continue;
-        };
+    let mut note = |segment: Segment, size_of_it: u64| {
         if needs.is_dead_wal(wal, segment.start(size), segment.end(size)) {
             segments.insert(segment.number);
-            bytes += object.size;
+            bytes += size_of_it;
+        }
+    };
+    for object in repository.store().list(&layout::wal_branch(cluster, wal)).await? {
+        let whole = match layout::parse_wal_object(cluster, &object.key, size) {
+            Some((_, WalObject::Segment(segment))) => Some(segment),
+            _ => None,
+        };
+        let beside = || {
+            layout::parse_wal_partial(cluster, wal, &object.key, size)
+                .or_else(|| layout::parse_wal_backup_history(cluster, wal, &object.key, size))
+        };
+        if let Some(segment) = whole.or_else(beside) {
+            note(segment, object.size);
+        }
+    }
+    // Of a segment that was never finished there are pieces alone.
+    for folder in repository.store().list_level(&layout::tails(cluster, wal)).await?.folders {
+        if let Some(segment) = layout::parse_tail_segment(cluster, wal, &folder, size) {
+            note(segment, 0);
         }
     }
     Ok((!segments.is_empty()).then_some((GarbageWal { size, segments }, bytes)))

@@ -86,6 +86,12 @@ impl Needs {
                 Some(Stretch { system_id: branch.system_id, wal: Some(*branch), from: *start, to: Some(*end) })
             }
             HoldSubject::Backup(_) => None,
+            // Its base is not purged, so its session is there.
+            HoldSubject::Stretch(stretch) => {
+                let open = &state.session(&stretch.base)?.open;
+                let (system_id, from) = (open.wal.system_id, open.wal_floor);
+                Some(Stretch { system_id, wal: None, from, to: stretch.end })
+            }
         });
         needs.stretches.extend(held);
         Ok(needs)

@@ -16,8 +16,9 @@ use crate::postgres::{Segment, WalBranch};
 /// Objects in one go.
 const BATCH: usize = 100;
 
-/// Removes all that a plan names. Nothing of it, if any of it is needed: what was garbage once always is, so that something is
-/// wrong with the log, the plan or this program.
+/// Removes all that a plan names. Nothing of it, if a pack or manifest of it is needed: what was garbage once always is, so that
+/// something is wrong with the log, the plan or this program. WAL may have come to be needed, of a branch that another one left: a
+/// session counts on every branch of its system. That stays.
 pub(super) async fn carry_out(
     repository: &Repository,
     plan: &CollectPlan,
@@ -33,7 +34,12 @@ pub(super) async fn carry_out(
     let mut keys: Vec<Path> = packs.map(|(session, pack)| layout::pack(cluster, session, *pack)).collect();
     keys.extend(plan.backups.iter().map(|backup| layout::manifest(cluster, backup)));
     for (wal, garbage) in &plan.wal {
-        keys.extend(of_branch(repository, cluster, wal, garbage).await?);
+        let is_dead = |number: &u64| {
+            let segment = Segment { timeline: wal.timeline, number: *number };
+            needs.is_dead_wal(wal, segment.start(garbage.size), segment.end(garbage.size))
+        };
+        let segments = garbage.segments.iter().copied().filter(is_dead).collect();
+        keys.extend(of_branch(repository, cluster, wal, &GarbageWal { size: garbage.size, segments }).await?);
     }
     for batch in keys.chunks(BATCH) {
         if cancel.is_cancelled() {
@@ -53,18 +59,8 @@ fn first_needed(plan: &CollectPlan, needs: &Needs) -> Option<String> {
     let mut packs = plan.packs.iter().flat_map(|(session, packs)| packs.iter().map(move |pack| (session, *pack)));
     let pack = packs.find(|(session, pack)| !needs.is_dead_pack(session, *pack));
     let backup = || plan.backups.iter().find(|backup| !needs.is_dead_backup(backup));
-    let segment = || {
-        plan.wal.iter().find_map(|(wal, garbage)| {
-            let of = |number: &u64| Segment { timeline: wal.timeline, number: *number };
-            let is_needed =
-                |segment: &Segment| !needs.is_dead_wal(wal, segment.start(garbage.size), segment.end(garbage.size));
-            let segment = garbage.segments.iter().map(of).find(is_needed)?;
-            Some(layout::wal_segment(cluster, wal, segment, garbage.size).to_string())
-        })
-    };
     pack.map(|(session, pack)| layout::pack(cluster, session, pack).to_string())
         .or_else(|| backup().map(|backup| layout::manifest(cluster, backup).to_string()))
-        .or_else(segment)
 }
 
 /// The segments, and what lies beside them under their names: pieces, unfinished ends, backup history files.

@@ -37,6 +37,7 @@ pub enum ObjectKind {
     GapNote = 6,
     CollectPlan = 7,
     Collected = 8,
+    Origin = 9,
     // Sealed, with the header of `sealed`.
     Pack = 16,
     Manifest = 17,
@@ -52,7 +53,7 @@ impl ObjectKind {
 
     pub fn from_number(number: u16) -> Option<ObjectKind> {
         use ObjectKind::*;
-        let clear = [Root, LogEntry, Checkpoint, DomainKey, Reference, GapNote, CollectPlan, Collected];
+        let clear = [Root, LogEntry, Checkpoint, DomainKey, Reference, GapNote, CollectPlan, Collected, Origin];
         let sealed = [Pack, Manifest, Segment, Tail, History];
         clear.into_iter().chain(sealed).find(|kind| kind.number() == number)
     }
@@ -68,6 +69,7 @@ impl ObjectKind {
             ObjectKind::GapNote => "gap note",
             ObjectKind::CollectPlan => "collection plan",
             ObjectKind::Collected => "report of a collection",
+            ObjectKind::Origin => "origin of a timeline",
             ObjectKind::Pack => "pack",
             ObjectKind::Manifest => "manifest",
             ObjectKind::Segment => "WAL segment",

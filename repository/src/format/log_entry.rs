@@ -82,6 +82,32 @@ pub enum HoldSubject {
         start: Lsn,
         end: Lsn,
     },
+    /// A stretch of time.
+    Stretch(HeldStretch),
+}
+
+/// Any second of it can be restored from its base: held are that and the WAL of every branch of its system, from the floor of
+/// its session on.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct HeldStretch {
+    pub base: BackupId,
+    /// `None`: all that comes.
+    pub end: Option<Lsn>,
+    /// What was asked for, microseconds since the Unix epoch.
+    pub from_us: i64,
+    /// `None`: without end.
+    pub to_us: Option<i64>,
+}
+
+impl Hold {
+    /// The backup that it keeps.
+    pub fn backup(&self) -> Option<&BackupId> {
+        match &self.subject {
+            HoldSubject::Backup(backup) => Some(backup),
+            HoldSubject::Stretch(stretch) => Some(&stretch.base),
+            HoldSubject::Wal { .. } => None,
+        }
+    }
 }
 
 /// An intact object of a log, read.
@@ -251,8 +277,9 @@ fn open_from_proto(open: proto::Open) -> Result<Open, String> {
 }
 
 fn hold_to_proto(hold: &Hold) -> proto::Hold {
-    let (backup, wal) = match &hold.subject {
-        HoldSubject::Backup(backup) => (backup.to_string(), None),
+    let (backup, wal, stretch) = match &hold.subject {
+        HoldSubject::Backup(backup) => (backup.to_string(), None, None),
+        HoldSubject::Stretch(stretch) => (stretch.base.to_string(), None, Some(stretch_to_proto(stretch))),
         HoldSubject::Wal { branch, start, end } => {
             let range = proto::WalRange {
                 system_identifier: branch.system_id.0,
@@ -261,7 +288,7 @@ fn hold_to_proto(hold: &Hold) -> proto::Hold {
                 start_lsn: start.0,
                 end_lsn: end.0,
             };
-            (String::new(), Some(range))
+            (String::new(), Some(range), None)
         }
     };
     proto::Hold {
@@ -271,19 +298,34 @@ fn hold_to_proto(hold: &Hold) -> proto::Hold {
         reason: hold.reason.clone(),
         owner: hold.owner.clone(),
         until_us: hold.until_us.unwrap_or(0),
+        stretch,
+    }
+}
+
+fn stretch_to_proto(stretch: &HeldStretch) -> proto::HeldStretch {
+    proto::HeldStretch {
+        end_lsn: stretch.end.map_or(0, |end| end.0),
+        from_us: stretch.from_us,
+        to_us: stretch.to_us.unwrap_or(0),
     }
 }
 
 fn hold_from_proto(hold: proto::Hold) -> Result<Hold, String> {
-    let subject = match (hold.backup.is_empty(), hold.wal) {
-        (false, None) => HoldSubject::Backup(parse(&hold.backup)?),
-        (true, Some(range)) if range.start_lsn < range.end_lsn => HoldSubject::Wal {
+    let subject = match (hold.backup.is_empty(), hold.wal, hold.stretch) {
+        (false, None, None) => HoldSubject::Backup(parse(&hold.backup)?),
+        (false, None, Some(stretch)) => HoldSubject::Stretch(HeldStretch {
+            base: parse(&hold.backup)?,
+            end: Some(Lsn(stretch.end_lsn)).filter(|end| *end != Lsn::INVALID),
+            from_us: stretch.from_us,
+            to_us: Some(stretch.to_us).filter(|to| *to != 0),
+        }),
+        (true, Some(range), None) if range.start_lsn < range.end_lsn => HoldSubject::Wal {
             branch: wal_branch(range.system_identifier, range.timeline, &range.branch)?,
             start: Lsn(range.start_lsn),
             end: Lsn(range.end_lsn),
         },
-        (true, Some(_)) => return Err("it holds an empty range".to_owned()),
-        _ => return Err("a hold keeps either a backup or a range of WAL".to_owned()),
+        (true, Some(_), None) => return Err("it holds an empty range".to_owned()),
+        _ => return Err("a hold keeps a backup, a range of WAL, or a stretch of time from a backup on".to_owned()),
     };
     let until_us = Some(hold.until_us).filter(|until| *until != 0);
     Ok(Hold { hold: parse(&hold.hold)?, subject, reason: hold.reason, owner: hold.owner, until_us })
@@ -349,6 +391,10 @@ mod tests {
             Action::Abort { session: backup.clone(), reason: "lost".to_owned() },
             keep(HoldSubject::Backup(backup.clone()), None),
             keep(HoldSubject::Wal { branch: branch(), start: Lsn(1), end: Lsn(2) }, Some(7)),
+            keep(
+                HoldSubject::Stretch(HeldStretch { base: backup.clone(), end: None, from_us: 5, to_us: Some(6) }),
+                None,
+            ),
             Action::Release { hold: hold.clone() },
             Action::Expire { backup: backup.clone(), reason: "daily 8".to_owned() },
             Action::Undelete { backup: backup.clone() },

@@ -36,6 +36,8 @@ pub struct ReferencePart {
     pub counters: Counters,
     pub damaged_page_count: u64,
     pub segment_size: SegmentSize,
+    /// When the place it was copied from saw its commit, microseconds since the Unix epoch. Only a keeper's word counts.
+    pub seen_at_us: Option<i64>,
     /// Every pack that a restore reads, and in which session of this place it lies.
     pub sessions: Vec<SessionPacks>,
 }
@@ -131,6 +133,7 @@ fn reference_to_proto(part: &ReferencePart) -> proto::ReferencePart {
         counters: Some(part.counters.to_wire()),
         damaged_page_count: part.damaged_page_count,
         wal_segment_bytes: part.segment_size.bytes(),
+        seen_at_us: part.seen_at_us.unwrap_or(0),
         sessions: part.sessions.iter().map(session_to_proto).collect(),
     }
 }
@@ -169,6 +172,7 @@ fn reference_from_proto(message: proto::ReferencePart) -> Result<ReferencePart, 
         counters: Counters::from_wire(message.counters.unwrap_or_default()),
         damaged_page_count: message.damaged_page_count,
         segment_size: SegmentSize::new(message.wal_segment_bytes.into()).map_err(text)?,
+        seen_at_us: Some(message.seen_at_us).filter(|us| *us != 0),
         sessions: message.sessions.into_iter().map(session_from_proto).collect::<Result<_, _>>()?,
     })
 }
@@ -220,6 +224,7 @@ pub(crate) mod tests {
             counters: Counters { cluster_bytes: 5, ..Counters::default() },
             damaged_page_count: 1,
             segment_size: SegmentSize::DEFAULT,
+            seen_at_us: None,
             sessions: vec![
                 session(backup, None, vec![pack(1), pack(2)]),
                 session("bk_9", Some("clone"), vec![pack(3)]),

@@ -5,12 +5,12 @@ use prost::Message;
 use walfleet_proto::repository::v1 as wire;
 
 use crate::crypto::DomainKey;
-use crate::format::clear::ObjectKind;
+use crate::format::clear::{self, ClearError, ObjectKind};
 use crate::format::manifest::branch_from_wire;
 use crate::format::sealed::{Compressor, SealedObject, SealedWriter};
 use crate::format::wal_segment::SegmentError;
 use crate::ids::ChunkId;
-use crate::postgres::{Branch, Lsn, WalBranch};
+use crate::postgres::{Branch, Lsn, TimelineHistory, WalBranch};
 
 /// Derives a diverged branch's id from where it left, with what, and whose it is.
 const DIVERGED_BRANCH: &str = "walfleet 2026-11 diverged branch v1";
@@ -26,6 +26,15 @@ pub struct StoredHistory {
     pub member: String,
     pub shipped_at_us: i64,
     pub divergence: Option<Divergence>,
+}
+
+/// An origin that does not read.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+pub enum OriginError {
+    #[error(transparent)]
+    Clear(#[from] ClearError),
+    #[error("{0}")]
+    Malformed(String),
 }
 
 /// Where one member's WAL left a branch, since another member had stored other records under its names.
@@ -104,7 +113,11 @@ impl StoredHistory {
     /// The object's bytes. `key` is its key in the repository.
     pub fn seal(&self, domain: &DomainKey, key: &str, wal: WalBranch) -> Result<Bytes, SegmentError> {
         let writer = SealedWriter::new(domain, ObjectKind::History, Some(key), 1024)?;
-        let message = wire::TimelineHistory {
+        Ok(writer.finish(&self.to_wire(wal).encode_to_vec(), &mut Compressor::new(3))?)
+    }
+
+    fn to_wire(&self, wal: WalBranch) -> wire::TimelineHistory {
+        wire::TimelineHistory {
             system_identifier: wal.system_id.0,
             timeline: wal.timeline.0,
             content: self.content.clone(),
@@ -112,14 +125,37 @@ impl StoredHistory {
             shipped_at_us: self.shipped_at_us,
             parent_branch: self.parent.map(|parent| Bytes::copy_from_slice(&parent.0)).unwrap_or_default(),
             divergence: self.divergence.as_ref().map(Divergence::to_wire),
-        };
-        Ok(writer.finish(&message.encode_to_vec(), &mut Compressor::new(3))?)
+        }
     }
 
     pub fn open(bytes: Bytes, domain: &DomainKey, key: &str, wal: WalBranch) -> Result<StoredHistory, SegmentError> {
         let object = SealedObject::open(bytes, domain, ObjectKind::History, Some(key))?;
+        let message = wire::TimelineHistory::decode(&object.directory[..]);
+        StoredHistory::from_wire(message.map_err(|e| SegmentError::Directory(e.to_string()))?, wal)
+    }
+
+    /// The same in clear, without the reasons that end a history's lines: they may hold what an operator wrote.
+    pub fn in_clear(&self, wal: WalBranch) -> Bytes {
+        let parsed = TimelineHistory::parse(wal.timeline, &self.content).ok();
+        let ancestors = parsed.map(|history| history.ancestors).unwrap_or_default();
+        let lines: String = ancestors.iter().map(|(timeline, lsn)| format!("{timeline}\t{lsn}\t\n")).collect();
+        let history = wire::TimelineHistory { content: lines.into(), ..self.to_wire(wal) };
+        let message = wire::WalOrigin { branch: Bytes::copy_from_slice(&wal.branch.0), history: Some(history) };
+        clear::encode(ObjectKind::Origin, &message.encode_to_vec())
+    }
+
+    pub fn open_clear(object: &[u8], wal: WalBranch) -> Result<StoredHistory, OriginError> {
+        let body = clear::decode(ObjectKind::Origin, object)?;
+        let message = wire::WalOrigin::decode(body).map_err(|error| OriginError::Malformed(error.to_string()))?;
+        if message.branch[..] != wal.branch.0 {
+            return Err(OriginError::Malformed("it is another branch's".to_owned()));
+        }
+        let history = message.history.ok_or_else(|| OriginError::Malformed("it tells nothing".to_owned()))?;
+        StoredHistory::from_wire(history, wal).map_err(|error| OriginError::Malformed(error.to_string()))
+    }
+
+    fn from_wire(message: wire::TimelineHistory, wal: WalBranch) -> Result<StoredHistory, SegmentError> {
         let bad = |reason: String| SegmentError::Directory(reason);
-        let message = wire::TimelineHistory::decode(&object.directory[..]).map_err(|e| bad(e.to_string()))?;
         if message.system_identifier != wal.system_id.0 || message.timeline != wal.timeline.0 {
             return Err(SegmentError::Identity {
                 found: format!("timeline {} of system {}", message.timeline, message.system_identifier),
@@ -177,6 +213,32 @@ mod tests {
         let other = WalBranch { timeline: Timeline(3), ..wal };
         assert!(StoredHistory::open(bytes.clone(), &key, "k", other).is_err());
         assert!(StoredHistory::open(bytes, &key, "another", wal).is_err());
+    }
+
+    #[test]
+    fn in_clear_stand_the_positions_and_no_words() {
+        let wal = WalBranch { system_id: SystemId(9), timeline: Timeline(3), branch: Branch([4; 8]) };
+        let stored = StoredHistory {
+            content: Bytes::from_static(b"1\t0/3000000\tat restore point \"the secret one\"\n\n2\t0/5000000\tx\n"),
+            parent: Some(Branch([3; 8])),
+            member: "pg2".to_owned(),
+            shipped_at_us: 77,
+            divergence: None,
+        };
+        let object = stored.in_clear(wal);
+        assert!(!object.windows(6).any(|bytes| bytes == b"secret"));
+        let read = StoredHistory::open_clear(&object, wal).unwrap();
+        let parsed = |stored: &StoredHistory| TimelineHistory::parse(wal.timeline, &stored.content).unwrap();
+        assert_eq!((parsed(&read), read.parent), (parsed(&stored), stored.parent));
+        let other = WalBranch { branch: Branch([5; 8]), ..wal };
+        assert!(matches!(StoredHistory::open_clear(&object, other), Err(OriginError::Malformed(_))));
+        let diverged = StoredHistory { content: Bytes::new(), divergence: Some(divergence()), ..stored };
+        let first = WalBranch { timeline: Timeline(1), branch: divergence().branch(), ..wal };
+        let read = StoredHistory::open_clear(&diverged.in_clear(first), first).unwrap();
+        assert_eq!(read.divergence, Some(divergence()));
+        for at in 0..object.len() {
+            assert!(StoredHistory::open_clear(&object[..at], wal).is_err(), "cut at {at}");
+        }
     }
 
     #[test]

@@ -10,7 +10,7 @@ use super::Candidate;
 
 /// How many copies of each kind. Only days (weeks, months, years) that have a restorable backup count, so that a time
 /// without backups uses none of them up.
-#[derive(Clone, Debug)]
+#[derive(Clone, PartialEq, Debug)]
 pub struct Calendar {
     pub daily: usize,
     /// ISO 8601 weeks: they begin on Mondays.

@@ -7,7 +7,7 @@ use jiff::{SignedDuration, Timestamp};
 use super::{Decision, Given, Plan};
 
 /// How far the controller's clock and the store's may differ.
-const SKEW: SignedDuration = SignedDuration::from_mins(10);
+pub const SKEW: SignedDuration = SignedDuration::from_mins(10);
 
 /// So many backups may expire in one go, however few there are.
 const FEW: usize = 3;
@@ -20,6 +20,8 @@ const FEW_SEGMENTS: usize = 256;
 pub enum Refusal {
     /// The store has seen a commit later than now.
     ClockBehind { now: Timestamp, seen_at: Timestamp },
+    /// See [`Given::doubts`].
+    Doubtful { what: String },
     /// The catalog tells of objects that do not read.
     CatalogDoubtful { damaged: Vec<String> },
     /// Fewer restorable backups would be left than are promised at least, and fewer than there are.
@@ -44,6 +46,7 @@ impl fmt::Display for Refusal {
                 f,
                 "the store has seen a backup at {seen_at}, and here it is {now}\nHINT: set the controller's clock, or wait until that moment has passed."
             ),
+            Refusal::Doubtful { what } => f.write_str(what),
             Refusal::CatalogDoubtful { damaged } => write!(
                 f,
                 "{} objects of the WAL archive do not read, the first: {}\nHINT: `walfleet repository verify` tells of them all.",
@@ -66,7 +69,8 @@ impl fmt::Display for Refusal {
 }
 
 pub(super) fn refusals(given: &Given<'_>, plan: &Plan) -> Vec<Refusal> {
-    let mut refusals = Vec::new();
+    let doubts = given.doubts.iter().map(|what| Refusal::Doubtful { what: what.clone() });
+    let mut refusals: Vec<Refusal> = doubts.collect();
     let expired = given.candidates.iter().filter_map(|candidate| candidate.expired_at);
     let stored = given.last_stored.values().copied();
     let newest = given.candidates.iter().map(|candidate| candidate.seen_at).chain(expired).chain(stored).max();

@@ -1,6 +1,6 @@
 //! Plans over random histories, held against what could be restored before and can be after.
 
-mod world;
+pub(super) mod world;
 
 use std::collections::BTreeSet;
 
@@ -8,6 +8,7 @@ use jiff::tz::TimeZone;
 
 use self::world::{World, hours};
 use super::*;
+use crate::format::log_entry::HoldSubject;
 use crate::postgres::Segment;
 use crate::recovery_window::{Pick, TargetPoint, TimelineChoice, choose_backup};
 
@@ -33,6 +34,9 @@ fn after(world: &World, plan: &Plan) -> (Vec<Candidate>, WalCatalog) {
             let of_holds = world.holds.iter().any(|hold| match &hold.subject {
                 HoldSubject::Wal { branch, start, end } => branch == wal && meets(*start, *end),
                 HoldSubject::Backup(_) => false,
+                HoldSubject::Stretch(stretch) => world.held(stretch).is_some_and(|(system_id, from)| {
+                    wal.system_id == system_id && meets(from, stretch.end.unwrap_or(Lsn(u64::MAX)))
+                }),
             });
             to > *below || of_backups || of_holds
         });
@@ -87,6 +91,22 @@ fn fault(world: &World) -> Result<(), String> {
         match &hold.subject {
             HoldSubject::Backup(held) if !kept.contains(held) => return fail(format!("{held} is held")),
             HoldSubject::Backup(_) => {}
+            HoldSubject::Stretch(stretch) if !kept.contains(&stretch.base) => {
+                return fail(format!("{} is the base of what is held", stretch.base));
+            }
+            HoldSubject::Stretch(stretch) => {
+                for (tip, branch) in &world.catalog.branches {
+                    for target in
+                        world.targets(tip, branch).into_iter().filter(|at| stretch.end.is_none_or(|end| *at < end))
+                    {
+                        let base: Vec<Candidate> =
+                            world.candidates.iter().filter(|one| one.facts.id == stretch.base).cloned().collect();
+                        if can_reach(&base, &world.catalog, *tip, target) && !can_reach(&base, &catalog, *tip, target) {
+                            return fail(format!("{target} on {tip:?} is held and cannot be reached any more"));
+                        }
+                    }
+                }
+            }
             HoldSubject::Wal { branch, start, end } => {
                 let there = |catalog: &WalCatalog| {
                     let segments = &catalog.branches[branch].segments;

@@ -1,9 +1,11 @@
 //! Proves what a store promises before anything relies on it: an atomic create, and reading what was written.
 //!
 //! One widely used store accepts `If-None-Match: *` and ignores it, without an error. Probes go around [`super::Store`]'s
-//! own settling, straight to single requests. What they create stays under `probe/`: nothing here may delete.
+//! own settling, straight to single requests. What they create stays under `probe/`: agents may not delete.
 
+use bytes::Bytes;
 use futures::future::join_all;
+use jiff::Timestamp;
 use object_store::{ObjectStoreExt, PutMode, PutOptions, PutPayload};
 
 use super::Store;
@@ -33,6 +35,16 @@ impl ProbeReport {
     pub fn is_atomic(&self) -> bool {
         self.winners == 1 && self.reads_what_was_written && self.refuses_existing
     }
+}
+
+/// The store's present time, as it stamps what is created now. For the keeper: it takes away what it created.
+pub async fn clock(store: &Store) -> Result<Timestamp, StoreError> {
+    let key = layout::probe(&format!("{:032x}", rand::random::<u128>()));
+    store.put_new(&key, Bytes::from_static(b"walfleet looks at the clock\n")).await?;
+    let listed = store.listed(&key).await?;
+    store.delete(vec![key.clone()]).await?;
+    let at = listed.and_then(|listed| Timestamp::from_microsecond(listed.last_modified_us).ok());
+    at.ok_or_else(|| StoreError::new(Operation::Probe, &key, StoreErrorKind::NotFound))
 }
 
 /// Probes a store. An error means that nothing is known: the store could not be reached, or refused us.

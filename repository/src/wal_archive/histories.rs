@@ -43,6 +43,11 @@ impl WalArchive {
         let sealed = history.seal(self.keys.newest(), key.as_ref(), wal);
         let bytes = sealed.map_err(|source| ArchiveError::Segment { key: key.to_string(), source })?;
         let stored_bytes = bytes.len() as u64;
+        // Before it, so that whoever sees the one has the other.
+        let origin = self.store.create(&layout::wal_origin(&self.cluster, &wal), history.in_clear(wal)).await?;
+        if origin == Creation::AlreadyThere {
+            tracing::debug!(?wal, "where the branch comes from was told already");
+        }
         match self.store.create(&key, bytes).await? {
             Creation::Created => Ok(Archived::Stored { stored_bytes }),
             // Read it to be sure that it opens, or to have it named. Its name holds what it said.

@@ -57,6 +57,7 @@ fn quick() -> Timing {
         tick: Duration::from_millis(100),
         writer: Duration::from_secs(90 * 86_400),
         history: Duration::from_secs(30 * 86_400),
+        retention: crate::fleet::RetentionTiming::of(&crate::config::RetentionConfig::default()),
     }
 }
 

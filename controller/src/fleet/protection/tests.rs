@@ -97,6 +97,7 @@ fn assess_members(members: Vec<MemberSeen<'_>>, objectives: &str, now: Timestamp
         spec: None,
         members,
         binding: Binding::To("gold"),
+        is_surely_bound: true,
         policy: Some(&spec),
         repository: Some("main"),
         problems: vec![],

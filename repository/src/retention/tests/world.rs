@@ -8,7 +8,7 @@ use rand::{Rng, RngExt, SeedableRng};
 
 use super::super::calendar::Calendar;
 use super::super::{Candidate, Given, Promise};
-use crate::format::log_entry::{Hold, HoldSubject, Open};
+use crate::format::log_entry::{HeldStretch, Hold, HoldSubject, Open};
 use crate::ids::BackupId;
 use crate::postgres::{Branch, Lsn, SegmentSize, SystemId, Timeline, TimelineHistory, WalBranch};
 use crate::recovery_window::{BackupFacts, BranchWal, SegmentFacts, WalCatalog};
@@ -21,7 +21,7 @@ pub fn hours(hours: u64) -> SignedDuration {
     SignedDuration::from_hours(hours as i64)
 }
 
-fn begun() -> Timestamp {
+pub fn begun() -> Timestamp {
     "2026-01-01T00:00:00Z".parse().expect("a time")
 }
 
@@ -224,12 +224,25 @@ impl World {
             self.holds.push(hold("hold_w", HoldSubject::Wal { branch: facts.wal, start: facts.start_lsn, end }));
         }
         if random.random_bool(0.3) {
+            let facts = one(random).facts;
+            let end =
+                random.random_bool(0.7).then(|| Lsn(facts.stop_lsn.0 + random.random_range(1..50 * u64::from(SIZE))));
+            let stretch = HeldStretch { base: facts.id, end, from_us: 0, to_us: None };
+            self.holds.push(hold("hold_s", HoldSubject::Stretch(stretch)));
+        }
+        if random.random_bool(0.3) {
             let parent = one(random).facts;
             let floor = lsn(random.random_range(0.0..end));
             let session: BackupId = "bk_open".parse().expect("an id");
             let open = Open { session, parents: vec![parent.id], run: None, wal: parent.wal, wal_floor: floor };
             self.open.push(open);
         }
+    }
+
+    /// Of what system, and from where on, a stretch holds WAL.
+    pub fn held(&self, stretch: &HeldStretch) -> Option<(SystemId, Lsn)> {
+        let base = self.candidates.iter().find(|candidate| candidate.facts.id == stretch.base)?;
+        Some((base.facts.wal.system_id, base.facts.start_lsn))
     }
 
     pub fn given(&self) -> Given<'_> {
@@ -242,6 +255,7 @@ impl World {
             trimmed: &self.trimmed,
             holds: &self.holds,
             open: &self.open,
+            doubts: &[],
         }
     }
 
