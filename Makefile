@@ -6,7 +6,7 @@
 help:
 	@echo 'make demo [KEEP=1]        the main job end to end on this machine; KEEP=1 leaves it running'
 	@echo 'make test                 every test, those with real PostgreSQL 13 to 18 and S3 included'
-	@echo 'make proof                what takes too long for every run: memory at full size'
+	@echo 'make proof                what takes too long for every run: 100,000 plans, memory at full size, fifty lost hosts'
 	@echo 'make bench [AREA=…] [ROWS=…] [PEERS=…] [QUICK=1]   benchmarks, peers beside us; writes target/bench/report.json'
 	@echo 'make lint                 formatting and clippy, warnings refused'
 
@@ -27,6 +27,7 @@ test: build
 
 # Memory is measured in the process that runs the test, so one at a time, and on a file system in memory.
 proof: build
+	@cargo test -p walfleet-repository --lib -- --ignored --nocapture
 	@TMPDIR=/dev/shm cargo test -p walfleet-agent --lib -- --ignored --nocapture --test-threads=1
 	@cargo test -p walfleet-integration-tests --test it -- --ignored --nocapture fifty_hosts_are_destroyed
 

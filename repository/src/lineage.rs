@@ -20,6 +20,9 @@ use crate::postgres::SystemId;
 /// Logs of relatives read at once: small objects, so latency counts.
 const LOG_READS: usize = 16;
 
+/// Of holds that keep a backup for a copy of its cluster.
+pub const OWNER: &str = "lineage";
+
 /// Whose copy a cluster may be.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Kin {
@@ -137,7 +140,7 @@ pub async fn lend(
         hold: hold.clone(),
         subject: HoldSubject::Backup(backup.clone()),
         reason: format!("backups of cluster {borrower} refer to its content"),
-        owner: "lineage".to_owned(),
+        owner: OWNER.to_owned(),
         until_us: None,
     });
     let mut log = repository.cluster_log(lender);

@@ -10,6 +10,7 @@
 //! is named and not brought. Whatever was done stays: a copier that was killed goes on where it was.
 
 pub mod backups;
+pub mod holds;
 pub mod wal;
 
 #[cfg(test)]
@@ -120,6 +121,16 @@ impl Copier<'_> {
         match self.at_target(self.target.store().create(key, bytes).await)? {
             Creation::Created => Ok(Some(size)),
             Creation::AlreadyThere => Err(self.taken(key)),
+        }
+    }
+
+    /// Reference parts that are damaged are passed over; that some did not come now is an error.
+    fn all_came(&self, unreadable: Vec<(BackupId, RepositoryError)>, of: &Repository) -> Result<(), ReplicateError> {
+        match unreadable.into_iter().find(|(_, error)| !matches!(error, RepositoryError::Reference(_))) {
+            Some((backup, source)) => {
+                Err(ReplicateError::Backup { backup, place: of.store().to_string(), source: Box::new(source) })
+            }
+            None => Ok(()),
         }
     }
 

@@ -102,14 +102,14 @@ impl ClusterWatch {
         match wal_catalog::read(&self.archive, &systems).await {
             Ok(catalog) => {
                 let windows = recovery_windows(&facts, &catalog);
-                let known = self.know_gaps(&windows, &facts, &catalog, &mut problems).await;
-                let known = known.above(self.log.state().trims());
+                let noted = self.know_gaps(&windows, &facts, &catalog, &mut problems).await;
+                let known = noted.clone().above(self.log.state().trims());
                 let split = split_brains(&catalog, as_of.as_microsecond());
                 problems.splice(0..0, split.iter().map(ToString::to_string));
                 problems.extend(catalog.damaged.iter().map(|damaged| format!("it counts as absent: {damaged}")));
                 let alarms = |lost: &&Unrestorable| {
                     let gap = &lost.missing;
-                    !known.is_acknowledged(&gap.wal, gap.from, gap.to)
+                    !noted.is_acknowledged(&gap.wal, gap.from, gap.to)
                 };
                 problems.extend(windows.unrestorable.iter().filter(alarms).map(|lost| {
                     let gap = &lost.missing;

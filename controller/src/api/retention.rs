@@ -52,14 +52,14 @@ impl Api {
                     "the plan of {name} waits for no word\nHINT: `walfleet retention plan {name}` shows what becomes of it."
                 )));
             }
-            if digest(&planned.plan) != shown {
+            if digest(&says, &planned.plan) != shown {
                 return Err(Status::aborted(
                     "the plan is no more the one that was shown\nHINT: repeat the command, and look at the new one.",
                 ));
             }
             answer(repository, self.keeper.release(repository, name, (&says, &planned.plan), by, at)).await?;
         }
-        Ok(plan_out(name.as_str(), repository, at, &planned))
+        Ok(plan_out((name.as_str(), repository), at, &planned, digest(&says, &planned.plan)))
     }
 
     async fn undelete(&self, wanted: &pb::UndeleteBackupRequest) -> Result<pb::UndeleteBackupReply, Status> {

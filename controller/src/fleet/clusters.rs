@@ -215,7 +215,9 @@ fn cluster<'a>(name: &ClusterName, claimed: &[Claim<'a>], pin: Option<&Pin>, cat
     let labels = with_declared(common_labels(&admitted, AgentSeen::labels));
     let binding = policy::bind(&labels, &catalog.policies);
     let enrolled = with_declared(common_labels(&admitted, |seen| seen.enrolled.labels.clone()));
-    let is_surely_bound = policy::bind(&enrolled, &catalog.policies) == binding;
+    // Where nobody is left whose labels could be known, the document alone tells.
+    let is_surely_bound = policy::bind(&enrolled, &catalog.policies) == binding && !admitted.is_empty()
+        || policy::bind(&with_declared(Labels::new()), &catalog.policies) == binding && declared.is_some();
     if let Binding::Tied(policies) = &binding {
         problems.push(format!(
             "policies {} all select it, so none applies\nHINT: narrow the selectors until one is left.",

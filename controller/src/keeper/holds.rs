@@ -5,6 +5,7 @@ use jiff::Timestamp;
 use walfleet_repository::cluster_log::{Author, ClusterLog, ClusterState, LogError};
 use walfleet_repository::format::log_entry::{Action, Hold, HoldSubject};
 use walfleet_repository::ids::{BackupId, ClusterName, HoldId};
+use walfleet_repository::lineage;
 use walfleet_repository::retention::gather::{Gathered, Known};
 use walfleet_repository::retention::stretch::{NothingLeft, stretches};
 
@@ -44,9 +45,6 @@ pub enum Held {
     /// It is not an operator's.
     NotYours,
 }
-
-/// Of holds that keep a backup for a copy of its cluster (`walfleet_repository::lineage`).
-const LINEAGE: &str = "lineage";
 
 impl Keeper {
     pub async fn place_hold(
@@ -129,14 +127,14 @@ impl Keeper {
         let mut found: Option<Hold> = None;
         let release = |state: &ClusterState| {
             let held = state.holds().find(|held| held.hold == *hold).cloned();
-            let is_ours = held.as_ref().is_some_and(|held| held.owner != LINEAGE);
+            let is_ours = held.as_ref().is_some_and(|held| held.owner != lineage::OWNER);
             found = held.or(found.take());
             is_ours.then(|| Action::Release { hold: hold.clone() })
         };
         repository.cluster_log(cluster).append_unless_done(self.author(), release).await?;
         Ok(match found {
             None => Held::Unknown,
-            Some(held) if held.owner == LINEAGE => Held::NotYours,
+            Some(held) if held.owner == lineage::OWNER => Held::NotYours,
             Some(held) => Held::Done(vec![held]),
         })
     }

@@ -49,11 +49,13 @@ pub type Place = (String, ClusterName);
 #[derive(Clone, Default, Debug)]
 pub struct Replicated {
     /// All the WAL that the first place had then is there.
-    pub complete_as_of: Option<Timestamp>,
+    complete_as_of: Option<Timestamp>,
     /// Live backups that are not; `None`: nobody looked yet.
     pub lacking: Option<usize>,
     /// What does not read in the first place.
     pub damaged: Vec<String>,
+    /// Backups of which nothing is known there, since their reference parts do not read.
+    pub unreadable: Vec<String>,
     /// Why the last try failed, of either lane.
     pub problem: Option<String>,
     /// How far it may trail.
@@ -91,10 +93,19 @@ struct Route {
 }
 
 impl Replicated {
+    /// As of when all WAL is there; of one that was not brought all of it yet, of no moment.
+    pub fn complete_as_of(&self) -> Option<Timestamp> {
+        self.complete_as_of.filter(|_| self.rest.everything_at.is_some())
+    }
+
+    fn is_whole(&self) -> bool {
+        self.lacking == Some(0) && self.unreadable.is_empty() && self.rest.everything_at.is_some()
+    }
+
     /// Whether it trails farther than is promised.
     pub fn is_late(&self, rpo: Span, now: Timestamp) -> bool {
         let promised = SignedDuration::from_secs(i64::try_from(rpo.as_seconds()).unwrap_or(i64::MAX));
-        self.complete_as_of.is_none_or(|at| now.duration_since(at) > promised)
+        self.complete_as_of().is_none_or(|at| now.duration_since(at) > promised)
     }
 }
 
@@ -157,15 +168,15 @@ impl Keeper {
         let (replicated, now) = (self.replicated(), Timestamp::now());
         let line = |((replica, cluster), seen): (&Place, &Replicated)| {
             let problem = seen.problem.clone().or_else(|| {
-                let first = seen.damaged.first()?;
+                let first = seen.unreadable.first().or(seen.damaged.first())?;
                 Some(format!(
                     "{} objects cannot be brought, since they are damaged, the first: {first}",
-                    seen.damaged.len()
+                    seen.unreadable.len() + seen.damaged.len()
                 ))
             });
             let late = || {
                 let rpo = seen.rpo.filter(|rpo| seen.is_late(*rpo, now))?;
-                let at = seen.complete_as_of.map_or_else(|| "no moment".to_owned(), |at| format!("{at:.0}"));
+                let at = seen.complete_as_of().map_or_else(|| "no moment".to_owned(), |at| format!("{at:.0}"));
                 Some(format!("it has all WAL as of {at}, and may trail by {rpo}"))
             };
             let problem = problem.or_else(late);
@@ -225,7 +236,7 @@ impl Keeper {
                 source: (source.clone(), spec.clone()),
                 target: target.clone(),
                 told: told(cluster),
-                told_at: cluster.members.iter().map(|member| member.facts_at).max(),
+                told_at: told_at(cluster),
             }));
         }
         Ok(routes)
@@ -271,13 +282,25 @@ impl Keeper {
             return Ok(());
         }
         copier.give_up(cluster).await?;
-        loop {
-            let lacking = copier.lacking(cluster).await?;
-            self.with_replicated(&route.place, |seen| seen.lacking = Some(lacking.len()));
-            let Some(backup) = lacking.first() else { break };
-            let copied = copier.copy_backup(cluster, backup).await?;
-            tracing::info!(replica = route.place.0, %cluster, backup = %backup.reference.backup, ?copied, "brought a backup");
+        let lacking = copier.lacking(cluster).await?;
+        let (mut left, mut failed) = (lacking.backups.len(), None);
+        self.with_replicated(&route.place, |seen| {
+            seen.lacking = Some(left);
+            seen.unreadable = lacking.damaged;
+        });
+        // One that cannot be brought keeps none of the others.
+        for backup in &lacking.backups {
+            let id = &backup.reference.backup;
+            match copier.copy_backup(cluster, backup).await {
+                Ok(copied) => {
+                    tracing::info!(replica = route.place.0, %cluster, backup = %id, ?copied, "brought a backup");
+                    left -= 1;
+                }
+                Err(error) => failed = failed.or(Some(error)),
+            }
+            self.with_replicated(&route.place, |seen| seen.lacking = Some(left));
         }
+        copier.copy_holds(cluster).await?;
         let everything_at = self.with_replicated(&route.place, |seen| seen.rest.everything_at);
         if everything_at.is_none_or(|at| now.duration_since(at) >= EVERYTHING) {
             let copied = copier.copy_wal(cluster, Part::All, &mut WalProgress::default()).await?;
@@ -286,7 +309,12 @@ impl Keeper {
                 seen.damaged = copied.damaged;
             });
         }
-        Ok(())
+        failed.map_or(Ok(()), |error| Err(error.into()))
+    }
+
+    /// Whether a replica was brought all that it is to have.
+    pub(super) fn is_whole_replica(&self, place: &Place) -> bool {
+        self.with_replicated(place, |seen| seen.is_whole())
     }
 
     fn with_replicated<T>(&self, place: &Place, change: impl FnOnce(&mut Replicated) -> T) -> T {
@@ -315,6 +343,13 @@ impl Keeper {
             seen.problem = problem;
         });
     }
+}
+
+/// All who store WAL have told what they stored by then; `None`: one of them is silent.
+fn told_at(cluster: &ClusterSeen<'_>) -> Option<Timestamp> {
+    let archiving = cluster.members.iter().filter(|member| member.instance.archive.is_some());
+    let told: Option<Vec<Timestamp>> = archiving.map(|member| member.vouches.then_some(member.facts_at)).collect();
+    told?.into_iter().min()
 }
 
 fn told(cluster: &ClusterSeen<'_>) -> Told {

@@ -25,6 +25,7 @@ use self::standing::Standing;
 use super::replicas::Place;
 use super::{Keeper, KeeperError};
 use crate::fleet::{Assembly, ClusterSeen, RetentionTiming};
+use crate::jobs::JobKind;
 use crate::reconcile::{Picture, in_full};
 use crate::resources::{RepositorySpec, RetentionSpec};
 
@@ -51,6 +52,12 @@ pub struct Kept {
     everything_at: Option<Timestamp>,
 }
 
+impl Kept {
+    fn nothing(at: Timestamp) -> Kept {
+        Kept { at, wanted: None, outcome: Ok(Turn::default()), everything_at: None }
+    }
+}
+
 /// What a turn came to.
 #[derive(Clone, Debug, Default)]
 pub struct Turn {
@@ -58,6 +65,8 @@ pub struct Turn {
     pub plan: Option<Plan>,
     /// How many of the plan's entries were made.
     pub made: usize,
+    /// It waits: somebody reads what might go, or a replica is not complete.
+    pub waits: bool,
     pub collected: CollectReport,
 }
 
@@ -103,6 +112,8 @@ impl Keeper {
         let kept = self.kept();
         let refused = kept.iter().filter_map(|((repository, cluster), kept)| {
             let why = match &kept.outcome {
+                // Nothing is promised there, and nothing hangs on it.
+                Err(_) if kept.wanted.is_none() => return None,
                 Err(error) => error.clone(),
                 Ok(turn) => turn.plan.as_ref()?.refused.first()?.to_string(),
             };
@@ -142,7 +153,14 @@ impl Keeper {
         let all = all(&picture, &assembly);
         self.forget_standing(&all).await?;
         let places: BTreeSet<Place> = all.iter().map(Due::place).collect();
-        self.kept.lock().unwrap_or_else(PoisonError::into_inner).retain(|place, _| places.contains(place));
+        {
+            let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+            kept.retain(|place, _| places.contains(place));
+            // Where everything is kept, what failed backups left can wait.
+            for due in all.iter().filter(|due| due.wanted.is_none()) {
+                kept.entry(due.place()).or_insert_with(|| Kept::nothing(now));
+            }
+        }
         let (kept, every) = (self.kept(), self.timing().every);
         let is_fresh = |due: &Due| {
             kept.get(&due.place()).is_some_and(|kept| {
@@ -173,6 +191,9 @@ impl Keeper {
         if log.state().next() == 0 {
             return Ok(Turn::default());
         }
+        if self.must_wait(due).await? {
+            return Ok(Turn { waits: true, ..Turn::default() });
+        }
         let doubts = plan::doubts(&repository).await?;
         if doubts.is_empty() {
             // Those of a replica are the copier's, and may take their time.
@@ -197,6 +218,15 @@ impl Keeper {
         let signer = self.reconciler.keeper.signer();
         turn.collected = collect::collect(&repository, &due.cluster, signer, &spec, cancel).await?;
         Ok(turn)
+    }
+
+    /// While a restore may read what would go; and in a replica until all of it was brought, since what retention lets go of there
+    /// can be brought no more.
+    async fn must_wait(&self, due: &Due) -> Result<bool, KeeperError> {
+        let jobs = self.reconciler.jobs.active().await?;
+        let readers = [JobKind::Restore, JobKind::Verify, JobKind::WalFind];
+        let is_read = jobs.iter().any(|job| job.cluster == due.cluster && readers.contains(&job.work.kind()));
+        Ok(is_read || (due.spec.replica_of.is_some() && !self.is_whole_replica(&due.place())))
     }
 
     /// What is in force of what the policy says.
@@ -249,7 +279,7 @@ impl Keeper {
 
 impl Turn {
     fn is_whole(&self) -> bool {
-        self.plan.as_ref().is_none_or(|plan| plan.refused.is_empty())
+        !self.waits && self.plan.as_ref().is_none_or(|plan| plan.refused.is_empty())
     }
 }
 

@@ -19,12 +19,12 @@ pub fn replica_out(
         repository: name.to_owned(),
         replica_of: spec.replica_of.clone().unwrap_or_default(),
         cluster: cluster.to_owned(),
-        complete_as_of_us: time_out(seen.complete_as_of),
+        complete_as_of_us: time_out(seen.complete_as_of()),
         rpo_seconds: spec.rpo.map_or(0, |rpo| rpo.as_seconds()),
         is_late: spec.rpo.is_some_and(|rpo| seen.is_late(rpo, at)),
         lacking_backups: seen.lacking.unwrap_or_default() as u64,
         is_counted: seen.lacking.is_some(),
-        damaged: seen.damaged.clone(),
+        damaged: seen.unreadable.iter().chain(&seen.damaged).cloned().collect(),
         problem: seen.problem.clone().unwrap_or_default(),
     }
 }

@@ -7,10 +7,15 @@ use walfleet_repository::format::log_entry::{Hold, HoldSubject};
 use walfleet_repository::retention::{Decided, Decision, Trimmed, Why};
 
 use super::time_out;
-use crate::keeper::retention::{Planned, digest};
+use crate::keeper::retention::Planned;
 use tonic::Status;
 
-pub fn plan_out(cluster: &str, repository: &str, at: Timestamp, planned: &Planned) -> pb::RetentionPlan {
+pub fn plan_out(
+    (cluster, repository): (&str, &str),
+    at: Timestamp,
+    planned: &Planned,
+    digest: String,
+) -> pb::RetentionPlan {
     let plan = &planned.plan;
     pb::RetentionPlan {
         cluster: cluster.to_owned(),
@@ -21,7 +26,7 @@ pub fn plan_out(cluster: &str, repository: &str, at: Timestamp, planned: &Planne
         wal: plan.trims.iter().map(trim_out).collect(),
         refused: plan.refused.iter().map(ToString::to_string).collect(),
         acts_from_us: time_out(planned.acts_from),
-        digest: digest(plan),
+        digest,
         can_be_released: planned.can_be_released(),
     }
 }

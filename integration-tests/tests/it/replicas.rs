@@ -78,7 +78,7 @@ fn a_replica_restores_when_the_first_place_is_gone() {
             "spec": { "url": "file:///x", "replica_of": REPLICA },
         });
         let chained = scratch.join("chained.yaml");
-        walfleet_integration_tests::os_user::os_user().write(&chained, &itself.to_string())?;
+        walfleet_integration_tests::os_user::os_user().write(&chained, itself.to_string())?;
         let refused = fleet.admin.run(&["apply", "-f", &chained.to_string_lossy()])?;
         anyhow::ensure!(refused.code != 0 && refused.stderr.contains("is a replica"), "{refused:?}");
         anyhow::ensure!(refused.code == REFUSED || refused.code == 2, "{refused:?}");

@@ -252,7 +252,9 @@ impl ClusterState {
             }
             HoldSubject::Stretch(stretch) => {
                 let base = self.session(&stretch.base).filter(|session| session.committed().is_some());
-                let is_there = base.is_some_and(|base| base.open.wal_floor >= self.trimmed_below(&base.open.wal));
+                let is_held = self.holds.values().any(|known| known.keeps_all_of(stretch));
+                let is_there =
+                    base.is_some_and(|base| is_held || base.open.wal_floor >= self.trimmed_below(&base.open.wal));
                 self.require(Rule::HoldsWhatIsThere, is_there, || {
                     format!("there is no backup {} with the WAL behind it", stretch.base)
                 })

@@ -100,6 +100,12 @@ pub struct HeldStretch {
 }
 
 impl Hold {
+    /// Whether it keeps the WAL that a stretch is to keep.
+    pub fn keeps_all_of(&self, wanted: &HeldStretch) -> bool {
+        let reaches = |end: Option<Lsn>| end.is_none_or(|end| wanted.end.is_some_and(|wanted| wanted <= end));
+        matches!(&self.subject, HoldSubject::Stretch(known) if known.base == wanted.base && reaches(known.end))
+    }
+
     /// The backup that it keeps.
     pub fn backup(&self) -> Option<&BackupId> {
         match &self.subject {

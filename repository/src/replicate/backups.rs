@@ -12,7 +12,7 @@ use crate::format::log_entry::{Action, Open};
 use crate::format::reference::{PackUse, ReferencePart, SessionPacks};
 use crate::ids::{BackupId, ClusterName, Digest, PackId};
 use crate::layout;
-use crate::open::{CommittedBackup, RepositoryError};
+use crate::open::CommittedBackup;
 use crate::signature::Role;
 use crate::store::Creation;
 
@@ -30,6 +30,14 @@ pub enum Copied {
     TooOld,
 }
 
+/// What a replica lacks.
+#[derive(Debug)]
+pub struct Lacking {
+    pub backups: Vec<CommittedBackup>,
+    /// Backups that do not read in the first place.
+    pub damaged: Vec<String>,
+}
+
 /// What is to be brought under a session of the replica, and what lies there.
 struct Division {
     parents: Vec<BackupId>,
@@ -40,14 +48,13 @@ struct Division {
 
 impl Copier<'_> {
     /// Live backups that the replica lacks, and those that were begun, the newest first: once that is there, it is of use.
-    pub async fn lacking(&self, cluster: &ClusterName) -> Result<Vec<CommittedBackup>, ReplicateError> {
+    pub async fn lacking(&self, cluster: &ClusterName) -> Result<Lacking, ReplicateError> {
         let (from, to) = self.logs(cluster).await?;
         let known = |id: &BackupId| to.state().session(id).is_some_and(|session| !session.is_open());
         let backups = self.source.backups(&from).await;
-        if let Some((backup, source)) = backups.unreadable.into_iter().find(|(id, _)| !known(id)) {
-            let place = self.source.store().to_string();
-            return Err(ReplicateError::Backup { backup, place, source: Box::new(source) });
-        }
+        let damaged = backups.unreadable.iter().filter(|(id, _)| !known(id));
+        let damaged = damaged.map(|(id, error)| format!("backup {id}: {error}")).collect();
+        self.all_came(backups.unreadable, self.source)?;
         let is_wanted = |backup: &CommittedBackup| {
             let id = &backup.reference.backup;
             let is_live = from.state().session(id).is_some_and(|session| session.is_live());
@@ -56,7 +63,7 @@ impl Copier<'_> {
         let lacking = backups.readable.into_iter().filter(is_wanted);
         let mut lacking: Vec<CommittedBackup> = lacking.collect();
         lacking.reverse();
-        Ok(lacking)
+        Ok(Lacking { backups: lacking, damaged })
     }
 
     /// Ends what was begun of backups that are gone by now in the first place.
@@ -83,7 +90,7 @@ impl Copier<'_> {
         let id = &part.backup;
         let floor = from.state().session(id).map_or(part.start_lsn, |session| session.open.wal_floor);
         let known = self.known_packs(&to).await?;
-        let division = match to.state().session(id) {
+        let mut division = match to.state().session(id) {
             Some(session) if session.is_open() => divide(part, &known, Some(&session.open.parents)),
             Some(_) => return Ok(Copied::WasThere),
             None if to.state().trimmed_below(&part.wal) > floor => return Ok(Copied::TooOld),
@@ -97,9 +104,14 @@ impl Copier<'_> {
             (can && state.trimmed_below(&open.wal) <= floor).then(|| Action::Open(open.clone()))
         })
         .await?;
-        if !to.state().session(id).is_some_and(|session| session.is_open()) {
+        match to.state().session(id).filter(|session| session.is_open()) {
             // The replica's own retention went on; the next look decides anew.
-            return Ok(Copied::TooOld);
+            None => return Ok(Copied::TooOld),
+            // Another copier was first, and named other parents.
+            Some(session) if session.open.parents != division.parents => {
+                division = divide(part, &known, Some(&session.open.parents));
+            }
+            Some(_) => {}
         }
         let bytes = self.copy_packs(cluster, part, &division.own, from.state()).await?;
         self.copy_manifest(cluster, backup).await?;
@@ -122,12 +134,8 @@ impl Copier<'_> {
     /// The packs that live backups of the replica need, the newest backup's first.
     async fn known_packs(&self, to: &ClusterLog) -> Result<Vec<(BackupId, Needed)>, ReplicateError> {
         let backups = self.target.backups(to).await;
-        // One that is damaged there can be no parent; one that only did not come now may be.
-        let unread = backups.unreadable.into_iter().find(|(_, error)| !matches!(error, RepositoryError::Reference(_)));
-        if let Some((backup, source)) = unread {
-            let place = self.target.store().to_string();
-            return Err(ReplicateError::Backup { backup, place, source: Box::new(source) });
-        }
+        // One that is damaged there can be no parent.
+        self.all_came(backups.unreadable, self.target)?;
         let is_live =
             |backup: &&CommittedBackup| to.state().session(&backup.reference.backup).is_some_and(|own| own.is_live());
         let needed = |backup: &CommittedBackup| {

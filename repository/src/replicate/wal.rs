@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use futures::stream::StreamExt;
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use object_store::path::Path;
 
 use super::{Copier, ReplicateError};
@@ -21,16 +21,19 @@ use crate::layout::{self, WalObject};
 use crate::postgres::{Lsn, Segment, SegmentSize, SystemId, WalBranch};
 use crate::store::Listed;
 
+/// How long after those behind it a segment may still be expected: agents send several at once, and try again.
+const SETTLED: SignedDuration = SignedDuration::from_hours(1);
+
 /// Objects in flight, in order.
 const IN_FLIGHT: usize = 4;
 
 /// How far a cluster's WAL was brought. The caller keeps it between rounds; without it everything is looked at.
 #[derive(Clone, Default, Debug)]
 pub struct WalProgress {
-    /// The last segment that was there, by branch.
-    last: BTreeMap<WalBranch, Path>,
-    /// What is no segment and was brought.
-    beside: HashSet<Path>,
+    /// By branch, the segment up to which all were looked at; `None`: there was none.
+    last: BTreeMap<WalBranch, Option<Path>>,
+    /// What was brought and is listed again: no segments, and segments behind one that may still come.
+    brought: HashSet<Path>,
     /// All that the first place had then is in the replica.
     pub complete_as_of: Option<Timestamp>,
 }
@@ -91,16 +94,14 @@ impl Copier<'_> {
             let branches: Vec<WalBranch> =
                 branches.iter().filter_map(|folder| layout::parse_wal_branch(cluster, folder)).collect();
             let is_known = branches.iter().all(|wal| progress.last.contains_key(wal));
-            let mut newest: BTreeMap<WalBranch, Path> = BTreeMap::new();
-            let listed = if part == Part::Newest && is_known {
-                self.news(cluster, &branches, progress).await?
+            let (listed, there) = if part == Part::Newest && is_known {
+                (self.news(cluster, &branches, progress).await?, HashSet::new())
             } else {
                 let there = self.at_target(self.target.store().list(&folder).await)?;
-                let there: HashSet<Path> = there.into_iter().map(|object| object.key).collect();
                 let listed = self.at_source(self.source.store().list(&folder).await)?;
-                newest = last_of_each(cluster, &system, &listed);
-                listed.into_iter().filter(|object| !there.contains(&object.key)).collect()
+                (listed, there.into_iter().map(|object| object.key).collect())
             };
+            let cursors = cursors(cluster, &branches, &listed, system.size, progress);
             let is_wanted = |wal: &WalBranch, what: &What| match what {
                 What::Segment { number, .. } => {
                     let end = Segment { timeline: wal.timeline, number: *number }.end(system.size);
@@ -109,7 +110,8 @@ impl Copier<'_> {
                 }
                 _ => true,
             };
-            let found = listed.into_iter().filter(|object| !progress.beside.contains(&object.key));
+            let found = listed.into_iter();
+            let found = found.filter(|object| !there.contains(&object.key) && !progress.brought.contains(&object.key));
             let mut todo: Vec<(What, WalBranch, Path)> = found
                 .filter_map(|object| {
                     let (wal, what) = what(cluster, &branches, &object.key, system.size)?;
@@ -118,7 +120,8 @@ impl Copier<'_> {
                 .collect();
             todo.sort();
             self.copy_all(cluster, todo, progress, &mut copied).await?;
-            progress.last.extend(newest);
+            progress.last.extend(cursors);
+            progress.forget_passed(cluster, system.size);
             self.copy_pieces(cluster, &system, &mut copied).await?;
         }
         // What does not read will not be brought by another try, and is told.
@@ -129,7 +132,9 @@ impl Copier<'_> {
     /// Systems that have a live backup: without one, nobody knows how large their segments are, nor needs them.
     async fn systems(&self, from: &ClusterLog) -> Result<Vec<System>, ReplicateError> {
         let mut systems: BTreeMap<SystemId, System> = BTreeMap::new();
-        for backup in self.source.backups(from).await.readable {
+        let backups = self.source.backups(from).await;
+        self.all_came(backups.unreadable, self.source)?;
+        for backup in backups.readable {
             let part = backup.reference;
             let begins = part.start_lsn.segment_number(part.segment_size);
             let id = part.wal.system_id;
@@ -147,9 +152,11 @@ impl Copier<'_> {
     ) -> Result<Vec<Listed>, ReplicateError> {
         let mut news = Vec::new();
         for wal in branches {
-            let Some(last) = progress.last.get(wal).cloned() else { continue };
             let folder = layout::wal_branch(cluster, wal);
-            news.extend(self.at_source(self.source.store().list_after(&folder, &last).await)?);
+            news.extend(match progress.last.get(wal).and_then(Option::as_ref) {
+                Some(last) => self.at_source(self.source.store().list_after(&folder, last).await)?,
+                None => self.at_source(self.source.store().list(&folder).await)?,
+            });
         }
         Ok(news)
     }
@@ -163,24 +170,21 @@ impl Copier<'_> {
     ) -> Result<(), ReplicateError> {
         let copies = todo.into_iter().map(|(what, wal, key)| async move {
             let size = self.copy_object(cluster, what, &wal, &key).await;
-            (what, wal, key, size)
+            (what, key, size)
         });
         let copies: Vec<_> = copies.collect();
         let mut copies = futures::stream::iter(copies).buffered(IN_FLIGHT);
-        while let Some((what, wal, key, size)) = copies.next().await {
+        while let Some((what, key, size)) = copies.next().await {
             match size {
                 Ok(size) => copied.bytes += size.unwrap_or(0),
                 Err(ReplicateError::Damaged { key, what, .. }) => copied.damaged.push(format!("{key}: {what}")),
+                Err(ReplicateError::Taken { key, .. }) => {
+                    copied.damaged.push(format!("{key}: other content lies in the replica"));
+                }
                 Err(error) => return Err(error),
             }
-            match what {
-                What::Segment { is_whole: true, .. } => {
-                    copied.segments += 1;
-                    let last = progress.last.entry(wal).or_insert_with(|| key.clone());
-                    *last = key.max(last.clone());
-                }
-                _ => drop(progress.beside.insert(key)),
-            }
+            copied.segments += u64::from(matches!(what, What::Segment { is_whole: true, .. }));
+            progress.brought.insert(key);
         }
         Ok(())
     }
@@ -305,15 +309,54 @@ impl Copier<'_> {
     }
 }
 
-fn last_of_each(cluster: &ClusterName, system: &System, listed: &[Listed]) -> BTreeMap<WalBranch, Path> {
-    let mut last: BTreeMap<WalBranch, Path> = BTreeMap::new();
+impl WalProgress {
+    /// What lies before the cursors is not listed again.
+    fn forget_passed(&mut self, cluster: &ClusterName, size: SegmentSize) {
+        let last = &self.last;
+        self.brought.retain(|key| match layout::parse_wal_object(cluster, key, size) {
+            Some((wal, WalObject::Segment(_))) => {
+                last.get(&wal).and_then(Option::as_ref).is_none_or(|cursor| key > cursor)
+            }
+            _ => true,
+        });
+    }
+}
+
+/// Where to list on from, by branch. Segments are stored in any order: before one that is missing the cursor stands until what is
+/// behind it has lain there for an hour. What comes later still is found when everything is looked at.
+fn cursors(
+    cluster: &ClusterName,
+    branches: &[WalBranch],
+    listed: &[Listed],
+    size: SegmentSize,
+    progress: &WalProgress,
+) -> BTreeMap<WalBranch, Option<Path>> {
+    let mut segments: BTreeMap<WalBranch, BTreeMap<u64, &Listed>> = BTreeMap::new();
     for object in listed {
-        if let Some((wal, WalObject::Segment(_))) = layout::parse_wal_object(cluster, &object.key, system.size) {
-            let newest = last.entry(wal).or_insert_with(|| object.key.clone());
-            *newest = object.key.clone().max(newest.clone());
+        if let Some((wal, WalObject::Segment(segment))) = layout::parse_wal_object(cluster, &object.key, size) {
+            segments.entry(wal).or_default().insert(segment.number, object);
         }
     }
-    last
+    let settled_us = (Timestamp::now() - SETTLED).as_microsecond();
+    let number = |key: &Path| match layout::parse_wal_object(cluster, key, size) {
+        Some((_, WalObject::Segment(segment))) => Some(segment.number),
+        _ => None,
+    };
+    let cursor = |wal: &WalBranch| {
+        let mut cursor = progress.last.get(wal).cloned().flatten();
+        let mut last = cursor.as_ref().and_then(number);
+        for (number, object) in segments.get(wal).into_iter().flatten() {
+            let follows = last.is_none_or(|last| *number <= last + 1);
+            if !follows && object.last_modified_us > settled_us {
+                break;
+            }
+            if last.is_none_or(|last| *number > last) {
+                (cursor, last) = (Some(object.key.clone()), Some(*number));
+            }
+        }
+        (*wal, cursor)
+    };
+    branches.iter().map(cursor).collect()
 }
 
 fn what(cluster: &ClusterName, branches: &[WalBranch], key: &Path, size: SegmentSize) -> Option<(WalBranch, What)> {

@@ -39,16 +39,24 @@ pub fn stretches(given: &Given<'_>, from: Timestamp, to: Option<Timestamp>) -> R
     let (from_us, to_us) = (from.as_microsecond(), to.map(Timestamp::as_microsecond));
     let mut bases: BTreeMap<&BackupId, &Candidate> = BTreeMap::new();
     let (mut is_reached, mut first) = (false, None);
-    for lineage in given.catalog.branches.keys().filter_map(|tip| Lineage::to(*tip, given.catalog)) {
-        let is_older = |at: &Timestamp| *at + SLACK < from;
-        if given.last_stored.get(&lineage.tip()).is_some_and(is_older) {
-            continue;
-        }
+    let is_older = |lineage: &Lineage| given.last_stored.get(&lineage.tip()).is_some_and(|at| *at + SLACK < from);
+    let mut lineages: Vec<Lineage> =
+        given.catalog.branches.keys().filter_map(|tip| Lineage::to(*tip, given.catalog)).collect();
+    // A server that was idle has written nothing of the stretch, and is restored as it was all the same.
+    if !lineages.iter().all(is_older) {
+        lineages.retain(|lineage| !is_older(lineage));
+    }
+    for lineage in lineages {
         let usable = standing.in_order.iter().copied().filter(|candidate| {
-            lineage.holds(&candidate.facts) && standing.is_restorable(candidate) && is_whole(given, &lineage, candidate)
+            let is_held =
+                || is_held(given, candidate, to_us.and_then(|to| end(given, candidate.facts.wal.system_id, to)));
+            lineage.holds(&candidate.facts)
+                && standing.is_restorable(candidate)
+                && (is_whole(given, &lineage, candidate) || is_held())
         });
         let by_stop = |candidate: &&Candidate| candidate.facts.stopped_at_us;
-        let base = usable.clone().filter(|candidate| candidate.facts.stopped_at_us <= from_us).max_by_key(by_stop);
+        let is_before = |candidate: &&Candidate| candidate.facts.stopped_at_us <= from_us && candidate.seen_at <= from;
+        let base = usable.clone().filter(is_before).max_by_key(by_stop);
         is_reached |= base.is_some();
         let oldest = usable.min_by_key(by_stop);
         first = [first, oldest.map(|oldest| oldest.facts.stopped_at_us)].into_iter().flatten().min();
@@ -76,12 +84,19 @@ fn is_whole(given: &Given<'_>, lineage: &Lineage, candidate: &Candidate) -> bool
     })
 }
 
+/// Whether the WAL behind a backup is kept by another hold, and as far.
+fn is_held(given: &Given<'_>, candidate: &Candidate, end: Option<Lsn>) -> bool {
+    let wanted = HeldStretch { base: candidate.facts.id.clone(), end, from_us: 0, to_us: None };
+    given.holds.iter().any(|hold| hold.keeps_all_of(&wanted))
+}
+
 /// A position by which a moment is over: where the first backup after it stops. Only where there is but one way to go.
 fn end(given: &Given<'_>, system_id: SystemId, to_us: i64) -> Option<Lsn> {
     let branches: BTreeSet<_> = given.catalog.branches.keys().filter(|wal| wal.system_id == system_id).collect();
     let later = |candidate: &&Candidate| {
         candidate.facts.wal.system_id == system_id
-            && candidate.facts.stopped_at_us > to_us.saturating_add(SLACK.as_micros() as i64)
+            && candidate.facts.stopped_at_us.min(candidate.seen_at.as_microsecond())
+                > to_us.saturating_add(SLACK.as_micros() as i64)
     };
     let next = given.candidates.iter().filter(later).map(|candidate| candidate.facts.stop_lsn).min();
     next.filter(|_| branches.len() == 1)

@@ -9,6 +9,8 @@ use walfleet_repository::ids::ClusterName;
 use walfleet_repository::postgres::WalBranch;
 use walfleet_repository::retention::{Plan, Refusal};
 
+use crate::resources::RetentionSpec;
+
 /// How long it counts.
 const VALID: SignedDuration = SignedDuration::from_hours(24);
 
@@ -35,12 +37,6 @@ impl Released {
         Released { by: by.to_owned(), at, backups: backups.collect(), wal: wal.collect() }
     }
 
-    /// Names what a plan removes: an operator lets pass what was shown.
-    fn digest(&self) -> String {
-        let text = serde_json::to_string(&(&self.backups, &self.wal)).unwrap_or_default();
-        blake3::hash(text.as_bytes()).to_hex().chars().take(16).collect()
-    }
-
     /// Whether a plan that only the brake holds back removes no more than was seen.
     pub(super) fn lets_pass(&self, plan: &Plan, now: Timestamp) -> bool {
         let is_valid = now.duration_since(self.at) <= VALID && now >= self.at;
@@ -53,9 +49,11 @@ impl Released {
     }
 }
 
-/// Names what a plan removes.
-pub fn digest(plan: &Plan) -> String {
-    Released::now(plan, "", Timestamp::UNIX_EPOCH).digest()
+/// Names what a plan removes, and the policy that it follows from.
+pub fn digest(wanted: &RetentionSpec, plan: &Plan) -> String {
+    let released = Released::now(plan, "", Timestamp::UNIX_EPOCH);
+    let text = serde_json::to_string(&(wanted, &released.backups, &released.wal)).unwrap_or_default();
+    blake3::hash(text.as_bytes()).to_hex().chars().take(16).collect()
 }
 
 fn branch(wal: &WalBranch) -> String {

@@ -193,9 +193,9 @@ async fn a_held_stretch_outlives_the_backup_behind_it_and_a_session_that_nobody_
         back_up(&policy.room, &format!("bk_{number}"), number).await;
     }
     policy.turn(0).await;
-    // By the servers' clock, which says that all three were taken years ago.
+    // By the servers' clock, which is behind, and by the store's.
     let taken = Timestamp::from_microsecond(1_780_000_001_000_000).expect("a time");
-    let stretch = Wanted::Stretch { from: taken, to: None };
+    let stretch = Wanted::Stretch { from: Timestamp::now(), to: None };
     let held = policy.hold(stretch, None).await;
     let Held::Done(holds) = &held else { panic!("{held:?}") };
     let base = holds[0].backup().expect("it has one").clone();
