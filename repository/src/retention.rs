@@ -189,15 +189,16 @@ impl<'g> Standing<'g> {
         self.restorable.contains(&candidate.facts.id)
     }
 
-    /// The newest restorable backup of a way that was there before a moment. The host's claim cannot make one older than its
-    /// commit, only newer.
+    /// Of the restorable backups of a way that were there before a moment, the one farthest along it: of two that were taken at once
+    /// the one that began later may have been seen first. The host's claim cannot make one older than its commit, only newer.
     fn base(&self, lineage: &Lineage, edge: Timestamp) -> Option<&'g Candidate> {
-        let mut before = self.in_order.iter().rev().filter(|candidate| {
+        let before = self.in_order.iter().copied().filter(|candidate| {
             candidate.seen_at <= edge
                 && candidate.facts.stopped_at_us <= edge.as_microsecond()
                 && lineage.holds(&candidate.facts)
+                && self.is_restorable(candidate)
         });
-        before.find(|candidate| self.is_restorable(candidate)).copied()
+        before.max_by_key(|candidate| (candidate.facts.stop_lsn, candidate.seen_at))
     }
 
     /// Whether nothing within the window can be on a way: nothing of its last branch was stored since, and before that

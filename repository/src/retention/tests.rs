@@ -190,6 +190,8 @@ fn try_worlds(seeds: std::ops::Range<u64>) {
 #[test]
 fn no_plan_removes_what_is_needed_or_keeps_without_a_reason() {
     try_worlds(0..1_000);
+    // Two backups taken at once, with a gap between what the two need.
+    try_worlds(11_655..11_656);
 }
 
 #[test]
